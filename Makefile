@@ -1,0 +1,46 @@
+# make train   the whole way: environment, data, training, evaluation
+# make test    the same environment, then every test
+# make setup   the environment alone, made or brought up to date
+# make bench   speed, against what one would use otherwise
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := runs/mnist5k-eae
+INSTALLED := $(VENV)/.installed
+SHARDS := shards/mnist5k/index.json
+
+# GPUs where torch sees any, else two CPU ranks.
+LAUNCH = $(BIN)/accelerate launch $(shell $(BIN)/python -c "import torch; print('' if torch.cuda.is_available() else '--config_file launch/cpu.yaml')")
+
+.PHONY: train test setup bench lint clean
+
+train: $(INSTALLED) $(SHARDS)
+	$(LAUNCH) -m eae_dist.train
+	$(BIN)/python -m eae_dist.evaluate --ckpt $(RUN)
+	@echo
+	@echo "pictures: $(RUN)/evaluation/*.png and, as they came, $(RUN)/samples/*.png"
+	@echo "numbers:  $(RUN)/evaluation/metrics.json, $(RUN)/metrics.jsonl, and: $(BIN)/tensorboard --logdir $(RUN)"
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+bench: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install -e '.[dev]'
+	touch $@
+
+$(SHARDS): | $(INSTALLED)
+	$(BIN)/python -m eae_dist.pack mnist5k shards/mnist5k
+
+clean:
+	rm -rf $(VENV) runs

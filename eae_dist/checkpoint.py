@@ -1,0 +1,244 @@
+"""State on disk: a checkpoint appears whole or not at all, and is checked before it is used.
+
+    checkpoints/step-00000120/   model.safetensors   weights and buffers
+                                 optimizer.pt        the optimizer's state, loadable with weights_only=True
+                                 state.json          clock, data order, schedule, best loss, versions
+                                 config.yaml         the resolved configuration
+                                 manifest.json       the sha256 of each of these
+    checkpoints/latest, best     links to the newest and to the one with the lowest validation loss
+
+A folder is written aside, fsynced and renamed. Nothing in it is ever unpickled into code.
+"""
+
+import json
+import logging
+import os
+import platform
+import shutil
+from collections.abc import Collection
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import eae_dist
+from eae_dist.config import Config, changed_keys, read_config, save_config
+from eae_dist.distributed import first_rank_first, from_first_rank
+from eae_dist.durable import fsync, sha256_of
+from eae_dist.model.autoencoder import Autoencoder
+from eae_dist.objectives import Objective, build_objective
+
+log = logging.getLogger("eae_dist")
+
+FILES = ("model.safetensors", "optimizer.pt", "state.json", "config.yaml")
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint whose files are missing or differ from their checksums."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint folder; `state` holds "step", "images" and what else `save` was given."""
+
+    path: Path
+    config: Config
+    state: dict
+
+    def model_state(self) -> dict[str, torch.Tensor]:
+        return load_file(self.path / "model.safetensors")
+
+    def optimizer_state(self) -> dict:
+        return torch.load(self.path / "optimizer.pt", map_location="cpu", weights_only=True)
+
+
+def save(run: Path, config: Config, model_state: dict, optimizer_state: dict, state: dict) -> Path:
+    """Writes run/checkpoints/step-XXXXXXXX and links `latest` to it; call on one rank.
+
+    A failure (OSError, a full disk) leaves every earlier checkpoint and `latest` as they were.
+    """
+    folder = run / "checkpoints"
+    target = folder / f"step-{state['step']:08d}"
+    aside = folder / f".{target.name}.partial"
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir()
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model_state.items()}, aside / FILES[0])
+        torch.save(optimizer_state, aside / FILES[1])
+        (aside / FILES[2]).write_text(json.dumps({**state, "versions": versions()}, indent=2))
+        save_config(config, aside / FILES[3])
+        manifest = {name: sha256_of(aside / name) for name in FILES}
+        (aside / "manifest.json").write_text(json.dumps(manifest, indent=2))
+        for path in [*aside.iterdir(), aside]:
+            fsync(path)
+        if target.exists():  # the same step again, after a resume from an earlier one
+            shutil.rmtree(target)
+        aside.rename(target)
+    except BaseException as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(error, OSError | RuntimeError):  # torch reports a full disk as RuntimeError, safetensors as its own OSError
+            raise OSError(f"checkpoint {target} could not be written: {error}; earlier checkpoints are intact") from error
+        raise
+    fsync(folder)
+    _link(folder / "latest", target.name)
+    return target
+
+
+def mark_best(checkpoint: Path) -> None:
+    """Links `best` beside it to this checkpoint."""
+    _link(checkpoint.parent / "best", checkpoint.name)
+
+
+def prune(run: Path, keep: int) -> None:
+    """Removes all but the last `keep` checkpoints and the best."""
+    folder = run / "checkpoints"
+    best = (folder / "best").resolve().name
+    for path in _folders(run)[keep:]:
+        if path.name != best:
+            shutil.rmtree(path)
+
+
+def open_checkpoint(directory: str | Path) -> Checkpoint:
+    """The checkpoint in a folder, or the latest of a run folder, with every checksum verified.
+
+    Raises FileNotFoundError where there is none and DamagedCheckpoint that names the file.
+    """
+    path = Path(directory)
+    if not (path / "manifest.json").is_file() and (path / "checkpoints").is_dir():
+        path = path / "checkpoints" / "latest"
+    path = path.resolve()
+    if not path.is_dir():
+        raise FileNotFoundError(f"{directory} holds no checkpoint; give a run folder or a folder such as RUN/checkpoints/latest")
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpoint(f"checkpoint {path} is damaged or none: manifest.json cannot be read ({error})") from error
+    for name in FILES:
+        if not (path / name).is_file():
+            raise DamagedCheckpoint(f"checkpoint {path} is damaged: {name} is missing")
+        if sha256_of(path / name) != manifest.get(name):
+            raise DamagedCheckpoint(f"checkpoint {path} is damaged: {name} does not match its checksum")
+    return Checkpoint(path, read_config(path / "config.yaml"), json.loads((path / "state.json").read_text()))
+
+
+def newest_intact(run: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint of a run that verifies, or None, and what was wrong with newer ones."""
+    damage = []
+    for path in _folders(run):
+        try:
+            return open_checkpoint(path), damage
+        except DamagedCheckpoint as error:
+            damage.append(str(error))
+    return None, damage
+
+
+def discard_after(run: Path, step: int) -> None:
+    """Removes checkpoints newer than `step`, damaged ones that a resume went behind, and what an interrupted save left."""
+    for path in (run / "checkpoints").glob(".*.partial"):
+        shutil.rmtree(path)
+    for path in _folders(run):
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+    _link(run / "checkpoints" / "latest", f"step-{step:08d}")
+
+
+def load_objective(checkpoint: Checkpoint, allow: Collection[str] = ()) -> Objective:
+    """The trained objective on the CPU, in eval mode.
+
+    A checkpoint may come from anyone, so a network class that it names (model.encoder, model.decoder) is imported only if it
+    stands in `allow`; otherwise ValueError.
+    """
+    config = checkpoint.config
+    for key, name in (("model.encoder", config.model.encoder), ("model.decoder", config.model.decoder)):
+        if name is not None and name not in allow:
+            raise ValueError(
+                f"{checkpoint.path} was trained with {key}={name}, code that is not part of eae_dist; "
+                f"name it to allow its import: {key}={name} on the command line, or load(..., allow=[{name!r}])"
+            )
+    objective = build_objective(config.model, config.objective, checkpoint.state["image_shape"], config.train.seed)
+    objective.load_state_dict(checkpoint.model_state())
+    return objective.eval()
+
+
+def load(directory: str | Path, *, device: str | torch.device = "cpu", allow: Collection[str] = ()) -> Autoencoder:
+    """The trained autoencoder of a checkpoint folder or of a run folder (its latest), in eval mode.
+
+    `.encode(images)`: [b, c, h, w] in [0, 1] -> [b, d]; `.decode(latents)` back; `.image_shape`, `.latent_dim`.
+    allow: network classes outside eae_dist that the checkpoint may name.
+    """
+    return load_objective(open_checkpoint(directory), allow).autoencoder.to(device)
+
+
+def open_run_folder(run: Path, config: Config, data_identity: dict) -> Checkpoint | None:
+    """Makes or continues the run folder: the newest checkpoint that is intact, the same on every rank, or None for a new run.
+
+    Raises ValueError if a setting that must not change did, or the data did; OSError if the folder cannot be written.
+    """
+    path = None
+    with first_rank_first() as mine:
+        if mine:
+            try:
+                run.mkdir(parents=True, exist_ok=True)
+                (run / ".writable").touch()
+                (run / ".writable").unlink()
+            except OSError as error:
+                raise OSError(f"train.output={run} cannot be written: {error}") from error
+            settings = run / "config.yaml"
+            if settings.is_file():
+                before = read_config(settings)
+                if changed := changed_keys(before, config, changeable=False):
+                    raise ValueError(
+                        f"train.output={run} holds a run with other settings; take another folder, or the old values:\n  "
+                        + "\n  ".join(changed)
+                    )
+                for line in changed_keys(before, config, changeable=True):
+                    log.info("changed since the run was started: %s", line)
+            found, damage = newest_intact(run)
+            for line in damage:
+                log.warning("%s; going back to the checkpoint before it", line)
+            if found is not None:
+                check_same_data(found.state["stream"], data_identity, run)
+                discard_after(run, found.state["step"])
+                path = found.path
+            elif damage:
+                raise ValueError(f"no checkpoint of {run} is intact; move the folder away to start anew")
+            save_config(config, settings)
+    path = from_first_rank(path)
+    return None if path is None else open_checkpoint(path)
+
+
+def check_same_data(before: dict, now: dict, run: Path) -> None:
+    """Raises ValueError if the batches of this stream would not continue those of the run."""
+    changed = [f"{key}: {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
+    if changed:
+        raise ValueError(
+            f"{run} was trained on other data or in another order; restore data.root or take another train.output:\n  "
+            + "\n  ".join(changed)
+        )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result can depend on."""
+    found = {"eae_dist": eae_dist.__version__, "python": platform.python_version()}
+    for package in ("torch", "torchvision", "accelerate", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _folders(run: Path) -> list[Path]:
+    """The run's checkpoint folders, newest first."""
+    return sorted((path for path in (run / "checkpoints").glob("step-*") if path.is_dir()), reverse=True)
+
+
+def _link(link: Path, target: str) -> None:
+    aside = link.with_name(f".{link.name}.new")
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(target)
+    os.replace(aside, link)
+    fsync(link.parent)

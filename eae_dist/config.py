@@ -1,0 +1,369 @@
+"""The configuration: dataclasses <- YAML files in order <- key=value arguments, the later winning.
+
+A default stands once, here; a docstring stands under every field and is what `--help` prints. Fields marked `changeable` may
+differ when a run folder is continued; any other difference is refused there.
+"""
+
+import ast
+import difflib
+import inspect
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+def changeable(default):
+    """A field that may change when a run is continued."""
+    return field(default=default, metadata={"changeable": True})
+
+
+@dataclass
+class DataConfig:
+    """Where the images come from and how they are read."""
+
+    root: str = changeable("shards/mnist5k")
+    """Folder of shards with an index.json, as `python -m eae_dist.pack` writes it."""
+    split: str = "train"
+    """The split to train on."""
+    validation: str | None = "validation"
+    """The split whose loss chooses the best checkpoint and steers a plateau schedule; null: none."""
+    lanes: int | None = None
+    """Into how many runs a pass is cut; divides train.global_batch, bounds the number of ranks. Default: train.global_batch."""
+    workers: int = changeable(0)
+    """Processes that read and decode, per rank; 0 reads ahead in a thread."""
+    prefetch: int = changeable(2)
+    """Batches read ahead, per worker."""
+
+
+@dataclass
+class ModelConfig:
+    """The networks."""
+
+    network: str = "small"
+    """small (3 + 3 layers), rae32 (MNIST, CIFAR-10) or rae64 (CelebA), the last two as in the RAE paper."""
+    encoder: str | None = None
+    """An encoder of your own, package.module:Class, called with image_shape, latent_dim, width and bias."""
+    decoder: str | None = None
+    """A decoder of your own, package.module:Class, called with image_shape, latent_dim and width."""
+    width: int | None = None
+    """Channels of the first encoder layer. Default: the network's own."""
+    latent_dim: int | None = None
+    """Latent dimensions d. Default: the network's own for gray or color images; the paper advises at least 32 for color."""
+    norm_momentum: float = 0.1
+    """Weight of a new batch in the batch norms' running statistics. The RAE paper's Keras layers: 0.01."""
+    norm_eps: float = 1e-3
+    """Added to the variance in the networks' batch norms (Keras' default; the latent's own norm adds 1e-5)."""
+
+
+@dataclass
+class ObjectiveConfig:
+    """The loss: one row of the paper's table."""
+
+    name: str = "eae"
+    """eae, eae_linear or ae."""
+    entropy_weight: float = 0.05
+    """Weight w in (squared error per pixel and channel) - w (entropy in nats per latent dimension)."""
+    k: int = 1
+    """Which nearest neighbor the entropy is estimated from; 1 as in the paper."""
+    average_k: bool = False
+    """Take the mean over the first k log distances instead of the k-th: a less noisy gradient."""
+    eps2: float = 1e-4
+    """Added to squared neighbor distances inside the logarithm; latents have unit variance."""
+    map: str = "fixed"
+    """eae_linear: the orthonormal map is fixed (drawn from the seed) or redrawn (each step, from seed and step)."""
+    map_dim: int | None = None
+    """eae_linear: dimensions of the mapped latent, at most latent_dim. Default: latent_dim."""
+
+
+@dataclass
+class TrainConfig:
+    """The run."""
+
+    output: str = changeable("runs/mnist5k-eae")
+    """Run folder: config.yaml, metrics.jsonl, samples, checkpoints, evaluation. Starting again there continues the run."""
+    seed: int = 0
+    """Fixes the initial weights, the order of the data and every draw."""
+    epochs: float = changeable(60.0)
+    """Length of the run in passes over the training split."""
+    global_batch: int = 128
+    """Images a step, over all ranks: the batch that the entropy and the batch norms see."""
+    accumulate: int = 1
+    """Micro-batches a step, to save memory; entropy and batch norms then see global_batch / accumulate images."""
+    learning_rate: float = 1e-3
+    """Adam's, at the start."""
+    schedule: str = "exponential"
+    """exponential (x decay after every epoch), plateau (x plateau_factor when validation stands still) or constant."""
+    decay: float = 0.98
+    """Factor per epoch of the exponential schedule; the paper advises at least 0.98."""
+    plateau_factor: float = 0.5
+    """Factor of the plateau schedule."""
+    plateau_patience: int = 5
+    """Validations without improvement before the plateau schedule acts."""
+    clip_norm: float | None = None
+    """Largest norm of the gradient; longer ones are scaled down to it. Default: not clipped."""
+    precision: str = changeable("no")
+    """no (float32), bf16 or fp16 (GPU only); entropy, latent statistics and losses stay float32."""
+    deterministic: bool = changeable(False)
+    """Deterministic GPU kernels: a run that was interrupted then ends with the same bits. On a CPU it always does."""
+    device: str = changeable("auto")
+    """auto (GPUs where torch sees any) or cpu."""
+    timeout: float = changeable(600.0)
+    """Seconds after which a rank that waits for another gives up."""
+    validation_images: int = changeable(10_000)
+    """At most this many validation images; the entropy compares each with every other."""
+    validate_every: int | None = changeable(None)
+    """Images between validations. Default: one epoch."""
+    sample_every: int | None = changeable(None)
+    """Images between grids of samples, reconstructions and interpolations. Default: one epoch, so look early."""
+    save_every: int | None = changeable(None)
+    """Images between checkpoints. Default: one epoch."""
+    log_every: int | None = changeable(None)
+    """Images between lines in metrics.jsonl. Default: ten steps."""
+    keep: int = changeable(3)
+    """How many of the last checkpoints are kept, besides the best."""
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"], metadata={"changeable": True})
+    """Where the metrics go besides metrics.jsonl: names of accelerate's trackers."""
+
+
+@dataclass
+class EvaluateConfig:
+    """Judging a checkpoint."""
+
+    split: str = changeable("test")
+    """The split to judge on."""
+    batch: int = changeable(256)
+    """Images a forward pass, per rank."""
+    count: int | None = changeable(None)
+    """How many images of the split, from its start. Default: all."""
+    seed: int = changeable(0)
+    """Fixes the drawn samples."""
+
+
+@dataclass
+class Config:
+    """All sections."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+def load_config(argv: Sequence[str] = ()) -> Config:
+    """The configuration of a command line: `[--config FILE.yaml ...] [key=value ...]`; `--help` prints every key and exits.
+
+    Raises ValueError for an unknown key (with the nearest known one), a wrong type, an unreadable file or a value out of range.
+    """
+    files, assignments = split_arguments(argv)
+    layers = [_from_file(file) for file in files]
+    layers += [_from_assignment(text) for text in assignments]
+    return _merged(layers)
+
+
+def read_config(path: Path) -> Config:
+    """The configuration in one YAML file, such as a run folder's config.yaml."""
+    return _merged([_from_file(str(path))])
+
+
+def override(config: Config, assignments: Sequence[str]) -> Config:
+    """The configuration with `key=value` texts applied."""
+    base = (OmegaConf.structured(config), "the configuration")
+    return _merged([base, *(_from_assignment(text) for text in assignments)])
+
+
+def save_config(config: Config, path: Path) -> None:
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Splits a command line into the files after --config and the key=value texts."""
+    files, assignments, taking_files = [], [], False
+    for argument in argv:
+        if argument in ("-h", "--help"):
+            print(help_text())
+            sys.exit(0)
+        if argument == "--config":
+            taking_files = True
+        elif argument.startswith("--config="):
+            files.append(argument.removeprefix("--config="))
+        elif argument.startswith("-"):
+            raise ValueError(f"unknown option {argument}; settings are given as key=value, files with --config FILE (see --help)")
+        elif "=" in argument:
+            taking_files = False
+            assignments.append(argument)
+        elif taking_files:
+            files.append(argument)
+        else:
+            raise ValueError(f"{argument!r} is neither key=value nor a file after --config (see --help)")
+    return files, assignments
+
+
+def flatten(config: Config) -> dict[str, object]:
+    """The configuration as {"section.key": value}."""
+    sections = ((section.name, getattr(config, section.name)) for section in fields(config))
+    return {f"{name}.{key.name}": getattr(section, key.name) for name, section in sections for key in fields(section)}
+
+
+def changed_keys(before: Config, after: Config, *, changeable: bool) -> list[str]:
+    """Lines "key: before -> after" of the keys that differ and may (or may not) change when a run is continued."""
+    old, new = flatten(before), flatten(after)
+    marks = {f"{s.name}.{f.name}": f.metadata.get("changeable", False) for s in fields(Config) for f in fields(s.default_factory)}
+    return [f"{key}: {old[key]} -> {new[key]}" for key in old if old[key] != new[key] and marks[key] is changeable]
+
+
+def help_text() -> str:
+    """Every key with its default and its meaning."""
+    lines = ["settings, as key=value or in YAML files after --config:"]
+    for section in fields(Config):
+        cls = section.default_factory
+        meanings = _field_docstrings(cls)
+        lines += ["", f"{section.name}: {cls.__doc__}"]
+        default = cls()
+        for key in fields(cls):
+            value = getattr(default, key.name)
+            name = key.type.__name__ if isinstance(key.type, type) and key.type is not list else str(key.type)
+            head = f"  {section.name}.{key.name}={'null' if value is None else value}  ({name})"
+            lines += [head, textwrap.indent(textwrap.fill(meanings[key.name], 110), "      ")]
+    return "\n".join(lines)
+
+
+def _field_docstrings(cls: type) -> dict[str, str]:
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
+    pairs = zip(body, body[1:], strict=False)
+    return {
+        statement.target.id: " ".join(ast.literal_eval(after.value).split())
+        for statement, after in pairs
+        if isinstance(statement, ast.AnnAssign) and isinstance(after, ast.Expr)
+    }
+
+
+def _from_file(file: str) -> tuple[object, str]:
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"--config {file}: there is no such file")
+    try:
+        loaded = OmegaConf.load(path)
+    except Exception as error:  # YAML and OmegaConf raise many kinds
+        raise ValueError(f"--config {file} is not a YAML mapping: {error}") from error
+    return loaded, file
+
+
+def _from_assignment(text: str) -> tuple[object, str]:
+    try:
+        return OmegaConf.from_dotlist([text]), text
+    except Exception as error:
+        raise ValueError(f"{text!r} cannot be read as key=value: {error}") from error
+
+
+def _merged(layers: list[tuple[object, str]]) -> Config:
+    config = OmegaConf.structured(Config)
+    for layer, origin in layers:
+        _check_keys(layer, origin)
+        try:
+            config = OmegaConf.merge(config, layer)
+        except OmegaConfBaseException as error:
+            raise ValueError(f"{origin}: {str(error).splitlines()[0]} ({error.full_key})") from error
+    result = OmegaConf.to_object(config)
+    _check_values(result)
+    return result
+
+
+def _check_keys(layer, origin: str) -> None:
+    """Raises ValueError unless the layer consists of known sections with known keys and plain values."""
+    if "${" in OmegaConf.to_yaml(layer):
+        raise ValueError(f"{origin}: a configuration holds plain values; ${{...}} is not resolved")
+    if not OmegaConf.is_dict(layer):
+        raise ValueError(f"{origin}: wanted sections with keys, such as train.seed=1")
+    known = {section.name: {key.name for key in fields(section.default_factory)} for section in fields(Config)}
+    for name in layer:
+        if name not in known:
+            full = [f"{section}.{name}" for section, keys in known.items() if name in keys]
+            hint = f"; did you mean {full[0]}?" if full else _suggestion(str(name), known)
+            raise ValueError(f"{origin}: unknown section {name!r}{hint}")
+        section = layer[name]
+        if not OmegaConf.is_dict(section):
+            raise ValueError(f"{origin}: {name} is a section; set one of its keys, such as {name}.{sorted(known[name])[0]}=...")
+        for key in section:
+            if key not in known[name]:
+                every = [f"{s}.{k}" for s, keys in known.items() for k in keys]
+                raise ValueError(f"{origin}: unknown key {name}.{key}{_suggestion(f'{name}.{key}', every)}")
+        if section.get("precision") is False:  # YAML reads a bare no as false
+            section["precision"] = "no"
+
+
+def _suggestion(name: str, known) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(sorted(known))}"
+
+
+def _check_values(config: Config) -> None:
+    """What is out of range whatever the data; raises ValueError that names the key."""
+    train, objective, data = config.train, config.objective, config.data
+    positive = {
+        "train.global_batch": train.global_batch,
+        "train.accumulate": train.accumulate,
+        "train.keep": train.keep,
+        "train.epochs": train.epochs,
+        "train.learning_rate": train.learning_rate,
+        "train.timeout": train.timeout,
+        "train.plateau_patience": train.plateau_patience,
+        "train.validation_images": train.validation_images,
+        "train.validate_every": train.validate_every,
+        "train.sample_every": train.sample_every,
+        "train.save_every": train.save_every,
+        "train.log_every": train.log_every,
+        "train.clip_norm": train.clip_norm,
+        "data.lanes": data.lanes,
+        "data.prefetch": data.prefetch,
+        "model.width": config.model.width,
+        "model.latent_dim": config.model.latent_dim,
+        "model.norm_eps": config.model.norm_eps,
+        "objective.k": objective.k,
+        "objective.eps2": objective.eps2,
+        "objective.map_dim": objective.map_dim,
+        "evaluate.batch": config.evaluate.batch,
+        "evaluate.count": config.evaluate.count,
+    }
+    for key, value in positive.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"{key}={value} must be greater than 0")
+    for key, value in {
+        "train.seed": train.seed,
+        "evaluate.seed": config.evaluate.seed,
+        "data.workers": data.workers,
+    }.items():
+        if value < 0:
+            raise ValueError(f"{key}={value} must not be negative")
+    for key, value in {
+        "train.decay": train.decay,
+        "train.plateau_factor": train.plateau_factor,
+        "model.norm_momentum": config.model.norm_momentum,
+    }.items():
+        if not 0 < value <= 1:
+            raise ValueError(f"{key}={value} must lie in (0, 1]")
+    choices = {
+        "train.schedule": (train.schedule, ("exponential", "plateau", "constant")),
+        "train.precision": (train.precision, ("no", "bf16", "fp16")),
+        "train.device": (train.device, ("auto", "cpu")),
+        "objective.map": (objective.map, ("fixed", "redrawn")),
+    }
+    for key, (value, known) in choices.items():
+        if value not in known:
+            raise ValueError(f"{key}={value} is unknown; it is one of {', '.join(known)}")
+    if train.schedule == "plateau" and data.validation is None:
+        raise ValueError("train.schedule=plateau follows the validation loss; set data.validation")
+    if train.global_batch % train.accumulate:
+        raise ValueError(f"train.accumulate={train.accumulate} must divide train.global_batch={train.global_batch}")
+    # A neighbor other than itself for every row.
+    micro = train.global_batch // train.accumulate
+    if objective.k >= micro:
+        raise ValueError(f"objective.k={objective.k} needs more than {objective.k} rows, a (micro-)batch has {micro}")
+
+
+assert all(is_dataclass(section.default_factory) for section in fields(Config))

@@ -1,0 +1,469 @@
+"""Writing the index of a folder of tar shards; `shards.py` describes the format and reads it.
+
+    index_shard     one tar -> what its tables need, and what its images are
+    write_index     the tables of all shards and splits, then `index.json`
+    build_index     both, for shards that others made
+    verify          every checksum of a data set -> what is damaged
+
+Only images (.png .jpg .jpeg .webp .npy) and .cls are read. Everything else in a shard is counted and left alone.
+"""
+
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import tarfile
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from eae_dist.data.processes import run_tasks
+from eae_dist.data.shards import (
+    INDEX_VERSION,
+    MEMBER_DTYPE,
+    SHARD_DTYPE,
+    SHARD_NAME,
+    ShardIndex,
+    member_table_path,
+    safe_shard_path,
+    sha256_of,
+)
+
+ENCODINGS = {"png": "png", "jpg": "jpg", "jpeg": "jpg", "webp": "webp", "npy": "raw"}  # extension -> encoding
+LABEL = re.compile(rb"\s*(-1|\d{1,18})\s*")
+COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
+TAR_NAME = re.compile(r"[^.].*\.(tar|tgz|tar\.(gz|bz2|xz|zst))")
+ONE_HEADER = "all raw images must have the same header: write them in one shape with one version of numpy"
+SORTED_BY_CLASS = 0.1  # a class correlation above this is worth a warning
+
+
+@dataclass(frozen=True)
+class ShardScan:
+    """What one tar holds. `shape` is (h, w) of its images, None without any; `first` is the key of the first one.
+
+    members: structured [n] of (key, offset, bytes, label, crc32), in the order of the tar.
+    ignored: how many members of each kind were left alone.
+    """
+
+    name: str
+    bytes: int
+    sha256: str
+    members: np.ndarray
+    first: str
+    shape: tuple[int, int] | None
+    channels: frozenset[int]
+    encodings: frozenset[str]
+    npy_header: bytes | None
+    ignored: Counter
+
+
+def index_shard(path: Path) -> ShardScan:
+    """Scans one tar. Raises ValueError for a tar that is compressed, truncated or damaged, and for unusable samples."""
+    images: dict[str, tuple] = {}  # key -> extension, offset, bytes, crc32
+    labels: dict[str, int] = {}
+    ignored: Counter = Counter()
+    shape, raw, channels, encodings = None, None, set(), set()
+    for key, extension, offset, data in _images_and_labels(path, ignored):
+        where = f"{path}: sample {key!r}"
+        if extension == "cls":
+            if key in labels:
+                raise ValueError(f"{where} has two labels; keys must be unique")
+            if not (label := LABEL.fullmatch(data)):
+                raise ValueError(f"{where}: its .cls must be an integer in ASCII, got {data[:20]!r}")
+            labels[key] = int(label[1])
+            continue
+
+        if key in images:
+            raise ValueError(f"{where} has several images (.{images[key][0]}, .{extension}); one image a key")
+        encodings.add(ENCODINGS[extension])
+        if "raw" in encodings and len(encodings) > 1:
+            raise ValueError(f"{where} is .{extension}, others are not; raw (.npy) and encoded images cannot be mixed")
+        if extension == "npy":
+            raw = raw or RawImage.parse(data, where)
+            if not data.startswith(raw.header):
+                raise ValueError(f"{where} and {next(iter(images))!r} have different npy headers; {ONE_HEADER}")
+            if len(data) != raw.bytes:
+                raise ValueError(f"{where} has {len(data)} bytes, its npy header makes it {raw.bytes}")
+            here, depth = raw.shape, raw.channels
+        else:
+            here, depth = _encoded_shape(data, where)
+        if shape is not None and here != shape:
+            raise _different_sizes(f"{where} is {_size(here)}", f"{next(iter(images))!r} is {_size(shape)}")
+        shape = here
+        channels.add(depth)
+        images[key] = (extension, offset, len(data), zlib.crc32(data))
+
+    if strays := labels.keys() - images.keys():
+        ignored[".cls without an image"] += len(strays)
+    members = np.zeros(len(images), dtype=[("key", _bytes_dtype(images)), *MEMBER_DTYPE])
+    members["key"] = [key.encode() for key in images]
+    members["label"] = [labels.get(key, -1) for key in images]
+    for column, name in enumerate(("offset", "bytes", "crc32"), start=1):
+        members[name] = [row[column] for row in images.values()]
+    return ShardScan(
+        name=path.name,
+        bytes=path.stat().st_size,
+        sha256=sha256_of(path),
+        members=members,
+        first=next(iter(images), ""),
+        shape=shape,
+        channels=frozenset(channels),
+        encodings=frozenset(encodings),
+        npy_header=raw and raw.header,
+        ignored=ignored,
+    )
+
+
+@dataclass(frozen=True)
+class RawImage:
+    """The npy header that raw images share, and what it says: `shape` is (h, w), `bytes` the length of the whole file."""
+
+    header: bytes
+    shape: tuple[int, int]
+    channels: int
+    bytes: int
+
+    @classmethod
+    def parse(cls, data: bytes, where: str) -> "RawImage":
+        """From one .npy file, uint8 [h, w] or [h, w, c] in C order; any other array is a ValueError."""
+        file = io.BytesIO(data)
+        try:
+            version = np.lib.format.read_magic(file)
+            read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+            shape, fortran_order, dtype = read(file)
+        except Exception as error:  # numpy evaluates the header as a Python literal, which fails in many ways
+            raise ValueError(f"{where} is not a readable .npy file ({error})") from error
+        image = len(shape) in (2, 3) and min(shape) > 0 and shape[2:] in ((), (1,), (3,))
+        if dtype != np.uint8 or fortran_order or not image:
+            order = "Fortran" if fortran_order else "C"
+            raise ValueError(f"{where} is {dtype} {list(shape)} in {order} order; wanted uint8 [h, w, 1 or 3] in C order")
+        header = data[: file.tell()]
+        return cls(header, shape[:2], shape[2] if len(shape) == 3 else 1, len(header) + math.prod(shape))
+
+
+def write_index(
+    root: Path,
+    splits: dict[str, list[ShardScan]],
+    *,
+    name: str,
+    classes: list[str],
+    source: str,
+    license: str,
+    preprocessing: str,
+    seed: int | None,
+    channels: int | None = None,
+) -> dict:
+    """Writes the tables of all shards and then `root/index.json`; returns what stands in that.
+
+    seed: of the order in which the samples were written, None if unknown. channels: 1 or 3; default: what the images are.
+    Raises ValueError for shards that do not fit together, before anything is written.
+    """
+    image = _image_of_all([scan for scans in splits.values() for scan in scans], channels)
+    for split, scans in splits.items():
+        _refuse_repeated_keys(split, scans)
+
+    info = {
+        "version": INDEX_VERSION,
+        "name": name,
+        "image": image,
+        "classes": classes,
+        "source": source,
+        "license": license,
+        "preprocessing": preprocessing,
+        "seed": seed,
+        "splits": {},
+    }
+    for split, scans in splits.items():
+        table = np.zeros(len(scans), dtype=[("name", _bytes_dtype([scan.name for scan in scans])), *SHARD_DTYPE])
+        for row, scan in enumerate(scans):
+            digest = _write_table(member_table_path(root, scan.name), scan.members)
+            table[row] = (scan.name.encode(), len(scan.members), scan.bytes, scan.sha256, digest)
+        info["splits"][split] = {
+            "samples": int(table["samples"].sum()),
+            "shards": len(table),
+            "bytes": int(table["bytes"].sum()),
+            "table_sha256": _write_table(root / f"{split}.shards.npy", table),
+            "class_correlation": class_correlation([scan.members["label"] for scan in scans]),
+        }
+    _write_file(root / "index.json", (json.dumps(info, indent=2) + "\n").encode())
+    return info
+
+
+def build_index(root: Path, split: str | None = None, workers: int = 1) -> tuple[dict, list[str]]:
+    """Indexes the tar shards that lie in `root`; returns what stands in index.json, and sentences on what was noticed.
+
+    A shard belongs to the split in its name (train-000000.tar: train), or all of them to `split`. Names that an index there
+    gave (data set, classes, source, license, preprocessing) are kept. Raises ValueError or OSError with what to do.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise NotADirectoryError(f"{root} is not a folder; give the folder that holds the tar shards")
+    if split is not None and not re.fullmatch(r"\w[\w.-]*", split):
+        raise ValueError(f"--split {split!r} must be a plain name such as train")
+    paths = sorted(path for path in root.iterdir() if TAR_NAME.fullmatch(path.name))
+    if not paths:
+        raise ValueError(f"{root} holds no .tar file; give the folder that holds the tar shards")
+    split_of = {}
+    for path in paths:
+        safe_shard_path(root, path.name)
+        _refuse_compressed(path)
+        found = SHARD_NAME.fullmatch(path.name)
+        if split is None and not found:
+            raise ValueError(f"{path} has no split in its name (as train-000000.tar has); say which one it is: --split NAME")
+        split_of[path.name] = split or found["split"]
+
+    splits: dict[str, list[ShardScan]] = {}
+    with closing(run_tasks(index_shard, paths, min(workers, len(paths)))) as scans:
+        for scan in tqdm(scans, total=len(paths), desc="indexing", unit=" shards", disable=None):
+            splits.setdefault(split_of[scan.name], []).append(scan)
+
+    every = [scan for scans in splits.values() for scan in scans]
+    notes = []
+    ignored = sum((scan.ignored for scan in every), Counter())
+    left_alone = ", ".join(f"{count:,} {kind}" for kind, count in ignored.most_common())
+    if not any(len(scan.members) for scan in every):
+        wanted = " ".join(f".{extension}" for extension in ENCODINGS)
+        raise ValueError(f"the shards in {root} hold no image ({wanted}); they hold {left_alone or 'nothing at all'}")
+    if ignored:
+        notes.append(f"members left alone: {left_alone}")
+    if len(frozenset().union(*(scan.channels for scan in every))) > 1:
+        notes.append("gray and color images are mixed; all are read as RGB")
+    names = {"name": root.resolve().name, "classes": [], "source": "", "license": "", "preprocessing": "as found in shards"}
+    if kept := _names_in_index(root, names):
+        notes.append(f"kept from the index.json that lay there: {', '.join(kept)}")
+    info = write_index(root, splits, **(names | kept), seed=None)
+    for name, totals in info["splits"].items():
+        if (rho := totals["class_correlation"] or 0) > SORTED_BY_CLASS:
+            notes.append(
+                f"the shards of split {name} are sorted by class (class correlation {rho:.2f}; 0: shuffled, 1: one class a "
+                f"shard), which makes batch means wander; pack the images again in random order, as `pack imagefolder` does"
+            )
+    return info, notes
+
+
+def verify(root: Path, workers: int = 1) -> list[str]:
+    """Checks every table and tar of a data set against the index: one line for each damaged file, none if all is well.
+
+    Raises FileNotFoundError if there is no index.
+    """
+    root = Path(root)
+    problems, files = [], []
+    try:
+        index = ShardIndex.load(root)
+        splits = dict(index.info["splits"])
+    except (ValueError, KeyError, TypeError) as error:
+        return [f"{root / 'index.json'} is damaged ({error})"]
+    for split, totals in splits.items():
+        try:
+            table = index.split(split).table
+            counted = {"samples": int(table["samples"].sum()), "shards": len(table), "bytes": int(table["bytes"].sum())}
+            for what, count in counted.items():
+                if totals[what] != count:
+                    problems.append(f"{root / 'index.json'}: split {split} has {totals[what]} {what}, its table {count}")
+        except (ValueError, KeyError, TypeError) as error:
+            problems.append(f"split {split} in {root / 'index.json'} cannot be checked ({error})")
+            continue
+        for row in table:
+            path = safe_shard_path(root, row["name"].decode())
+            files.append((path, row["sha256"].decode()))
+            files.append((member_table_path(root, path.name), row["members_sha256"].decode()))
+    with closing(run_tasks(_damage, files, min(workers, max(1, len(files))))) as checked:
+        found = tqdm(checked, total=len(files), desc="verifying", unit=" files", disable=None)
+        return problems + [problem for problem in found if problem]
+
+
+def class_correlation(labels: list[np.ndarray]) -> float | None:
+    """How much more alike the classes within a shard are than in the whole split; labels: int64 [n_s] of every shard.
+
+    The intraclass correlation of the class indicators (one-way random effects, analysis-of-variance estimate, summed over
+    classes). With S shards of n_s samples, n_sc of them of class c, and N = sum n_s, N_c = sum_s n_sc:
+
+        between = (sum n_sc^2 / n_s  -  sum N_c^2 / N) / (S - 1)
+        within = (N  -  sum n_sc^2 / n_s) / (N - S)
+        n_0 = (N - sum n_s^2 / N) / (S - 1)
+        rho = (between - within) / (between + (n_0 - 1) within)
+
+    About 0 for shuffled shards, 1 where every shard has one class; None for fewer than two shards or classes.
+    """
+    labels = [shard for shard in labels if len(shard)]
+    sizes = np.array([len(shard) for shard in labels], dtype=np.float64)
+    shards, total = len(sizes), sizes.sum()
+    of_class: Counter = Counter()
+    alike = 0.0  # sum n_sc^2 / n_s
+    for shard in labels:
+        classes, counts = np.unique(shard, return_counts=True)
+        of_class.update(dict(zip(classes.tolist(), counts.tolist(), strict=True)))
+        alike += (counts.astype(np.float64) ** 2).sum() / len(shard)
+    if shards < 2 or len(of_class) < 2 or total == shards:
+        return None
+    between = (alike - sum(count**2 for count in of_class.values()) / total) / (shards - 1)
+    within = (total - alike) / (total - shards)
+    n_0 = (total - (sizes**2).sum() / total) / (shards - 1)
+    return float((between - within) / (between + (n_0 - 1) * within))
+
+
+def image_channels(image: Image.Image) -> int:
+    """1 for a gray image, 3 for any other. Raises ValueError for more than 8 bits a channel, which would be cut off."""
+    # A 16-bit color image opens in mode RGB; only the decoder's raw mode (RGB;16B) tells. BGR;16 is 16 bits a pixel.
+    deep_ppm = any(codec in ("ppm", "ppm_plain") and args != "1;I" and args[1] > 255 for codec, _, _, args in image.tile)
+    if image.mode[0] in "IF" or deep_ppm or re.search(r";16[BLNS]", str(image.tile)):
+        raise ValueError(f"more than 8 bits a channel (mode {image.mode})")
+    return 1 if image.mode in ("1", "L", "LA", "La") else 3
+
+
+def _encoded_shape(data: bytes, where: str) -> tuple[tuple[int, int], int]:
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
+            return (image.height, image.width), image_channels(image)
+    except Exception as error:  # what Pillow raises for a damaged header is of many kinds
+        raise ValueError(f"{where} is not a usable PNG, JPEG or WebP image ({error})") from error
+
+
+def _images_and_labels(path: Path, ignored: Counter) -> Iterator[tuple[str, str, int, bytes]]:
+    """Key, extension, offset and bytes of every image and .cls of a tar; counts the other members in `ignored`.
+
+    The key is the member's name up to the first dot of its base name, as in webdataset.
+    """
+    _refuse_compressed(path)
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in tar:
+                    tar.members.clear()  # else tarfile keeps every header that it has seen
+                    folder, slash, base = member.name.rpartition("/")
+                    key, _, extension = base.partition(".")
+                    extension = extension.lower()
+                    if not member.isreg() or member.issparse():
+                        ignored["folders" if member.isdir() else "links and special files"] += 1
+                    elif not key or not extension:
+                        ignored["files without a key or an extension"] += 1
+                    elif extension != "cls" and extension not in ENCODINGS:
+                        ignored[f".{extension}"] += 1
+                    elif not _is_utf8(member.name):
+                        raise ValueError(f"{path}: the name of member {member.name!r} is not UTF-8; rename it")
+                    elif member.offset_data + member.size > size:
+                        raise tarfile.ReadError(f"the data of {member.name!r} ends early")
+                    else:
+                        file.seek(member.offset_data)
+                        yield folder + slash + key, extension, member.offset_data, file.read(member.size)
+                end = tar.offset
+        except tarfile.TarError as error:
+            raise _truncated(path, str(error)) from error
+        # tarfile takes any header that it cannot read for the end. The true end is zeros, and nothing follows.
+        file.seek(end)
+        rest = file.read(tarfile.BLOCKSIZE)
+        if len(rest) < tarfile.BLOCKSIZE:
+            raise _truncated(path, "its end mark is missing")
+        while rest:
+            if rest.strip(b"\0"):
+                raise _truncated(path, f"from byte {end} on it is neither a member nor the end mark")
+            rest = file.read(1 << 20)
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        return bool(name.encode())
+    except UnicodeEncodeError:  # tarfile decodes other bytes to surrogates
+        return False
+
+
+def _bytes_dtype(names: Iterable[str]) -> str:
+    return f"S{max((len(name.encode()) for name in names), default=1)}"
+
+
+def _refuse_compressed(path: Path) -> None:
+    with open(path, "rb") as file:
+        start = file.read(8)
+    for magic, program in COMPRESSED.items():
+        if start.startswith(magic):
+            raise ValueError(f"{path} is compressed, and samples are read by their place; unpack it with `{program}` first")
+
+
+def _truncated(path: Path, why: str) -> ValueError:
+    return ValueError(f"{path} is truncated, damaged or not a tar file ({why}); fetch or write it again")
+
+
+def _size(shape: tuple[int, int]) -> str:
+    return f"{shape[1]}x{shape[0]}"
+
+
+def _different_sizes(one: str, other: str) -> ValueError:
+    return ValueError(f"{one}, {other} (width x height); all must have one size: resize them (`pack imagefolder --size`)")
+
+
+def _image_of_all(scans: list[ShardScan], channels: int | None) -> dict:
+    """The "image" entry of index.json, for shards that must agree in it."""
+    scans = [scan for scan in scans if scan.shape is not None]
+    if not scans:
+        raise ValueError("there is no image in any shard")
+    first = scans[0]
+    for scan in scans:
+        if scan.shape != first.shape:
+            one, other = (f"{s.first!r} of {s.name} is {_size(s.shape)}" for s in (first, scan))
+            raise _different_sizes(one, other)
+        if ("raw" in scan.encodings) != ("raw" in first.encodings):
+            raise ValueError(f"{first.name} and {scan.name}: raw (.npy) and encoded images cannot be mixed")
+        if scan.npy_header != first.npy_header:
+            raise ValueError(f"{first.name} and {scan.name} have different npy headers; {ONE_HEADER}")
+    encodings = frozenset().union(*(scan.encodings for scan in scans))
+    found = frozenset().union(*(scan.channels for scan in scans))
+    return {
+        "shape": [channels or max(found), *first.shape],
+        "encoding": next(iter(encodings)) if len(encodings) == 1 else "mixed",
+        "npy_header": None if first.npy_header is None else first.npy_header.hex(),
+    }
+
+
+def _refuse_repeated_keys(split: str, scans: list[ShardScan]) -> None:
+    keys = np.sort(np.concatenate([scan.members["key"] for scan in scans]))
+    if len(repeated := keys[1:][keys[1:] == keys[:-1]]):
+        holders = [scan.name for scan in scans if (scan.members["key"] == repeated[0]).any()]
+        key = repeated[0].decode()
+        raise ValueError(f"split {split} has the key {key!r} twice ({', '.join(holders)}); keys must be unique")
+
+
+def _names_in_index(root: Path, names: Iterable[str]) -> dict:
+    """What the index that lies there says under `names`, so that indexing anew does not forget it."""
+    try:
+        known = ShardIndex.load(root).info
+    except (FileNotFoundError, ValueError):
+        return {}
+    return {name: known[name] for name in names if name in known}
+
+
+def _damage(file: tuple[Path, str]) -> str | None:
+    path, sha256 = file
+    try:
+        if not path.is_file():
+            return f"{path} is missing"
+        return None if sha256_of(path) == sha256 else f"{path} is damaged: its sha256 is not the index's"
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror})"
+
+
+def _write_table(path: Path, table: np.ndarray) -> str:
+    """Writes a table as .npy and returns the file's sha256."""
+    data = io.BytesIO()
+    np.save(data, table, allow_pickle=False)
+    _write_file(path, data.getvalue())
+    return hashlib.sha256(data.getvalue()).hexdigest()
+
+
+def _write_file(path: Path, data: bytes) -> None:
+    """The file appears whole or not at all, whatever ends this process."""
+    aside = path.with_name(path.name + ".tmp")
+    with open(aside, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)

@@ -1,0 +1,157 @@
+"""The order in which a stream hands out samples: pure arithmetic on (seed, step), nothing stored.
+
+A split of N samples in S shards is read in *passes*. In pass p the shards are permuted by (seed, p) and the members of each
+shard by (seed, p, shard); laid end to end they are one sequence of N places. The sequence is cut into L *lanes*, contiguous
+runs whose lengths differ by at most one, and the global batch of B rows takes B/L rows of every lane. Numbering the samples
+handed out g = x L + l (lane l has given x before), sample g belongs to pass g // N, so every step is a function of
+(seed, step) alone and a resume costs nothing.
+
+Permutations come from a keyed hash of our own, so that no library's version can change what a seed means; `ORDER_VERSION`
+stands in every checkpoint and rises if the hash ever changes.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+
+ORDER_VERSION = 1
+SORTED_LIMIT = 65_536  # longer permutations are computed place by place instead of being held
+FEISTEL_ROUNDS = 8
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def keyed_hash(key: int, values: np.ndarray) -> np.ndarray:
+    """64-bit hash of each value under a key (the SplitMix64 finalizer, Steele et al. 2014): uint64 [n] -> uint64 [n]."""
+    with np.errstate(over="ignore"):
+        x = (values.astype(np.uint64) + np.uint64(1)) * _GOLDEN + np.uint64(key)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def derive_key(*parts: int) -> int:
+    """One 64-bit key from a tuple of non-negative integers such as (seed, pass, shard)."""
+    key = 0
+    for part in parts:
+        key = int(keyed_hash(key, np.array([part], dtype=np.uint64))[0])
+    return key
+
+
+def permutation(n: int, key: int) -> np.ndarray:
+    """The permutation of range(n) that sorts the keyed hashes, int64 [n]."""
+    return np.argsort(keyed_hash(key, np.arange(n, dtype=np.uint64)), kind="stable")
+
+
+def feistel(n: int, key: int, places: np.ndarray) -> np.ndarray:
+    """Where a keyed bijection of range(n) sends `places`, without holding it: int64 [m] -> int64 [m].
+
+    A balanced Feistel network on the next even number of bits; values that leave the range are walked on along their cycle.
+    """
+    half = max(1, (int(n - 1).bit_length() + 1) // 2)
+    mask = np.uint64((1 << half) - 1)
+    keys = [derive_key(key, r) for r in range(FEISTEL_ROUNDS)]
+
+    def rounds(x):
+        left, right = x >> np.uint64(half), x & mask
+        for round_key in keys:
+            left, right = right, left ^ (keyed_hash(round_key, right) & mask)
+        return (left << np.uint64(half)) | right
+
+    out = rounds(places.astype(np.uint64))
+    while (outside := out >= np.uint64(n)).any():
+        out[outside] = rounds(out[outside])
+    return out.astype(np.int64)
+
+
+def lane_range(lanes: int, rank: int, world: int) -> tuple[int, int]:
+    """The lanes [start, stop) of one rank: every lane has one owner, and ranks differ by at most one lane."""
+    return rank * lanes // world, (rank + 1) * lanes // world
+
+
+class SampleOrder:
+    """Which (shard, member) stands at each row of each step's global batch.
+
+    samples: int64 [S], the number of samples of every shard; B = global_batch, L = lanes, N = samples.sum().
+    Raises ValueError unless L <= B <= N and L divides B.
+    """
+
+    def __init__(self, samples: np.ndarray, *, seed: int, global_batch: int, lanes: int):
+        self.samples = np.asarray(samples, dtype=np.int64)
+        self.total = int(self.samples.sum())
+        self.starts = np.cumsum(self.samples) - self.samples
+        self.seed, self.global_batch, self.lanes = seed, global_batch, lanes
+        if global_batch > self.total:
+            raise ValueError(
+                f"a batch of {global_batch} needs at least as many samples, the split has {self.total}; "
+                f"lower train.global_batch or pack more images"
+            )
+        if not 1 <= lanes <= global_batch or global_batch % lanes:
+            raise ValueError(
+                f"data.lanes={lanes} must divide train.global_batch={global_batch}; leave data.lanes unset or choose a divisor"
+            )
+        self._pass = lru_cache(maxsize=4)(self._pass_sequence)
+        # A lane stays in one shard for many steps and then enters the next: twice the lanes covers both.
+        self._members = lru_cache(maxsize=2 * lanes + 2)(self._member_permutation)
+
+    def rows(self, steps: np.ndarray, lane_start: int, lane_stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Shards and members of lanes [lane_start, lane_stop) at `steps` [t], ordered by lane: two int64 [t, b].
+
+        b = (lane_stop - lane_start) B / L. Ask for a block of steps at once: the work per call is mostly fixed.
+        """
+        per_lane = self.global_batch // self.lanes
+        given = np.asarray(steps, dtype=np.int64)[:, None, None] * per_lane + np.arange(per_lane)  # [t, 1, B/L]
+        lane = np.arange(lane_start, lane_stop, dtype=np.int64)[:, None]
+        number = (given * self.lanes + lane).reshape(len(steps), -1)
+        passes, place = np.divmod(number, self.total)
+
+        quotient, extra = divmod(self.total, self.lanes)
+        run, within = place % self.lanes, place // self.lanes
+        position = run * quotient + np.minimum(run, extra) + within
+
+        shards, members = np.empty_like(position), np.empty_like(position)
+        for p in np.unique(passes).tolist():
+            rows = passes == p
+            shards[rows], members[rows] = self._locate(p, position[rows])
+        return shards, members
+
+    def first(self, step: int) -> np.ndarray:
+        """False where the same sample stands earlier in the global batch of `step`, bool [B].
+
+        Only a batch that holds the end of one pass and the start of the next can hold a sample twice.
+        """
+        begin, end = step * self.global_batch, (step + 1) * self.global_batch - 1
+        first = np.ones(self.global_batch, dtype=bool)
+        if begin // self.total != end // self.total:
+            shards, members = self.rows(np.array([step]), 0, self.lanes)
+            _, seen = np.unique(self.starts[shards[0]] + members[0], return_index=True)
+            first[:] = False
+            first[seen] = True
+        return first
+
+    def _locate(self, p: int, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Places in the sequence of pass p -> (shard, member)."""
+        order, ends = self._pass(p)
+        slot = np.searchsorted(ends, position, side="right")
+        shards = order[slot]
+        offset = position - (ends[slot] - self.samples[shards])
+        members = np.empty_like(offset)
+        # Grouped by shard: sort once, then one look-up a shard.
+        by_shard = np.argsort(shards, kind="stable")
+        cuts = np.flatnonzero(np.diff(shards[by_shard])) + 1
+        for group in np.split(by_shard, cuts):
+            shard = int(shards[group[0]])
+            n = int(self.samples[shard])
+            if n <= SORTED_LIMIT:
+                members[group] = self._members(p, shard)[offset[group]]
+            else:
+                members[group] = feistel(n, derive_key(self.seed, p, 2, shard), offset[group])
+        return shards, members
+
+    def _pass_sequence(self, p: int) -> tuple[np.ndarray, np.ndarray]:
+        """The shards in the order of pass p, and where each one's run ends in the sequence: two int64 [S]."""
+        order = permutation(len(self.samples), derive_key(self.seed, p, 1))
+        return order, np.cumsum(self.samples[order])
+
+    def _member_permutation(self, p: int, shard: int) -> np.ndarray:
+        return permutation(int(self.samples[shard]), derive_key(self.seed, p, 2, shard)).astype(np.uint16)

@@ -1,0 +1,183 @@
+"""Batches of images from shards: the endless training stream, and one walk over a split.
+
+The batch of step t depends on (seed, t) alone (`order.py`), so a stream has no state but its step: it resumes in O(1), on any
+number of ranks and loader workers, and gives every sample exactly once a pass.
+"""
+
+import queue
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from eae_dist.data.order import ORDER_VERSION, SampleOrder, lane_range
+from eae_dist.data.shards import ShardIndex, ShardReader
+from eae_dist.distributed import rank as this_rank
+from eae_dist.distributed import world_size
+
+STEPS_PER_BLOCK = 32  # the order of this many steps is computed at once; one at a time costs a tenth of the speed
+
+
+class ShardStream(IterableDataset):
+    """The training batches of this rank, from `start_step` on, without end.
+
+    Iterates dicts of this rank's rows of each global batch: "image" uint8 [b, c, h, w], "label" int64 [b] (-1: none), "key"
+    list of str, "first" bool [b] (False: the same sample stands earlier in the global batch, as it can where two passes meet).
+    Iterating again starts again at start_step.
+
+    lanes: into how many runs a pass is cut; it divides the global batch, and no more ranks than lanes can take part.
+        Default: the global batch. workers: processes that read ahead; 0 reads ahead in a thread.
+    Raises FileNotFoundError or ValueError for a missing or damaged index or shard, an unknown split, an image of another
+    shape, a batch larger than the split, lanes that do not divide the batch, more ranks than lanes.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        global_batch: int,
+        lanes: int | None = None,
+        seed: int = 0,
+        start_step: int = 0,
+        rank: int | None = None,
+        world: int | None = None,
+        workers: int = 0,
+        prefetch: int = 2,
+    ):
+        self.index = ShardIndex.load(root)
+        self.lanes = global_batch if lanes is None else lanes
+        self.reader = ShardReader(self.index, split, open_shards=2 * self.lanes)
+        self.order = SampleOrder(self.reader.split.table["samples"], seed=seed, global_batch=global_batch, lanes=self.lanes)
+        self.rank = this_rank() if rank is None else rank
+        self.world = world_size() if world is None else world
+        if self.world > self.lanes:
+            what = f"train.global_batch={global_batch}" if lanes is None else f"data.lanes={lanes}"
+            raise ValueError(
+                f"{what} needs at most {self.lanes} ranks, got {self.world}; lower the ranks or raise {what.split('=')[0]}"
+            )
+        self.lane_range = lane_range(self.lanes, self.rank, self.world)
+        self.start_step, self.workers, self.prefetch = start_step, workers, prefetch
+
+    @property
+    def rows(self) -> int:
+        """b, this rank's rows of every global batch."""
+        start, stop = self.lane_range
+        return (stop - start) * self.order.global_batch // self.lanes
+
+    @property
+    def samples(self) -> int:
+        """N, the number of samples in the split: images a pass."""
+        return self.order.total
+
+    def identity(self) -> dict:
+        """Everything that the data's order follows from; two streams that agree in it give the same batches."""
+        order = self.order
+        return {
+            "seed": order.seed,
+            "global_batch": order.global_batch,
+            "lanes": order.lanes,
+            "index_sha256": self.index.sha256,
+            "order_version": ORDER_VERSION,
+        }
+
+    def __getstate__(self):  # for worker processes that are spawned: caches are not carried over
+        state = self.__dict__.copy()
+        order = state.pop("order")
+        state["order_arguments"] = (order.samples, order.seed, order.global_batch, order.lanes)
+        return state
+
+    def __setstate__(self, state):
+        samples, seed, global_batch, lanes = state.pop("order_arguments")
+        self.__dict__.update(state)
+        self.order = SampleOrder(samples, seed=seed, global_batch=global_batch, lanes=lanes)
+
+    def __iter__(self) -> Iterator[dict]:
+        if get_worker_info() is not None:
+            # Worker j of w makes whole steps start + j, start + j + w, ...: the loader takes turns, so nothing is joined.
+            worker = get_worker_info()
+            yield from self._batches(self.start_step + worker.id, worker.num_workers)
+        elif self.workers:
+            yield from DataLoader(
+                self,
+                batch_size=None,
+                num_workers=self.workers,
+                prefetch_factor=self.prefetch,
+                pin_memory=torch.cuda.is_available(),
+                worker_init_fn=_ignore_interrupt,
+            )
+        else:
+            yield from _read_ahead(self._batches(self.start_step, 1), self.prefetch)
+
+    def _batches(self, step: int, stride: int) -> Iterator[dict]:
+        lane_start, lane_stop = self.lane_range
+        per_lane = self.order.global_batch // self.lanes
+        while True:
+            steps = step + stride * np.arange(STEPS_PER_BLOCK)
+            shards, members = self.order.rows(steps, lane_start, lane_stop)
+            for t, shard, member in zip(steps.tolist(), shards, members, strict=True):
+                first = self.order.first(t)[lane_start * per_lane : lane_stop * per_lane]
+                yield self.reader.read(shard, member) | {"first": torch.from_numpy(first)}
+            step = int(steps[-1]) + stride
+
+
+def walk(
+    root: str | Path, split: str, batch: int, *, count: int | None = None, rank: int | None = None, world: int | None = None
+) -> Iterator[dict]:
+    """The first `count` samples of a split (default: all) in order, this rank's contiguous run of whole blocks of `batch` rows.
+
+    Which rows share a batch does not depend on the number of ranks, nothing is padded and nothing comes twice; only the
+    split's last block is shorter. Dicts as of `ShardStream`, without "first".
+    """
+    reader = ShardReader(ShardIndex.load(root), split)
+    samples = np.asarray(reader.split.table["samples"])
+    ends = np.cumsum(samples)
+    total = int(ends[-1]) if count is None else min(count, int(ends[-1]))
+    blocks = -(-total // batch)
+    start, stop = lane_range(blocks, this_rank() if rank is None else rank, world_size() if world is None else world)
+    for block in range(start, stop):
+        position = np.arange(block * batch, min((block + 1) * batch, total))
+        shard = np.searchsorted(ends, position, side="right")
+        yield reader.read(shard, position - (ends - samples)[shard])
+
+
+def _ignore_interrupt(worker_id: int) -> None:
+    # Ctrl-C reaches the whole process group; the training process decides when its workers end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _read_ahead(batches: Iterator[dict], depth: int) -> Iterator[dict]:
+    """The same iterator, read in a thread that stays `depth` batches ahead; its exceptions are raised here."""
+    ahead: queue.Queue = queue.Queue(maxsize=depth)
+    closed = threading.Event()
+
+    def put(item) -> bool:
+        while not closed.is_set():
+            try:
+                ahead.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def fill():
+        try:
+            for batch in batches:
+                if not put((batch, None)):
+                    return
+        except BaseException as error:  # handed to the consumer, which raises it
+            put((None, error))
+
+    thread = threading.Thread(target=fill, name="shard-stream", daemon=True)
+    thread.start()
+    try:
+        while True:
+            batch, error = ahead.get()
+            if error is not None:
+                raise error
+            yield batch
+    finally:
+        closed.set()

@@ -1,0 +1,178 @@
+"""Ranks and what they tell each other: the only file with collectives.
+
+Every function works without a process group (one rank). Those that communicate are called by every rank the same number of
+times, in the same order. W: ranks, b: this rank's rows, n: all rows.
+"""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+
+def _initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank(group=None) -> int:
+    """This process's rank; 0 without a process group."""
+    return dist.get_rank(group) if _initialized() else 0
+
+
+def world_size(group=None) -> int:
+    """The number of ranks; 1 without a process group."""
+    return dist.get_world_size(group) if _initialized() else 1
+
+
+def gather_rows(x: torch.Tensor, group=None) -> torch.Tensor:
+    """All ranks' rows in rank order, [b, ...] -> [n, ...]; b may differ between ranks.
+
+    Differentiable: the gradient of a row is the sum of its gradients over all ranks, so a mean over ranks (DDP's) of local
+    losses that use the gathered rows is the gradient of the mean loss. May be differentiated twice.
+    """
+    if world_size(group) == 1:
+        return x
+    return _GatherRows.apply(x, row_counts(len(x), x.device, group), group)
+
+
+def row_counts(rows: int, device: torch.device, group=None) -> list[int]:
+    """How many rows each rank has, in rank order."""
+    world = world_size(group)
+    if world == 1:
+        return [rows]
+    counts = torch.empty(world, dtype=torch.int64, device=device)
+    _all_gather(counts, torch.tensor([rows], dtype=torch.int64, device=device), group)
+    return counts.tolist()
+
+
+def sum_over_ranks(x: torch.Tensor, group=None) -> torch.Tensor:
+    """The sum of x over ranks, on every rank, same shape. Differentiable, twice as well: its gradient is summed over ranks."""
+    return x if world_size(group) == 1 else _SumOverRanks.apply(x, group)
+
+
+def gather_padded(x: torch.Tensor, counts: list[int], group=None) -> torch.Tensor:
+    """All ranks' rows, [b, ...] -> [n, ...], where counts (of `row_counts`) are known. No gradient."""
+    world, longest = world_size(group), max(counts)
+    if world == 1:
+        return x
+    if len(x) < longest:
+        x = torch.cat([x, x.new_zeros(longest - len(x), *x.shape[1:])])
+    everyone = x.new_empty(world * longest, *x.shape[1:])
+    _all_gather(everyone, x.contiguous(), group)
+    if min(counts) == longest:
+        return everyone
+    return torch.cat([part[:count] for part, count in zip(everyone.split(longest), counts, strict=True)])
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, counts, group):
+        ctx.counts, ctx.group = counts, group
+        return gather_padded(x, counts, group)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        # An all_reduce, of which each rank keeps its rows: gloo before torch 2.7 has no reduce_scatter.
+        start = sum(ctx.counts[: rank(ctx.group)])
+        summed = sum_over_ranks(gradient.contiguous(), ctx.group)
+        return summed[start : start + ctx.counts[rank(ctx.group)]], None, None
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        out = x.clone()
+        dist.all_reduce(out, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return sum_over_ranks(gradient.contiguous(), ctx.group), None
+
+
+def _all_gather(out: torch.Tensor, x: torch.Tensor, group) -> None:
+    # torch 2.14 renamed all_gather_into_tensor and warns about the old name.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(out, x, group=group)
+
+
+def gather_objects(value) -> list:
+    """Every rank's value (picklable, small), in rank order, on every rank. For diagnostics and decisions, not for tensors."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_first_rank(value):
+    """Rank 0's value (picklable, small) on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+@contextmanager
+def first_rank_first() -> Iterator[bool]:
+    """Work that only rank 0 does and that may fail: yields whether this is rank 0; a failure there is raised on every rank.
+
+        with first_rank_first() as mine:
+            if mine: ...
+
+    The other ranks raise RuntimeError with rank 0's message instead of waiting for it until the timeout.
+    """
+    failure = None
+    try:
+        yield rank() == 0
+    except Exception as error:
+        failure = error
+    message = from_first_rank(None if failure is None else f"{type(failure).__name__}: {failure}")
+    if failure is not None:
+        raise failure
+    if message is not None:
+        raise RuntimeError(f"rank 0 failed: {message}")
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+class StopRequest:
+    """Turns SIGTERM and Ctrl-C on any rank into one decision of all ranks to stop after the same step.
+
+    Used as a context, in which these signals are noted and no longer end the process; a second Ctrl-C interrupts at once.
+    `start_asking` and `asked` bracket a step: the question travels over a gloo group of its own while the step computes.
+    """
+
+    def __enter__(self) -> "StopRequest":
+        self._signal: int | None = None
+        self._group = dist.new_group(backend="gloo") if world_size() > 1 else None
+        self._flag = torch.zeros(1, dtype=torch.int32)
+        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame):
+        if number == signal.SIGINT and self._signal is not None:
+            raise KeyboardInterrupt
+        self._signal = number
+
+    def start_asking(self) -> None:
+        self._flag.fill_(self._signal is not None)
+        if self._group is not None:
+            self._pending = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+
+    def asked(self) -> bool:
+        """Whether any rank had been signalled when this step began; the same answer on every rank."""
+        if self._group is not None:
+            self._pending.wait()
+        return bool(self._flag.item())

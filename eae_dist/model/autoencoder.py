@@ -1,0 +1,81 @@
+"""The autoencoder: encoder, latent norm where the objective has one, decoder."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from eae_dist.config import ModelConfig
+from eae_dist.model.networks import NETWORKS, ConvDecoder, ConvEncoder, own_class, refuse_local_norms
+from eae_dist.model.norm import GlobalBatchNorm
+
+LATENT_EPS = 1e-5  # small, so that the latent's variance is 1 and not 1 - eps
+
+
+class Autoencoder(nn.Module):
+    """encode: images [b, c, h, w] in [0, 1] -> latents [b, d]; decode: latents [b, d] -> images [b, c, h, w] in [0, 1].
+
+    With latent_norm the latent is batch-normed over all ranks' rows, without scale or shift: mean 0 and variance 1.
+    """
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, latent_norm: GlobalBatchNorm | None, image_shape, latent_dim: int):
+        super().__init__()
+        self.encoder, self.decoder, self.latent_norm = encoder, decoder, latent_norm
+        self.image_shape, self.latent_dim = tuple(image_shape), latent_dim
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        h = self.encoder(images)
+        # Statistics and entropy in float32, whatever the convolutions ran in.
+        with torch.autocast(h.device.type, enabled=False):
+            h = h.to(torch.promote_types(h.dtype, torch.float32))
+            return h if self.latent_norm is None else self.latent_norm(h)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.decoder(latents)
+
+
+def resolve_model(config: ModelConfig, image_shape: Sequence[int]) -> ModelConfig:
+    """The configuration with the network's own width and latent size filled in; raises ValueError where it does not fit."""
+    channels, height, width = image_shape
+    if config.network not in NETWORKS:
+        raise ValueError(f"model.network={config.network} is unknown; it is one of {', '.join(NETWORKS)}")
+    family = NETWORKS[config.network]
+    step = family.multiple
+    if (height % step or width % step) and not (config.encoder and config.decoder):
+        sizes = [step * m for m in sorted({max(1, height // step), height // step + 1})]
+        raise ValueError(
+            f"model.network={config.network} takes images whose sides are multiples of {step}, got {height}x{width}; "
+            f"pack them with --size {' or --size '.join(map(str, sizes))}, or name a network of your own in model.encoder "
+            f"and model.decoder"
+        )
+    latent_dim = config.latent_dim or family.latent_dim.get(channels, family.latent_dim[3])
+    return replace(config, width=config.width or family.width, latent_dim=latent_dim)
+
+
+def build_autoencoder(config: ModelConfig, image_shape: Sequence[int], *, latent_norm: bool) -> Autoencoder:
+    """An initialized autoencoder from a configuration that `resolve_model` has filled in."""
+    family, shape = NETWORKS[config.network], tuple(image_shape)
+    norm = {"eps": config.norm_eps, "momentum": config.norm_momentum}
+    # The head's bias would be removed by the latent norm.
+    if config.encoder is None:
+        encoder = ConvEncoder(family, shape, config.latent_dim, config.width, bias=not latent_norm, norm=norm)
+    else:
+        encoder = own_class(config.encoder, "model.encoder")(
+            image_shape=shape, latent_dim=config.latent_dim, width=config.width, bias=not latent_norm
+        )
+        refuse_local_norms(encoder, "model.encoder")
+    if config.decoder is None:
+        decoder = ConvDecoder(family, shape, config.latent_dim, config.width, norm=norm)
+    else:
+        decoder = own_class(config.decoder, "model.decoder")(image_shape=shape, latent_dim=config.latent_dim, width=config.width)
+        refuse_local_norms(decoder, "model.decoder")
+    norm_layer = None
+    if latent_norm:
+        norm_layer = GlobalBatchNorm(config.latent_dim, affine=False, eps=LATENT_EPS, momentum=config.norm_momentum)
+    return Autoencoder(encoder, decoder, norm_layer, shape, config.latent_dim)
+
+
+def to_unit(images: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """uint8 images -> floating point in [0, 1] on the device."""
+    return images.to(device, non_blocking=True).to(torch.get_default_dtype()).div_(255)

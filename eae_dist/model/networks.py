@@ -1,0 +1,139 @@
+"""Encoders and decoders: image [b, c, h, w] in [0, 1] -> latent [b, d], and back through a sigmoid.
+
+`rae32` and `rae64` are the networks of Ghosh et al. (ICLR 2020) for MNIST / CIFAR-10 and CelebA, layer for layer, with one
+deviation: a layer directly before a batch norm has no bias, because the norm removes it and Adam would let it drift on
+rounding noise. `small` is ours, for the embedded data. A network of yours is a class with the same arguments.
+"""
+
+import importlib
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from eae_dist.model.norm import GlobalBatchNorm
+
+
+@dataclass(frozen=True)
+class Family:
+    """Shape of a network pair. `encoder` and `decoder` list channels in units of `width`; encoder layers halve the image."""
+
+    width: int
+    kernel: int
+    encoder: tuple[int, ...]
+    decoder: tuple[int, ...]  # the first is the dense layer's, the others double the image
+    last_stride: int  # of the layer that makes the image: 2 doubles it once more
+    centered_input: bool  # the encoder sees 2x - 1
+    latent_dim: dict[int, int]  # by image channels
+
+    @property
+    def multiple(self) -> int:
+        """Image sides must be a multiple of this."""
+        return 2 ** len(self.encoder)
+
+    @property
+    def decoder_reduction(self) -> int:
+        """How much smaller than the image the decoder starts."""
+        return 2 ** (len(self.decoder) - 1) * self.last_stride
+
+
+NETWORKS = {
+    "small": Family(24, 4, (1, 2, 4), (4, 2, 1), 2, True, {1: 16, 3: 64}),
+    "rae32": Family(128, 4, (1, 2, 4, 8), (8, 4, 2), 1, True, {1: 16, 3: 128}),
+    "rae64": Family(128, 5, (1, 2, 4, 8), (8, 4, 2, 1), 1, False, {1: 64, 3: 64}),
+}
+
+
+class ConvEncoder(nn.Module):
+    """Strided convolutions, each with batch norm and ReLU, then one dense layer: [b, c, h, w] -> [b, latent_dim]."""
+
+    def __init__(self, family: Family, image_shape: tuple[int, int, int], latent_dim: int, width: int, *, bias: bool, norm: dict):
+        super().__init__()
+        channels, height, width_pixels = image_shape
+        self.centered_input = family.centered_input
+        sizes = [channels, *(width * m for m in family.encoder)]
+        self.layers = nn.Sequential()
+        for before, after in zip(sizes, sizes[1:], strict=False):
+            self.layers.append(SameConv2d(before, after, family.kernel, 2, bias=False))
+            self.layers.append(GlobalBatchNorm(after, **norm))
+            self.layers.append(nn.ReLU(inplace=True))
+        features = sizes[-1] * (height // family.multiple) * (width_pixels // family.multiple)
+        self.head = nn.Linear(features, latent_dim, bias=bias)
+        self.apply(initialize)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = 2 * x - 1 if self.centered_input else x
+        return self.head(self.layers(x).flatten(1))
+
+
+class ConvDecoder(nn.Module):
+    """One dense layer without norm or activation, then transposed convolutions and a sigmoid: [b, d] -> [b, c, h, w]."""
+
+    def __init__(self, family: Family, image_shape: tuple[int, int, int], latent_dim: int, width: int, *, norm: dict):
+        super().__init__()
+        channels, height, width_pixels = image_shape
+        sizes = [width * m for m in family.decoder]
+        start = (height // family.decoder_reduction, width_pixels // family.decoder_reduction)
+        self.dense = nn.Linear(latent_dim, sizes[0] * start[0] * start[1])
+        self.layers = nn.Sequential(nn.Unflatten(1, (sizes[0], *start)))
+        for before, after in zip(sizes, sizes[1:], strict=False):
+            self.layers.append(SameConvTranspose2d(before, after, family.kernel, 2, bias=False))
+            self.layers.append(GlobalBatchNorm(after, **norm))
+            self.layers.append(nn.ReLU(inplace=True))
+        self.layers.append(SameConvTranspose2d(sizes[-1], channels, family.kernel, family.last_stride))
+        self.layers.append(nn.Sigmoid())
+        self.apply(initialize)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return self.layers(self.dense(z))
+
+
+class SameConv2d(nn.Conv2d):
+    """A convolution padded as Keras' "same": output sides are input sides / stride, an odd pixel goes to the bottom and right."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        total = self.kernel_size[0] - self.stride[0]
+        before, after = total // 2, total - total // 2
+        if before == after:
+            return F.conv2d(x, self.weight, self.bias, self.stride, before)
+        return F.conv2d(F.pad(x, (before, after, before, after)), self.weight, self.bias, self.stride)
+
+
+class SameConvTranspose2d(nn.ConvTranspose2d):
+    """The transpose of `SameConv2d`: output sides are input sides x stride."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        (stride, _), cropped = self.stride, (self.kernel_size[0] - self.stride[0]) // 2
+        out = F.conv_transpose2d(x, self.weight, self.bias, self.stride, cropped)
+        return out[..., : x.shape[-2] * stride, : x.shape[-1] * stride]
+
+
+def initialize(layer: nn.Module) -> None:
+    """Keras' default, which the published networks were trained from: Glorot uniform weights, zero biases."""
+    if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+        nn.init.xavier_uniform_(layer.weight)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+
+
+def own_class(name: str, key: str) -> type[nn.Module]:
+    """The nn.Module class that a user names as `package.module:Class`. Raises ValueError that names the configuration's key."""
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{key}={name} cannot be imported as package.module:Class ({error})") from error
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise ValueError(f"{key}={name} is not a class derived from torch.nn.Module")
+    return found
+
+
+def refuse_local_norms(network: nn.Module, key: str) -> None:
+    """Raises ValueError if a user's network normalizes with statistics of one rank's rows only."""
+    for name, layer in network.named_modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            raise ValueError(
+                f"{key}: layer {name!r} is {type(layer).__name__}, whose statistics would differ between ranks; "
+                f"use eae_dist.model.norm.GlobalBatchNorm"
+            )

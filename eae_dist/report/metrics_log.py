@@ -1,0 +1,78 @@
+"""metrics.jsonl: one JSON object a line, one line a step that was logged; the same numbers go to accelerate's trackers."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from eae_dist.distributed import gather_rows
+from eae_dist.durable import replace_file
+
+
+class TrainingDiverged(RuntimeError):
+    """A loss or gradient that is not a finite number."""
+
+
+class MetricsLog:
+    """Appends records; on a continued run everything after `step` is cut away first, so that no step stands twice.
+
+    Make it on every rank; only rank 0 writes. Raises ValueError for a tracker that accelerate cannot start.
+    """
+
+    def __init__(self, run: Path, accelerator: Accelerator, step: int, settings: dict):
+        self.path, self.accelerator = run / "metrics.jsonl", accelerator
+        if accelerator.is_main_process:
+            replace_file(self.path, "".join(f"{line}\n" for line in lines_up_to(self.path, step)))
+        # TensorBoard hides what an interrupted run wrote after the checkpoint.
+        accelerator.init_trackers("run", init_kwargs={"tensorboard": {"purge_step": step + 1}})
+        for tracker in accelerator.trackers:
+            if tracker.name != "tensorboard":  # there, settings become a second run on the page
+                tracker.store_init_configuration({key: str(value) for key, value in settings.items()})
+
+    def write(self, record: dict[str, float]) -> None:
+        """Appends one record with "step" and "images"; floats are finite."""
+        if self.accelerator.is_main_process:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+        self.accelerator.log({key: value for key, value in record.items() if key != "step"}, step=record["step"])
+
+
+def lines_up_to(path: Path, step: int) -> list[str]:
+    """The complete lines of a metrics file whose step is at most `step`; a last line that a kill cut short is dropped."""
+    kept = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except ValueError:
+            continue
+    return kept
+
+
+def averaged(window: list[torch.Tensor], names: list[str], step: int, run: Path, *, ignore_gradient: bool) -> dict[str, float]:
+    """Means over ranks and over the steps of the window that ends with `step`; raises TrainingDiverged if one is not finite."""
+    shares = gather_rows(torch.stack(window)[None]).cpu()  # [W, steps, terms]
+    if ignore_gradient:  # fp16's loss scaling skips steps whose gradient overflows
+        shares[:, :, -1] = shares[:, :, -1].nan_to_num(posinf=0.0)
+    bad = (~shares.isfinite()).nonzero()
+    if len(bad):
+        at = int(bad[:, 1].min())
+        _, _, term = min((tuple(where) for where in bad.tolist() if where[1] == at), key=lambda where: where[2])
+        ranks = sorted({where[0] for where in bad.tolist() if where[1:] == [at, term]})
+        require_finite({names[term]: float(shares[ranks[0], at, term])}, step - len(window) + at + 1, run, ranks)
+    return dict(zip(names, shares.mean((0, 1)).tolist(), strict=True))
+
+
+def require_finite(terms: dict[str, float], step: int, run: Path, ranks: Sequence[int] = ()) -> None:
+    """Raises TrainingDiverged that names the term, the step, the ranks and the last good checkpoint."""
+    for name, value in terms.items():
+        if not math.isfinite(value):
+            latest = run / "checkpoints" / "latest"
+            good = f"the last good checkpoint is {latest.resolve()}" if latest.exists() else "no checkpoint was saved before"
+            where = f" on rank {', '.join(map(str, ranks))}" if ranks else ""
+            raise TrainingDiverged(
+                f"{name} is {value} at step {step}{where}; {good}. Lower train.learning_rate or set train.clip_norm"
+            )

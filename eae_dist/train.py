@@ -1,0 +1,376 @@
+"""Trains one objective on one data set, on any number of ranks:
+
+    accelerate launch -m eae_dist.train [--config FILE.yaml ...] [key=value ...]
+
+The same command on the same run folder continues where its last checkpoint stands. B: images a step, over all ranks.
+"""
+
+import logging
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from tqdm import tqdm
+
+from eae_dist import checkpoint as checkpoints
+from eae_dist.config import Config, TrainConfig, flatten, load_config
+from eae_dist.data.stream import ShardStream, walk
+from eae_dist.distributed import (
+    StopRequest,
+    barrier,
+    first_rank_first,
+    gather_rows,
+    rank,
+    row_counts,
+    sum_over_ranks,
+    world_size,
+)
+from eae_dist.losses.entropy import gaussian_reference
+from eae_dist.losses.terms import squared_error
+from eae_dist.model.autoencoder import to_unit
+from eae_dist.objectives import Objective, build_objective, resolve
+from eae_dist.report import metrics_log
+from eae_dist.report.grids import draw_grids, grid_inputs, save_grids
+
+log = logging.getLogger("eae_dist")
+
+
+def train(config: Config) -> None:
+    """Trains to config.train.epochs, continuing the run folder's latest checkpoint if there is one. Call on every rank.
+
+    Raises ValueError or OSError for what a user can set right, metrics_log.TrainingDiverged for a loss that is not finite.
+    """
+    # The ranks, the data, the run folder.
+    accelerator = start_accelerator(config.train)
+    stream = open_stream(config)
+    config = resolve(config, stream.index.image_shape)
+    run = Path(config.train.output)
+    resumed = checkpoints.open_run_folder(run, config, stream.identity())
+
+    # The model with its loss, the optimizer, the schedule; a step of no consequence first (see rehearse).
+    objective = build_objective(config.model, config.objective, stream.index.image_shape, config.train.seed)
+    optimizer = torch.optim.Adam(objective.parameters(), lr=config.train.learning_rate)
+    model, stepper = accelerator.prepare(objective, optimizer)
+    check_ranks(model)
+    plateau = ReduceLROnPlateau(optimizer, factor=config.train.plateau_factor, patience=config.train.plateau_patience)
+    batch_rows = rows_of_micro_batches(stream, config.train.accumulate, accelerator.device)
+    rehearse(accelerator, model, stream, batch_rows)
+
+    # The clock, where the last checkpoint left it.
+    step, best = 0, math.inf
+    if resumed is not None:
+        step, best = resumed.state["step"], resumed.state["best_validation_loss"]
+        objective.load_state_dict(resumed.model_state())
+        optimizer.load_state_dict(resumed.optimizer_state())
+        plateau.load_state_dict(resumed.state["plateau"])
+        if accelerator.scaler is not None and resumed.state["grad_scaler"]:
+            accelerator.scaler.load_state_dict(resumed.state["grad_scaler"])
+    stream.start_step = step
+    batch_images = config.train.global_batch
+    epoch_images = stream.samples
+    last_step = math.ceil(config.train.epochs * epoch_images / batch_images)
+    if step >= last_step:
+        return say(f"{run} is finished: {step * batch_images:,} images; raise train.epochs={config.train.epochs:g} to go on")
+    every = {
+        "log": config.train.log_every or 10 * batch_images,
+        "validate": config.train.validate_every or epoch_images,
+        "sample": config.train.sample_every or epoch_images,
+        "save": config.train.save_every or epoch_images,
+    }
+    metrics = metrics_log.MetricsLog(run, accelerator, step, flatten(config))
+    reference = None
+    if objective.latent_norm:
+        reference = entropy_reference(config, min(batch_rows))
+    inputs = None
+    if accelerator.is_main_process:
+        images = next(walk(config.data.root, config.data.validation or config.data.split, 64, rank=0, world=1))["image"]
+        inputs = grid_inputs(to_unit(images, accelerator.device), config.model.latent_dim, config.train.seed)
+    describe(config, objective, stream, step, last_step, batch_rows)
+
+    progress = tqdm(
+        total=last_step * batch_images,
+        initial=step * batch_images,
+        unit=" images",
+        unit_scale=True,
+        disable=not accelerator.is_main_process,
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+    )
+    window: list[torch.Tensor] = []  # the terms of every step since the last line of the log
+    with progress, StopRequest() as stop, closing(iter(stream)) as batches:
+        started = time.perf_counter()
+        while step < last_step:
+            # One step on B images.
+            stop.start_asking()
+            if config.train.schedule == "exponential":
+                set_learning_rate(
+                    optimizer, config.train.learning_rate * config.train.decay ** (step * batch_images // epoch_images)
+                )
+            names, terms = training_step(accelerator, model, stepper, next(batches), step, batch_rows, config.train.clip_norm)
+            window.append(terms)
+            step += 1
+            progress.update(batch_images)
+            stopping = stop.asked()
+            ending = stopping or step == last_step
+            due = {what for what, images in every.items() if ending or crossed(step, batch_images, images)}
+            if stopping:
+                due = {"save"}
+            if not due:
+                continue
+
+            # The log: means over the steps and ranks since the last line. A loss that is not finite stops here.
+            record = {"step": step, "images": step * batch_images, "epoch": step * batch_images / epoch_images}
+            record |= metrics_log.averaged(window, names, step, run, ignore_gradient=accelerator.scaler is not None)
+            record["learning_rate"] = optimizer.param_groups[0]["lr"]
+            record["images_per_second"] = len(window) * batch_images / (time.perf_counter() - started)
+            record["peak_memory_mib"] = peak_memory_mib(accelerator.device)
+            if reference is not None:
+                record["entropy_gaussian_reference"] = reference
+            window.clear()
+
+            # Validation, pictures, checkpoint.
+            improved = False
+            if "validate" in due and config.data.validation:
+                validation = validate(accelerator, objective, config, step)
+                record |= {f"validation_{name}": value for name, value in validation.items()}
+                metrics_log.require_finite(validation, step, run)
+                improved = validation["loss"] < best
+                best = min(best, validation["loss"])
+                if config.train.schedule == "plateau":
+                    plateau.step(validation["loss"])
+            if "sample" in due and accelerator.is_main_process:
+                save_grids(draw_grids(objective.autoencoder.eval(), inputs), run / "samples", f"step-{step:08d}-")
+                objective.train()
+            metrics.write(record)
+            progress.set_postfix(progress_terms(record), refresh=False)
+            if improved or "save" in due:
+                state = {
+                    "step": step,
+                    "images": step * batch_images,
+                    "image_shape": list(stream.index.image_shape),
+                    "stream": stream.identity(),
+                    "best_validation_loss": best,
+                    "plateau": plateau.state_dict(),
+                    "grad_scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+                }
+                with first_rank_first() as mine:
+                    if mine:
+                        saved = checkpoints.save(run, config, objective.state_dict(), optimizer.state_dict(), state)
+                        if improved:
+                            checkpoints.mark_best(saved)
+                        checkpoints.prune(run, config.train.keep)
+            if stopping:
+                break
+            started = time.perf_counter()
+
+    # The end, or a stop that was asked for.
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    if stopping:
+        say(f"stopped by a signal at step {step} of {last_step}; saved in {run}/checkpoints/latest, the same command goes on")
+    else:
+        say(f"finished {run}: samples in {run}/samples, numbers in {run}/metrics.jsonl, weights in {run}/checkpoints/latest")
+
+
+def start_accelerator(config: TrainConfig) -> Accelerator:
+    """accelerate's view of this rank: device, precision, trackers. Raises ValueError where it misses the launcher's ranks."""
+    cpu = config.device == "cpu" or not torch.cuda.is_available()
+    if cpu and config.precision == "fp16":
+        raise ValueError("train.precision=fp16 needs a GPU; take train.precision=bf16 or no")
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses
+        torch.use_deterministic_algorithms(True)
+    accelerator = Accelerator(
+        # Without cpu=True accelerate makes W separate runs of one rank, without a word.
+        cpu=cpu,
+        mixed_precision=config.precision,
+        log_with=config.trackers or None,
+        project_dir=Path(config.output) / "trackers",
+        kwargs_handlers=[
+            # GlobalBatchNorm keeps its buffers equal by itself.
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout)),
+        ],
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if not accelerator.num_processes == world_size() == launched:
+        raise ValueError(
+            f"the launcher started {launched} ranks, accelerate sees {accelerator.num_processes}; "
+            f"launch with --config_file launch/cpu.yaml on CPUs, or without --cpu"
+        )
+    if accelerator.is_main_process:
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        log.setLevel(logging.INFO)
+    return accelerator
+
+
+def check_ranks(model: torch.nn.Module) -> None:
+    """Raises ValueError if accelerate left the model unwrapped, so that every rank would train a model of its own."""
+    if world_size() > 1 and not isinstance(model, DistributedDataParallel):
+        raise ValueError(f"accelerate did not wrap the model for {world_size()} ranks; check the file given to --config_file")
+
+
+def open_stream(config: Config) -> ShardStream:
+    return ShardStream(
+        config.data.root,
+        config.data.split,
+        config.train.global_batch,
+        lanes=config.data.lanes,
+        seed=config.train.seed,
+        workers=config.data.workers,
+        prefetch=config.data.prefetch,
+    )
+
+
+def rows_of_micro_batches(stream: ShardStream, accumulate: int, device: torch.device) -> list[int]:
+    """How many rows over all ranks each micro-batch of a step has. Raises ValueError if a rank has too few rows to share out."""
+    per_rank = row_counts(stream.rows, device)
+    if min(per_rank) < accumulate:
+        raise ValueError(
+            f"train.accumulate={accumulate} needs as many images per rank, the smallest has {min(per_rank)}; "
+            f"lower train.accumulate or raise train.global_batch"
+        )
+    return [sum(rows // accumulate + (micro < rows % accumulate) for rows in per_rank) for micro in range(accumulate)]
+
+
+def training_step(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: dict,
+    step: int,
+    batch_rows: list[int],
+    clip_norm: float | None,
+) -> tuple[list[str], torch.Tensor]:
+    """One optimizer step; the terms' names and this rank's shares of them, float64 [terms], gradient norm last."""
+    optimizer.zero_grad()
+    total = None
+    micro_images, micro_first = (batch[key].tensor_split(len(batch_rows)) for key in ("image", "first"))
+    for micro, (image, first, rows) in enumerate(zip(micro_images, micro_first, batch_rows, strict=True)):
+        weight = rows / sum(batch_rows)
+        last = micro == len(batch_rows) - 1
+        with torch.enable_grad() if last else accelerator.no_sync(model):
+            terms = model(to_unit(image, accelerator.device), first.to(accelerator.device), rows, step)
+            accelerator.backward(terms["loss"] * weight)
+        shares = torch.stack([term.detach().double() for term in terms.values()]) * weight
+        total = shares if total is None else total + shares
+    accelerator.unscale_gradients(optimizer)
+    parameters = list(model.parameters())
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    if clip_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
+    optimizer.step()
+    return [*terms, "gradient_norm"], torch.cat([total, norm.double()[None]])
+
+
+def rehearse(accelerator: Accelerator, model: torch.nn.Module, stream: ShardStream, batch_rows: list[int]) -> None:
+    """One backward pass that is thrown away, on a new and on a continued run alike.
+
+    DDP rebuilds its buckets after its first backward pass, and sums of three ranks or more then round differently: without
+    this, the first step after a resume would not have the bits of the same step in an uninterrupted run.
+    """
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    images = torch.zeros(stream.rows, *stream.index.image_shape, device=accelerator.device)
+    first = torch.ones(len(images), dtype=torch.bool, device=accelerator.device)
+    for _ in range(2):  # the buckets are rebuilt at the start of the second
+        accelerator.backward(model(images, first, sum(batch_rows), 0)["loss"])
+    model.zero_grad()
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+
+
+@torch.no_grad()
+def validate(accelerator: Accelerator, objective: Objective, config: Config, step: int) -> dict[str, float]:
+    """The objective's terms over the validation split (at most train.validation_images), the same on any number of ranks."""
+    objective.eval()
+    errors = [torch.zeros(0, device=accelerator.device)]
+    latents = [torch.zeros(0, config.model.latent_dim, device=accelerator.device)]
+    for batch in walk(config.data.root, config.data.validation, config.evaluate.batch, count=config.train.validation_images):
+        images = to_unit(batch["image"], accelerator.device)
+        with accelerator.autocast():
+            latents.append(objective.autoencoder.encode(images))
+            errors.append(squared_error(objective.autoencoder.decode(latents[-1]), images))
+    errors, latents = torch.cat(errors), torch.cat(latents)
+    rows = int(sum_over_ranks(torch.tensor(len(errors), device=accelerator.device)))
+    first = torch.ones(len(errors), dtype=torch.bool, device=accelerator.device)
+    terms = objective.terms(errors, latents, first, rows, step)
+    objective.train()
+    means = gather_rows(torch.stack([term.double() for term in terms.values()])[None]).mean(0)
+    return dict(zip(terms, means.tolist(), strict=True))
+
+
+def entropy_reference(config: Config, rows: int) -> float:
+    objective = config.objective
+    d = objective.map_dim or config.model.latent_dim
+    return gaussian_reference(rows, d, k=objective.k, average_k=objective.average_k, eps2=objective.eps2, seed=config.train.seed)
+
+
+def describe(config: Config, objective: Objective, stream: ShardStream, step: int, last_step: int, batch_rows: list[int]) -> None:
+    """Says what is about to run and what the settings mean."""
+    batch, parameters = config.train.global_batch, sum(p.numel() for p in objective.parameters())
+    say(
+        f"{config.objective.name} on {stream.index.name}: {stream.samples:,} images "
+        f"{'x'.join(map(str, stream.index.image_shape))}, {parameters:,} parameters, latent {config.model.latent_dim}, batch {batch} over {world_size()} rank(s), "
+        f"steps {step} to {last_step}, run folder {config.train.output}"
+    )
+    if len(batch_rows) > 1:
+        say(
+            f"train.accumulate={len(batch_rows)}: the gradient is that of {batch} images, but entropy, latent norm and batch "
+            f"norms see micro-batches of {min(batch_rows)}"
+        )
+    if world_size() == 1 and not torch.cuda.is_available():
+        say("one CPU rank; for two: accelerate launch --config_file launch/cpu.yaml -m eae_dist.train")
+
+
+def progress_terms(record: dict[str, float]) -> dict[str, str]:
+    shown = ("loss", "reconstruction", "entropy", "validation_loss")
+    return {name: f"{record[name]:.4g}" for name in shown if name in record}
+
+
+def crossed(step: int, batch_images: int, every: int) -> bool:
+    """Whether the clock of images passed a multiple of `every` in this step."""
+    return step * batch_images // every > (step - 1) * batch_images // every
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """The most memory this rank has held: allocated on its GPU, or resident in the process, MiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def say(text: str) -> None:
+    """One line for the user, from rank 0."""
+    if rank() == 0:
+        log.info(text)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    try:
+        train(load_config(sys.argv[1:] if argv is None else argv))
+        barrier()
+    except (ValueError, OSError, metrics_log.TrainingDiverged) as error:
+        where = f" [rank {rank()}]" if world_size() > 1 else ""
+        sys.exit(f"error{where}: {error}")
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Small data sets that the tests write themselves, and one launch of torchrun per number of ranks and test session."""
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset as wds
+from PIL import Image
+
+from eae_dist.data.indexing import build_index
+
+ROOT = Path(__file__).parent.parent
+TRAIN_SIZES = (40, 37, 0, 1, 72)  # uneven, empty and single shards are ordinary shards; N = 150
+
+
+def image_of(number: int, shape=(1, 16, 16)) -> np.ndarray:
+    """A smooth random picture, uint8 [h, w, c], that tells its number: equal for equal numbers, different for others."""
+    channels, height, width = shape
+    rng = np.random.default_rng(number)
+    coarse = rng.integers(0, 256, size=(4, 4, channels)).astype(np.uint8)
+    return np.stack(
+        [np.asarray(Image.fromarray(coarse[..., c]).resize((width, height), Image.Resampling.BILINEAR)) for c in range(channels)],
+        -1,
+    )
+
+
+def encode(pixels: np.ndarray, extension: str) -> bytes:
+    file = io.BytesIO()
+    if extension == "npy":
+        np.save(file, pixels)
+    else:
+        Image.fromarray(pixels.squeeze(-1) if pixels.shape[2] == 1 else pixels).save(file, extension, lossless=True)
+    return file.getvalue()
+
+
+def write_shards(root: Path, sizes: dict[str, tuple[int, ...]], shape=(1, 16, 16), extension: str = "png") -> Path:
+    """Shards with the given numbers of samples, numbered through within a split from 0, labels modulo 10; indexed."""
+    root.mkdir(parents=True)
+    for number, (split, shards) in enumerate(sizes.items()):
+        sample = 0
+        for shard, size in enumerate(shards):
+            with wds.TarWriter(str(root / f"{split}-{shard:06d}.tar"), encoder=False, mtime=0) as tar:
+                for _ in range(size):
+                    pixels = image_of(10_000 * number + sample, shape)
+                    tar.write({"__key__": f"{sample:06d}", extension: encode(pixels, extension), "cls": b"%d" % (sample % 10)})
+                    sample += 1
+    build_index(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> Path:
+    """150 training, 40 validation and 33 test images of 1x16x16."""
+    sizes = {"train": TRAIN_SIZES, "validation": (40,), "test": (20, 13)}
+    return write_shards(tmp_path_factory.mktemp("data") / "shards", sizes)
+
+
+def rank_environment() -> dict[str, str]:
+    """The environment of a launched rank: one thread, this checkout importable."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+
+
+def torchrun(ranks: int, *command: str, timeout: float = 300) -> subprocess.CompletedProcess:
+    """Runs `command` (a script or -m module, with arguments) on so many local ranks and returns its output."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *command]
+    return subprocess.run(launcher, env=rank_environment(), cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory, shards):
+    """world(W): what the cases of tests/world.py returned on rank 0 of W ranks; launched once a session and W."""
+    results, folder = {}, tmp_path_factory.mktemp("world")
+
+    def results_of(ranks: int) -> dict:
+        if ranks not in results:
+            if ranks != 2:
+                results_of(2)  # its run folder is what the others continue
+            out = folder / f"world-{ranks}.pt"
+            done = torchrun(ranks, "tests/world.py", str(out), str(shards), str(folder))
+            assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+            results[ranks] = torch.load(out, weights_only=True)
+        return results[ranks]
+
+    return results_of

@@ -1,0 +1,45 @@
+"""Encoders that break a run at a chosen step, given to it as a user's own network."""
+
+import os
+import signal
+from pathlib import Path
+
+import torch
+
+from eae_dist.distributed import rank, world_size
+from eae_dist.model.networks import NETWORKS, ConvEncoder
+
+
+class CountingEncoder(ConvEncoder):
+    """The small encoder, which counts its training steps; the two backward passes of the rehearsal come first."""
+
+    def __init__(self, *, image_shape, latent_dim, width, bias):
+        norm = {"eps": 1e-3, "momentum": 0.1}
+        super().__init__(NETWORKS["small"], image_shape, latent_dim, width, bias=bias, norm=norm)
+        self.calls = -2
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.calls += 1
+            if self.calls == int(os.environ.get("SABOTEUR_STEP", "7")) and rank() == world_size() - 1:
+                return self.sabotage(super().forward(x))
+        return super().forward(x)
+
+
+class DivergingEncoder(CountingEncoder):
+    """Not a number in step 7 of the last rank."""
+
+    def sabotage(self, h: torch.Tensor) -> torch.Tensor:
+        return h * float("nan")
+
+
+class KillingEncoder(CountingEncoder):
+    """Signals (SABOTEUR_SIGNAL) the last rank, or with SABOTEUR_TARGET=launcher its parent, once: SABOTEUR_MARK tells."""
+
+    def sabotage(self, h: torch.Tensor) -> torch.Tensor:
+        mark = Path(os.environ["SABOTEUR_MARK"])
+        if not mark.exists():
+            mark.touch()
+            target = os.getppid() if os.environ.get("SABOTEUR_TARGET") == "launcher" else os.getpid()
+            os.kill(target, getattr(signal, os.environ["SABOTEUR_SIGNAL"]))
+        return h

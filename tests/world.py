@@ -1,0 +1,265 @@
+"""The cases that need several ranks, run once per world size: torchrun tests/world.py OUT SHARDS FOLDER.
+
+A case is a function of no argument; what it returns on rank 0 (tensors, numbers, lists, dicts) is saved under its name for
+the tests to compare across world sizes. Every case must be called on every rank.
+"""
+
+import os
+import shutil
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from world_cases import BATCH, OBJECTIVES, STEPS, configured, entropy_inputs
+
+from eae_dist.data.stream import ShardStream
+from eae_dist.distributed import gather_rows, rank, sum_over_ranks, world_size
+from eae_dist.evaluate import evaluate
+from eae_dist.losses.entropy import entropy_terms, gaussian_reference, knn_entropy
+from eae_dist.model.norm import GlobalBatchNorm
+from eae_dist.objectives import build_objective
+from eae_dist.report.metrics_log import TrainingDiverged
+from eae_dist.train import rehearse, rows_of_micro_batches, train, training_step, validate
+
+OUT, SHARDS, FOLDER = (Path(argument) for argument in sys.argv[1:4])
+CASES = {}
+
+
+def case(function):
+    CASES[function.__name__] = function
+    return function
+
+
+def run_steps(name: str, steps: int, *settings: str, workers: int = 0):
+    """Losses [steps, terms], and weights and buffers after `steps` steps, through the pieces that train() is made of."""
+    config = configured(SHARDS, name, *settings)
+    accelerator = Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    stream = ShardStream(SHARDS, "train", BATCH, seed=3, workers=workers)
+    objective = build_objective(config.model, config.objective, stream.index.image_shape, config.train.seed)
+    model, optimizer = accelerator.prepare(objective, torch.optim.Adam(objective.parameters(), lr=1e-2))
+    rows = rows_of_micro_batches(stream, config.train.accumulate, accelerator.device)
+    rehearse(accelerator, model, stream, rows)
+    losses, gradients, batches = [], None, iter(stream)
+    for step in range(steps):
+        _, terms = training_step(accelerator, model, optimizer, next(batches), step, rows, config.train.clip_norm)
+        losses.append(gather_rows(terms[None]).mean(0))
+        if step == 0:
+            gradients = {name: p.grad.clone() for name, p in objective.named_parameters()}
+    batches.close()
+    state = {key: value.clone() for key, value in objective.state_dict().items()}
+    validation = validate(accelerator, objective, config, steps)
+    return {"losses": torch.stack(losses), "gradients": gradients, "state": state, "validation": validation}
+
+
+@case
+def training_in_float64():
+    torch.set_default_dtype(torch.float64)
+    try:
+        return {name: run_steps(name, STEPS) for name in OBJECTIVES} | {
+            "clipped": run_steps("eae", STEPS, "train.clip_norm=0.05"),
+            "average_k": run_steps("eae", STEPS, "objective.k=3", "objective.average_k=true"),
+        }
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@case
+def training_in_float32():
+    return {name: run_steps(name, STEPS) for name in OBJECTIVES}
+
+
+@case
+def training_with_two_workers():
+    return run_steps("eae", 3, workers=2)
+
+
+@case
+def training_with_accumulation():
+    torch.set_default_dtype(torch.float64)
+    try:
+        return run_steps("eae", 1, "train.accumulate=2")
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def uneven(x: torch.Tensor) -> torch.Tensor:
+    """This rank's rows of x: none on rank 1 of several, all that is left on the last."""
+    bounds = {1: [0, 40], 2: [0, 29, 40], 3: [0, 13, 13, 40], 4: [0, 7, 7, 30, 40]}[world_size()]
+    return x[bounds[rank()] : bounds[rank() + 1]]
+
+
+@case
+def entropy():
+    """Entropy, its floored pairs and its gradient with respect to all 40 rows, for several options, from uneven ranks."""
+    out = {}
+    for name, options in {
+        "k=1": {"k": 1},
+        "k=3": {"k": 3},
+        "mean of 5": {"k": 5, "average_k": True},
+        "masked": {"k": 2, "masked": True},
+    }.items():
+        masked = options.pop("masked", False)
+        z, valid = entropy_inputs()
+        local = uneven(z).clone().requires_grad_()
+        terms = entropy_terms(local, valid=uneven(valid) if masked else None, **options)
+        (3 * terms.entropy / world_size()).backward()  # DDP's mean over ranks; 3 is some upstream factor
+        out[name] = {
+            "entropy": sum_over_ranks(terms.entropy.detach()) / world_size(),
+            "floored": sum_over_ranks(terms.floored),
+            "gradient": gather_rows(local.grad),
+        }
+    return out
+
+
+@case
+def entropy_under_autocast():
+    z = entropy_inputs()[0].float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        share = knn_entropy(uneven(z))
+    return {"entropy": sum_over_ranks(share) / world_size(), "dtype": str(share.dtype)}
+
+
+@case
+def gaussian_reference_of_64_draws():
+    return gaussian_reference(64, 5, k=1, average_k=False, eps2=1e-4, seed=0)
+
+
+@case
+def batch_norm():
+    """Output, running statistics and first and second derivatives of GlobalBatchNorm over 40 rows from uneven ranks."""
+    out = {}
+    for name, shape in {"2-d": (40, 3), "4-d": (40, 3, 4, 5)}.items():
+        generator = torch.Generator().manual_seed(2)
+        x = torch.randn(shape, generator=generator, dtype=torch.float64) * 3 + 7
+        weights = torch.randn(shape, generator=generator, dtype=torch.float64)
+        norm = GlobalBatchNorm(3).double()
+        with torch.no_grad():
+            norm.weight.copy_(torch.tensor([0.5, -2.0, 1.5]))
+        bounds = [40 * r // world_size() for r in range(world_size() + 1)]
+        mine = slice(bounds[rank()], bounds[rank() + 1])
+        local = x[mine].clone().requires_grad_()
+        y = norm(local)
+        loss = (y.sin() * weights[mine]).sum()
+        gx, gw, gb = torch.autograd.grad(loss, [local, norm.weight, norm.bias], create_graph=True)
+        (ggx,) = torch.autograd.grad(gx.square().sum(), local)
+        out[name] = {
+            "y": gather_rows(y.detach()),
+            "gx": gather_rows(gx.detach()),
+            "gw": sum_over_ranks(gw.detach()),
+            "gb": sum_over_ranks(gb.detach()),
+            "ggx": gather_rows(ggx),
+            "running_mean": norm.running_mean,
+            "running_var": norm.running_var,
+        }
+    return out
+
+
+@case
+def gathered_gradient():
+    """Gradient of a mean over ranks of losses that each use all gathered rows."""
+    x = torch.arange(80, dtype=torch.float64).reshape(40, 2).sin()
+    local = uneven(x).clone().requires_grad_()
+    everyone = gather_rows(local)
+    loss = (everyone.square().sum() * everyone.sin().sum()) / world_size()
+    (gradient,) = torch.autograd.grad(loss, local)
+    return {"rows": everyone.detach(), "gradient": gather_rows(gradient)}
+
+
+def train_settings(run: str, *settings: str):
+    return configured(
+        SHARDS,
+        "eae",
+        f"train.output={FOLDER / run}",
+        "train.seed=5",
+        "train.save_every=130",  # images: every 5 steps
+        "train.validate_every=200",
+        "train.sample_every=1000",
+        *settings,
+    )
+
+
+def epochs(steps: int) -> str:
+    return f"train.epochs={steps * BATCH / 150}"
+
+
+def weights_of(run: str, step: int) -> dict:
+    from safetensors.torch import load_file
+
+    return load_file(FOLDER / run / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
+
+
+@case
+def run_stopped_by_a_signal_to_one_rank():
+    """20 steps at once, and 20 steps with a SIGTERM to the last rank in the 8th; the weights of both at the end."""
+    straight, broken = f"straight-{world_size()}", f"broken-{world_size()}"
+    train(train_settings(straight, epochs(20)))
+    _signal_in_step(8)
+    train(train_settings(broken, epochs(20)))
+    stopped = (FOLDER / broken / "checkpoints" / "latest").resolve().name
+    train(train_settings(broken, epochs(20)))
+    return {"stopped": stopped, "straight": weights_of(straight, 20), "broken": weights_of(broken, 20)}
+
+
+def _signal_in_step(step: int) -> None:
+    """Sends this process a SIGTERM when it reads the batch of `step`, once, on the last rank only."""
+    original = ShardStream.__iter__
+
+    def patched(stream):
+        ShardStream.__iter__ = original
+        for number, batch in enumerate(original(stream), start=1):
+            if number == step and rank() == world_size() - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    ShardStream.__iter__ = patched
+
+
+@case
+def run_of_two_ranks_continued():
+    """A run that two ranks took to step 10, continued to step 20 by this many."""
+    if world_size() == 2:
+        train(train_settings("halfway", epochs(10)))
+        return {"state": weights_of("straight-2", 20)}
+    run = f"halfway-{world_size()}"
+    if rank() == 0:
+        shutil.copytree(FOLDER / "halfway", FOLDER / run, symlinks=True)
+    torch.distributed.barrier() if world_size() > 1 else None
+    train(train_settings(run, epochs(20)))
+    return {"state": weights_of(run, 20)}
+
+
+@case
+def evaluation():
+    """Everything but the place of the checkpoint and of the pictures."""
+    metrics = evaluate(FOLDER / "straight-2", ["evaluate.batch=8"], FOLDER / f"evaluation-{world_size()}")
+    return {key: metrics[key] for key in ("images", "reconstruction", "reconstruction_per_pixel", "step")}
+
+
+@case
+def loss_that_is_not_a_number_on_the_last_rank():
+    config = train_settings(f"diverged-{world_size()}", epochs(20))
+    config = replace(config, model=replace(config.model, encoder="saboteur:DivergingEncoder"))
+    try:
+        train(config)
+    except TrainingDiverged as error:
+        return {"message": str(error)}
+    return {"message": ""}
+
+
+def main() -> None:
+    Accelerator(cpu=True)  # makes the process group
+    results = {}
+    for name, function in CASES.items():
+        if rank() == 0:
+            print("case", name, flush=True)
+        results[name] = function()
+    if rank() == 0:
+        torch.save(results, OUT)
+
+
+if __name__ == "__main__":
+    main()
