@@ -63,7 +63,12 @@ def train(config: Config) -> None:
     optimizer = torch.optim.Adam(objective.parameters(), lr=config.train.learning_rate)
     model, stepper = accelerator.prepare(objective, optimizer)
     check_ranks(model)
-    plateau = ReduceLROnPlateau(optimizer, factor=config.train.plateau_factor, patience=config.train.plateau_patience)
+    plateau = ReduceLROnPlateau(
+        optimizer,
+        factor=config.train.plateau_factor,
+        patience=config.train.plateau_patience,
+        threshold_mode="abs",  # relative to a negative loss, standing still would count as better
+    )
     batch_rows = rows_of_micro_batches(stream, config.train.accumulate, accelerator.device)
     rehearse(accelerator, model, stream, batch_rows)
 
@@ -318,10 +323,11 @@ def entropy_reference(config: Config, rows: int) -> float:
 def describe(config: Config, objective: Objective, stream: ShardStream, step: int, last_step: int, batch_rows: list[int]) -> None:
     """Says what is about to run and what the settings mean."""
     batch, parameters = config.train.global_batch, sum(p.numel() for p in objective.parameters())
+    shape = "x".join(map(str, stream.index.image_shape))
     say(
-        f"{config.objective.name} on {stream.index.name}: {stream.samples:,} images "
-        f"{'x'.join(map(str, stream.index.image_shape))}, {parameters:,} parameters, latent {config.model.latent_dim}, batch {batch} over {world_size()} rank(s), "
-        f"steps {step} to {last_step}, run folder {config.train.output}"
+        f"{config.objective.name} on {stream.index.name}: {stream.samples:,} images {shape}, {parameters:,} parameters, "
+        f"latent {config.model.latent_dim}, batch {batch} over {world_size()} rank(s), steps {step} to {last_step}, "
+        f"run folder {config.train.output}"
     )
     if len(batch_rows) > 1:
         say(

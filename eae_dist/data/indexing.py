@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import re
 import tarfile
 import zlib
@@ -35,8 +34,8 @@ from eae_dist.data.shards import (
     ShardIndex,
     member_table_path,
     safe_shard_path,
-    sha256_of,
 )
+from eae_dist.durable import replace_file, sha256_of
 
 ENCODINGS = {"png": "png", "jpg": "jpg", "jpeg": "jpg", "webp": "webp", "npy": "raw"}  # extension -> encoding
 LABEL = re.compile(rb"\s*(-1|\d{1,18})\s*")
@@ -194,7 +193,7 @@ def write_index(
             "table_sha256": _write_table(root / f"{split}.shards.npy", table),
             "class_correlation": class_correlation([scan.members["label"] for scan in scans]),
         }
-    _write_file(root / "index.json", (json.dumps(info, indent=2) + "\n").encode())
+    replace_file(root / "index.json", json.dumps(info, indent=2) + "\n")
     return info
 
 
@@ -455,15 +454,5 @@ def _write_table(path: Path, table: np.ndarray) -> str:
     """Writes a table as .npy and returns the file's sha256."""
     data = io.BytesIO()
     np.save(data, table, allow_pickle=False)
-    _write_file(path, data.getvalue())
+    replace_file(path, data.getvalue())
     return hashlib.sha256(data.getvalue()).hexdigest()
-
-
-def _write_file(path: Path, data: bytes) -> None:
-    """The file appears whole or not at all, whatever ends this process."""
-    aside = path.with_name(path.name + ".tmp")
-    with open(aside, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)

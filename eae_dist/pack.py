@@ -1,0 +1,274 @@
+"""Makes shards of images, which everything else reads; the README in shards/ explains the format.
+
+    python -m eae_dist.pack mnist5k shards/mnist5k                      a data set of the table in data/sources.py
+    python -m eae_dist.pack imagefolder photos/ shards/photos --size 64
+    python -m eae_dist.pack npz images.npz shards/images
+    python -m eae_dist.pack --index DIR                                 an index for tar shards that others made
+    python -m eae_dist.pack --verify DIR                                check every file against the index
+
+Samples are written in a random order, never by class: training reads a shard for many steps. DIR appears at the end and
+whole, or not at all.
+"""
+
+import argparse
+import fcntl
+import inspect
+import io
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+from webdataset.writer import TarWriter
+
+from eae_dist.data.indexing import ShardScan, build_index, index_shard, verify, write_index
+from eae_dist.data.order import derive_key, permutation
+from eae_dist.data.processes import available_cores, run_tasks
+from eae_dist.data.sources import CACHE, SOURCES, SPLITS, Samples, Source
+from eae_dist.durable import fsync
+
+EXTENSIONS = {"png": "png", "jpeg": "jpg", "webp": "webp", "raw": "npy"}
+JPEG_QUALITY = 95
+LOCK = ".lock"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit code: 0, 1 for damage that --verify found, 2 for an error, 130 for Ctrl-C."""
+    arguments = parsed(argv)
+    try:
+        if arguments.verify:
+            return print_damage(arguments.verify, verify(arguments.verify, arguments.workers))
+        if arguments.index:
+            info, notes = build_index(arguments.index, arguments.split, arguments.workers)
+            print_summary("indexed", arguments.index, info, notes)
+            return 0
+        folder = free_folder(arguments.folder)
+        encoding = Encoding(arguments.format, arguments.quality)
+        load = SOURCES[arguments.source]
+        source = load(**{name: getattr(arguments, name) for name in inspect.signature(load).parameters})
+        info = pack(source, folder, encoding, arguments.shard_size, arguments.seed, arguments.workers)
+        print_summary("packed", folder, info, source.notes)
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print("error:", str(error).replace("\n", " "), file=sys.stderr)
+        return 2
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How an image is stored: as png, webp (without loss), raw, or jpeg with a quality of 1 to 100."""
+
+    format: str
+    quality: int | None = None
+
+    def __post_init__(self):
+        if self.quality is not None and self.format != "jpeg":
+            raise ValueError(f"--quality is for --format jpeg, not for {self.format}, which loses nothing")
+
+    def encode(self, image: np.ndarray) -> bytes:
+        """uint8 [h, w], [h, w, 1] or [h, w, 3] -> the bytes of its file; raw is an .npy of [h, w, c]."""
+        data = io.BytesIO()
+        if self.format == "raw":
+            np.save(data, np.ascontiguousarray(image).reshape(*image.shape[:2], -1), allow_pickle=False)
+            return data.getvalue()
+        options = {"jpeg": {"quality": self.quality or JPEG_QUALITY}, "webp": {"lossless": True}}.get(self.format, {})
+        gray = image.shape[2:] == (1,)
+        Image.fromarray(image[:, :, 0] if gray else image).save(data, format=self.format, **options)
+        return data.getvalue()
+
+
+def pack(source: Source, folder: Path, encoding: Encoding, shard_size: int, seed: int, workers: int) -> dict:
+    """Writes a source as shards into `folder`, which must be free; returns what stands in its index.json.
+
+    The bytes written do not depend on the number of worker processes.
+    """
+    plan = shard_plan(source, shard_size, seed)
+    splits: dict[str, list[ShardScan]] = {split: [] for split in SPLITS}
+    with staging(folder) as root:
+        tasks = ((root / name, source.splits[split][rows], encoding) for split, name, rows in plan)
+        with (
+            closing(run_tasks(write_shard, tasks, min(workers, len(plan)))) as scans,
+            tqdm(total=sum(map(len, source.splits.values())), desc="packing", unit=" images", disable=None) as progress,
+        ):
+            for (split, _, rows), scan in zip(plan, scans, strict=True):
+                splits[split].append(scan)
+                progress.update(len(rows))
+        return write_index(
+            root,
+            splits,
+            name=source.name,
+            classes=source.classes,
+            source=source.origin,
+            license=source.license,
+            preprocessing=source.preprocessing,
+            seed=seed,
+            channels=source.splits["train"].channels,
+        )
+
+
+def shard_plan(source: Source, shard_size: int, seed: int) -> list[tuple[str, str, np.ndarray]]:
+    """Split, file name and rows of every shard: a random order, cut into runs whose lengths differ by at most one."""
+    plan = []
+    for number, split in enumerate(SPLITS):
+        if not (samples := len(source.splits[split])):
+            raise ValueError(f"{source.name} has no usable image for {split}")
+        order = permutation(samples, derive_key(seed, number))
+        for shard, rows in enumerate(np.array_split(order, -(-samples // shard_size))):
+            plan.append((split, f"{split}-{shard:06d}.tar", rows))
+    return plan
+
+
+def write_shard(task: tuple[Path, Samples, Encoding]) -> ShardScan:
+    """Writes one tar, and scans what it has written."""
+    path, samples, encoding = task
+    with open(path, "wb") as file:
+        # The same images make the same bytes: no time. PAX: USTAR ends at 100 characters of a name, and at ASCII.
+        with TarWriter(file, encoder=False, mtime=0, format="PAX_FORMAT") as tar:
+            for i, key in enumerate(samples.keys):
+                try:
+                    sample = {"__key__": key, EXTENSIONS[encoding.format]: encoding.encode(samples.images[i])}
+                except ValueError as error:
+                    raise ValueError(f"the file of sample {key!r} changed while it was packed ({error})") from error
+                if samples.labels[i] >= 0:
+                    sample["cls"] = str(samples.labels[i]).encode()
+                tar.write(sample)
+    fsync(path)
+    scan = index_shard(path)
+    assert scan.members["key"].tolist() == [key.encode() for key in samples.keys], f"{path} was not read as it was written"
+    return scan
+
+
+def free_folder(folder: Path) -> Path:
+    """The absolute path of a folder that is empty or not there yet; else a ValueError."""
+    folder = folder.resolve()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give another folder")
+    if folder.exists() and any(folder.iterdir()):
+        what = "holds a data set already" if (folder / "index.json").exists() else "is not empty"
+        raise ValueError(f"{folder} {what}; remove it or give another folder")
+    return folder
+
+
+@contextmanager
+def staging(folder: Path) -> Iterator[Path]:
+    """Gives FOLDER.incomplete, locked; it becomes `folder` at the end, and is removed if anything goes wrong before."""
+    incomplete = folder.with_name(folder.name + ".incomplete")
+    try:
+        with _locked(incomplete):
+            try:
+                yield incomplete
+                fsync(incomplete)
+                os.rename(incomplete, folder)
+            except BaseException:
+                shutil.rmtree(incomplete, ignore_errors=True)
+                raise
+            (folder / LOCK).unlink()
+            fsync(folder.parent)
+    except OSError as error:
+        raise OSError(f"cannot write {folder}: {error.strerror or error}") from error
+
+
+@contextmanager
+def _locked(incomplete: Path) -> Iterator[None]:
+    """Makes the folder, or empties the one that a killed pack left behind, and holds it against other packs."""
+    if incomplete.exists() and not (incomplete / LOCK).exists() and any(incomplete.iterdir()):
+        raise ValueError(f"{incomplete} is in the way and was not left behind by pack; remove it")
+    incomplete.mkdir(parents=True, exist_ok=True)
+    with open(incomplete / LOCK, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Another pack can have finished, and moved the folder away, since the file was opened.
+            ours = os.path.samestat(os.fstat(lock.fileno()), os.stat(incomplete / LOCK))
+        except (BlockingIOError, FileNotFoundError):
+            ours = False
+        if not ours:
+            raise ValueError(f"another pack is writing {incomplete}; wait for it or give another folder")
+        leftovers = [path for path in incomplete.iterdir() if path.name != LOCK]
+        for path in leftovers:
+            path.unlink()
+        if leftovers:
+            print(f"removed {len(leftovers)} files that an interrupted pack left in {incomplete}", file=sys.stderr)
+        yield
+
+
+def print_summary(verb: str, folder: Path, info: dict, notes: Iterable[str]) -> None:
+    shape = "x".join(map(str, info["image"]["shape"]))
+    print(f"{verb} {info['name']} in {folder}: images {shape} (channels x height x width), {info['image']['encoding']}")
+    for split, totals in info["splits"].items():
+        samples, shards, megabytes = totals["samples"], totals["shards"], totals["bytes"] / 1e6
+        print(f"  {split:<12}{samples:>12,} samples {shards:>8,} shards {megabytes:>12,.1f} MB")
+    for note in (info["preprocessing"], *notes):
+        print(f"  {note}")
+
+
+def print_damage(folder: Path, problems: list[str]) -> int:
+    for problem in problems:
+        print(problem)
+    print(f"{folder}: {len(problems)} damaged" if problems else f"{folder}: every file is as the index says")
+    return 1 if problems else 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
+def parsed(argv: list[str] | None) -> argparse.Namespace:
+    of_source = {  # what the parameters of the functions in SOURCES are on the command line
+        "path": {"type": Path, "help": "the folder of images, or the .npz file"},
+        "--root": {"type": Path, "help": f"the raw data's folder; what is not there is downloaded (default: {CACHE})"},
+        "--size": {"type": _at_least(1), "metavar": "N", "help": "resize the central square to NxN (bilinear)"},
+        "--crop": {"type": _at_least(1), "metavar": "N", "help": "take the center NxN pixels, before resizing"},
+        "--channels": {"type": int, "choices": (1, 3), "help": "1 gray, 3 RGB (default: 1 if every image is gray)"},
+    }
+    workers = {"type": _at_least(1), "metavar": "N", "help": "processes (default: one a core)"}
+    formats = "of the images in the shards (default: png)"
+    quality = f"of jpeg (default: {JPEG_QUALITY})"
+
+    parser = _Parser(prog="python -m eae_dist.pack", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--index", type=Path, metavar="DIR", help="write the index of the tar shards in DIR")
+    parser.add_argument("--split", metavar="NAME", help="with --index: the split of all shards (default: from their names)")
+    parser.add_argument("--verify", type=Path, metavar="DIR", help="check every file of a data set; exit code 1 for damage")
+    parser.add_argument("--workers", default=available_cores(), **workers)
+    sources = parser.add_subparsers(dest="source", metavar="SOURCE", title="sources (SOURCE --help says more)")
+    for name, load in SOURCES.items():
+        source = sources.add_parser(name, help=load.__doc__, description=load.__doc__)
+        for flag, options in of_source.items():
+            if flag.removeprefix("--") in inspect.signature(load).parameters:
+                source.add_argument(flag, **options)
+        source.add_argument("folder", type=Path, metavar="DIR", help="where the shards go; empty, or not there yet")
+        source.add_argument("--format", choices=EXTENSIONS, default="png", help=formats)
+        source.add_argument("--quality", type=int, choices=range(1, 101), metavar="1..100", help=quality)
+        source.add_argument("--shard-size", type=_at_least(1), default=1000, metavar="N", help="samples (default: 1000)")
+        source.add_argument("--seed", type=_at_least(0), default=0, help="of the samples' order (default: 0)")
+        source.add_argument("--skip-bad", action="store_true", help="leave out files that are not usable images")
+        source.add_argument("--workers", default=argparse.SUPPRESS, **workers)
+
+    arguments = parser.parse_args(argv)
+    if [arguments.source, arguments.index, arguments.verify].count(None) != 2:
+        parser.error(f"give one source ({', '.join(SOURCES)}), or --index DIR, or --verify DIR")
+    if arguments.split and not arguments.index:
+        parser.error("--split goes with --index")
+    return arguments
+
+
+def _at_least(minimum: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdecimal() or not minimum <= int(text) < 2**63:
+            raise argparse.ArgumentTypeError(f"wants a whole number of at least {minimum}, got {text!r}")
+        return int(text)
+
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,245 @@
+"""Whole runs: through the launchers with processes that are killed, and in this process for what a user can get wrong."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import ROOT, rank_environment
+from safetensors.torch import load_file
+
+from eae_dist.train import main
+
+BATCH = 26
+STEPS = 14
+
+
+def settings(shards: Path, run: Path, *more: str) -> list[str]:
+    return [
+        f"data.root={shards}",
+        f"train.output={run}",
+        f"train.global_batch={BATCH}",
+        f"train.epochs={STEPS * BATCH / 150}",
+        f"train.save_every={5 * BATCH}",
+        f"train.log_every={2 * BATCH}",
+        "train.device=cpu",
+        "train.timeout=60",
+        "model.width=4",
+        "model.latent_dim=5",
+        *more,
+    ]
+
+
+def launch(shards: Path, run: Path, mark: Path, *more: str, **sabotage: str) -> subprocess.CompletedProcess:
+    """Two ranks under accelerate, as the README says it, with an encoder that can break the run in step 7."""
+    accelerate = [str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file", "launch/cpu.yaml"]
+    command = [*accelerate, "-m", "eae_dist.train", *settings(shards, run, "model.encoder=saboteur:KillingEncoder", *more)]
+    environment = rank_environment() | {"SABOTEUR_MARK": str(mark)} | sabotage
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / "latest" / "model.safetensors")
+
+
+def records(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards, tmp_path_factory):
+    """The run that nobody breaks: its folder and what it printed."""
+    run, mark = tmp_path_factory.mktemp("undisturbed") / "run", tmp_path_factory.mktemp("mark") / "mark"
+    mark.touch()
+    done = launch(shards, run, mark)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return run, done
+
+
+def test_run_prints_what_it_does_and_where_the_results_lie(undisturbed):
+    run, done = undisturbed
+    assert "eae on shards: 150 images 1x16x16" in done.stderr and "over 2 rank(s)" in done.stderr
+    assert f"finished {run}" in done.stderr
+    assert (run / "checkpoints" / "latest").resolve().name == f"step-{STEPS:08d}"
+
+
+def test_every_logged_line_carries_the_promised_terms_and_the_clock_of_images(undisturbed):
+    run, _ = undisturbed
+    lines = records(run)
+    steps = [line["step"] for line in lines]
+    assert steps == sorted(set(steps)) and steps[-1] == STEPS
+    for line in lines:
+        assert line["images"] == line["step"] * BATCH
+        terms = {"loss", "reconstruction", "reconstruction_per_pixel", "entropy", "entropy_gaussian_reference", "floored_rows"}
+        assert terms | {"learning_rate", "gradient_norm", "images_per_second", "peak_memory_mib", "epoch"} <= line.keys()
+        assert line["reconstruction"] == pytest.approx(256 * line["reconstruction_per_pixel"])
+    assert any("validation_loss" in line for line in lines)
+    rates = {line["epoch"] // 1: line["learning_rate"] for line in lines if line["epoch"] % 1 > 0.2}
+    assert rates[1] == pytest.approx(rates[0] * 0.98)
+
+
+def test_grids_come_every_epoch_and_at_the_end(undisturbed):
+    run, _ = undisturbed
+    names = sorted(path.name for path in (run / "samples").iterdir())
+    grids = ("interpolations", "reconstructions", "samples")
+    assert names == [f"step-{step:08d}-{grid}.png" for step in (6, 12, STEPS) for grid in grids]
+
+
+def test_killed_rank_ends_the_job_and_the_next_start_resumes_to_the_same_bits(undisturbed, shards, tmp_path):
+    run, mark = tmp_path / "run", tmp_path / "mark"
+    broken = launch(shards, run, mark, SABOTEUR_SIGNAL="SIGKILL")
+    assert broken.returncode != 0 and mark.exists()
+    assert (run / "checkpoints" / "latest").resolve().name == "step-00000006"  # the best after the first epoch
+    resumed = launch(shards, run, mark)
+    assert resumed.returncode == 0 and "steps 6 to 14" in resumed.stderr, resumed.stderr[-4000:]
+    expected, found = weights(undisturbed[0]), weights(run)
+    assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+    steps = [line["step"] for line in records(run)]
+    assert steps == sorted(set(steps))
+
+
+def test_sigterm_to_the_launcher_saves_on_every_rank_and_the_next_start_resumes_to_the_same_bits(undisturbed, shards, tmp_path):
+    run, mark = tmp_path / "run", tmp_path / "mark"
+    stopped = launch(shards, run, mark, SABOTEUR_SIGNAL="SIGTERM", SABOTEUR_TARGET="launcher")
+    assert f"saved in {run}/checkpoints/latest" in stopped.stderr, stopped.stderr[-4000:]
+    assert 7 <= int((run / "checkpoints" / "latest").resolve().name.removeprefix("step-")) < STEPS
+    resumed = launch(shards, run, mark)
+    assert resumed.returncode == 0, resumed.stderr[-4000:]
+    expected, found = weights(undisturbed[0]), weights(run)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_plain_launch_on_a_machine_without_gpu_runs_one_rank_and_says_how_to_get_two(shards, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("torch sees a GPU here: a plain launch uses it")
+    command = [str(Path(sys.executable).parent / "accelerate"), "launch", "-m", "eae_dist.train"]
+    # Without a user's own default configuration of accelerate.
+    environment = rank_environment() | {"HF_HOME": str(tmp_path / "home")}
+    run = tmp_path / "run"
+    arguments = settings(shards, run, "train.epochs=0.3", "train.device=auto")
+    done = subprocess.run([*command, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "over 1 rank(s)" in done.stderr and "--config_file launch/cpu.yaml" in done.stderr
+
+
+# In this process, one rank.
+
+
+def run_in_process(*arguments: str) -> None:
+    environment = dict(os.environ)
+    AcceleratorState._reset_state(reset_partial_state=True)  # its precision is that of the process
+    try:
+        main(list(arguments))
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+@pytest.fixture(scope="module")
+def finished(shards, tmp_path_factory):
+    """A short finished run of one rank."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    run_in_process(*settings(shards, run))
+    return run
+
+
+def test_finished_run_says_so_and_ends_well(finished, shards, caplog):
+    caplog.set_level("INFO", "eae_dist")
+    before = weights(finished)
+    run_in_process(*settings(shards, finished))
+    assert "is finished: 364 images; raise train.epochs" in caplog.text
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(finished).items())
+
+
+def test_longer_run_continues_and_says_what_changed(finished, shards, tmp_path, caplog):
+    caplog.set_level("INFO", "eae_dist")
+    run = shutil.copytree(finished, tmp_path / "run", symlinks=True)
+    run_in_process(*settings(shards, run, f"train.epochs={(STEPS + 3) * BATCH / 150}", "data.workers=1"))
+    assert "data.workers: 0 -> 1" in caplog.text and "steps 14 to 17" in caplog.text
+    assert records(run)[-1]["step"] == STEPS + 3
+
+
+def test_damaged_checkpoint_is_said_and_the_one_before_it_used(finished, shards, tmp_path, caplog):
+    caplog.set_level("INFO", "eae_dist")
+    run = shutil.copytree(finished, tmp_path / "run", symlinks=True)
+    with open(run / "checkpoints" / "latest" / "model.safetensors", "r+b") as file:
+        file.seek(-3, os.SEEK_END)
+        file.write(b"\x00\x01\x02")
+    run_in_process(*settings(shards, run))
+    assert "model.safetensors does not match its checksum; going back" in caplog.text
+    assert "steps 12 to 14" in caplog.text
+    assert all(torch.equal(tensor, weights(finished)[name]) for name, tensor in weights(run).items())
+
+
+def test_plateau_schedule_lowers_the_learning_rate_when_validation_stands_still(shards, tmp_path):
+    more = ("train.schedule=plateau", "train.plateau_patience=1", f"train.validate_every={BATCH}", "train.epochs=1.2")
+    # A learning rate too small to move anything: every validation is as good as the first. The loss is negative.
+    still = ("train.learning_rate=1e-6", "model.norm_momentum=1e-9", "objective.entropy_weight=-1")
+    run_in_process(*settings(shards, tmp_path / "run", *more, *still))
+    assert records(tmp_path / "run")[-1]["validation_loss"] < 0
+    rates = [line["learning_rate"] for line in records(tmp_path / "run")]
+    assert rates[-1] < rates[0]
+
+
+def test_clipping_bounds_the_step_and_logs_the_norm_before_it(shards, tmp_path):
+    run_in_process(*settings(shards, tmp_path / "run", "train.clip_norm=1e-6", "train.epochs=0.4"))
+    assert records(tmp_path / "run")[-1]["gradient_norm"] > 1e-3
+
+
+def test_accumulation_says_what_entropy_and_norms_see(shards, tmp_path, caplog):
+    caplog.set_level("INFO", "eae_dist")
+    run_in_process(*settings(shards, tmp_path / "run", "train.accumulate=2", "train.epochs=0.4"))
+    assert "entropy, latent norm and batch norms see micro-batches of 13" in caplog.text
+
+
+def test_bf16_trains_with_float32_entropy(shards, tmp_path):
+    run_in_process(*settings(shards, tmp_path / "run", "train.precision=bf16", "train.epochs=0.4"))
+    assert records(tmp_path / "run")[-1]["entropy"] == pytest.approx(6.5, abs=2)
+
+
+def test_training_without_validation_split(shards, tmp_path):
+    run_in_process(*settings(shards, tmp_path / "run", "data.validation=null", "train.epochs=0.4"))
+    assert not any("validation_loss" in line for line in records(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("name", ["eae_linear", "ae"])
+def test_every_objective_runs_from_the_command_line(shards, tmp_path, name):
+    run_in_process(*settings(shards, tmp_path / "run", f"objective.name={name}", "train.epochs=0.4"))
+    assert ("entropy" in records(tmp_path / "run")[-1]) == (name != "ae")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("train.sead=1", "unknown key train.sead; did you mean train.seed?"),
+        ("train.seed=one", "train.seed=one: .*could not be converted"),
+        ("data.root=/nowhere", "data.root=/nowhere does not exist; make shards with"),
+        ("data.split=trian", "no split 'trian'; it has test, train, validation"),
+        ("data.validation=valid", "no split 'valid'"),
+        ("train.global_batch=200", "batch of 200 needs at least as many samples, the split has 150"),
+        ("objective.k=26", "objective.k=26 needs more than 26 rows"),
+        ("objective.name=vea", "objective.name=vea is unknown; it is one of eae"),
+        ("model.network=big", "model.network=big is unknown; it is one of small"),
+        ("model.encoder=nowhere:Encoder", "model.encoder=nowhere:Encoder cannot be imported"),
+        ("objective.map_dim=9 objective.name=eae_linear", "objective.map_dim=9 must be at most model.latent_dim=5"),
+        ("train.precision=fp16", "train.precision=fp16 needs a GPU"),
+        ("train.output=/proc/run", "train.output=/proc/run cannot be written"),
+        ("data.lanes=7", "data.lanes=7 must divide train.global_batch=26"),
+    ],
+)
+def test_wrong_input_is_one_line_that_says_what_to_change(shards, tmp_path, capsys, wrong, message):
+    with pytest.raises(SystemExit) as stop:
+        run_in_process(*settings(shards, tmp_path / "run", *wrong.split()))
+    assert re.search(message, str(stop.value)), stop.value
+    assert str(stop.value).startswith("error: ")
+
+
+def test_changed_setting_on_the_same_run_folder_is_an_error_that_shows_the_difference(finished, shards):
+    with pytest.raises(SystemExit, match=r"(?s)other settings.*objective.k: 1 -> 2.*train.learning_rate: 0.001 -> 0.1"):
+        run_in_process(*settings(shards, finished, "objective.k=2", "train.learning_rate=0.1"))
