@@ -117,6 +117,10 @@ def from_first_rank(value):
     return box[0]
 
 
+class FirstRankFailed(RuntimeError):
+    """Rank 0 failed at what it does for all; raised on the other ranks."""
+
+
 @contextmanager
 def first_rank_first() -> Iterator[bool]:
     """Work that only rank 0 does and that may fail: yields whether this is rank 0; a failure there is raised on every rank.
@@ -124,7 +128,7 @@ def first_rank_first() -> Iterator[bool]:
         with first_rank_first() as mine:
             if mine: ...
 
-    The other ranks raise RuntimeError with rank 0's message instead of waiting for it until the timeout.
+    The other ranks raise FirstRankFailed with rank 0's message instead of waiting for it until the timeout.
     """
     failure = None
     try:
@@ -135,7 +139,7 @@ def first_rank_first() -> Iterator[bool]:
     if failure is not None:
         raise failure
     if message is not None:
-        raise RuntimeError(f"rank 0 failed: {message}")
+        raise FirstRankFailed(message)
 
 
 def barrier() -> None:

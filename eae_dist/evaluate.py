@@ -23,7 +23,7 @@ from eae_dist.checkpoint import Checkpoint, load_objective, open_checkpoint, ver
 from eae_dist.config import Config, changed_keys, override
 from eae_dist.data.shards import ShardIndex
 from eae_dist.data.stream import walk
-from eae_dist.distributed import first_rank_first, gather_rows, rank, world_size
+from eae_dist.distributed import FirstRankFailed, first_rank_first, gather_rows, rank, world_size
 from eae_dist.durable import replace_file
 from eae_dist.losses.terms import squared_error
 from eae_dist.model.autoencoder import Autoencoder, to_unit
@@ -133,6 +133,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         metrics = evaluate(arguments.ckpt, arguments.settings, arguments.out)
+    except FirstRankFailed:  # rank 0 says it
+        sys.exit(1)
     except (ValueError, OSError) as error:
         where = f" [rank {rank()}]" if world_size() > 1 else ""
         sys.exit(f"error{where}: {error}")

@@ -11,6 +11,7 @@ import os
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import closing
 from datetime import timedelta
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -27,6 +29,7 @@ from eae_dist import checkpoint as checkpoints
 from eae_dist.config import Config, TrainConfig, flatten, load_config
 from eae_dist.data.stream import ShardStream, walk
 from eae_dist.distributed import (
+    FirstRankFailed,
     StopRequest,
     barrier,
     first_rank_first,
@@ -192,9 +195,16 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     cpu = config.device == "cpu" or not torch.cuda.is_available()
     if cpu and config.precision == "fp16":
         raise ValueError("train.precision=fp16 needs a GPU; take train.precision=bf16 or no")
+    available = {str(tracker) for tracker in get_available_trackers()}
+    if missing := sorted(set(config.trackers) - available):
+        raise ValueError(
+            f"train.trackers={missing} are unknown to accelerate or not installed; here are: {', '.join(sorted(available))}"
+        )
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses
         torch.use_deterministic_algorithms(True)
+    # torch 2.14 renames DDP's broadcast_buffers; accelerate still passes the old name.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     accelerator = Accelerator(
         # Without cpu=True accelerate makes W separate runs of one rank, without a word.
         cpu=cpu,
@@ -370,7 +380,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         train(load_config(sys.argv[1:] if argv is None else argv))
         barrier()
-    except (ValueError, OSError, metrics_log.TrainingDiverged) as error:
+    except (FirstRankFailed, metrics_log.TrainingDiverged) as error:  # known to every rank, said by the first
+        sys.exit(f"error: {error}" if rank() == 0 else 1)
+    except (ValueError, OSError) as error:
         where = f" [rank {rank()}]" if world_size() > 1 else ""
         sys.exit(f"error{where}: {error}")
     finally:

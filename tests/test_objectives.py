@@ -1,0 +1,224 @@
+"""The losses on one process, from their parts; test_laws.py has them over ranks."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from world_cases import OBJECTIVES as CASES
+from world_cases import configured
+
+from eae_dist.config import Config, ModelConfig, ObjectiveConfig
+from eae_dist.losses.entropy import knn_entropy
+from eae_dist.model.autoencoder import LATENT_EPS
+from eae_dist.objectives import OBJECTIVES, Objective, build_objective, orthonormal, resolve
+
+SHAPE = (1, 16, 16)
+PIXELS = 16 * 16
+ROWS = 24
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def built(name: str, *settings: str, seed: int = 0) -> Objective:
+    """A row of world_cases.OBJECTIVES, of width 4 and latent size 5."""
+    config = configured("unread", name, *settings)
+    return build_objective(config.model, config.objective, SHAPE, seed)
+
+
+def images(rows: int = ROWS, channels: int = 1) -> torch.Tensor:
+    return torch.rand(rows, channels, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def everyone(rows: int = ROWS) -> torch.Tensor:
+    return torch.ones(rows, dtype=torch.bool)
+
+
+def batch_normed(x: torch.Tensor) -> torch.Tensor:
+    return (x - x.mean(0)) / (x.var(0, correction=0) + LATENT_EPS).sqrt()
+
+
+def sse_per_image(objective: Objective, x: torch.Tensor) -> float:
+    return ((objective.autoencoder.decode(objective.autoencoder.encode(x)) - x).square().sum() / len(x)).item()
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.05, 3.0])
+@pytest.mark.parametrize("options", [["objective.k=1"], ["objective.k=3"], ["objective.k=3", "objective.average_k=true"]])
+def test_eae_is_squared_error_per_pixel_minus_weighted_entropy_per_dimension(weight, options):
+    objective, x = built("eae", f"objective.entropy_weight={weight}", "objective.eps2=1e-3", *options), images()
+    config = objective.config
+    terms = objective(x, everyone(), ROWS, 0)
+    entropy = knn_entropy(
+        batch_normed(objective.autoencoder.encoder(x)), k=config.k, average_k=config.average_k, eps2=config.eps2
+    )
+    assert terms["entropy"].item() == pytest.approx(entropy.item(), rel=1e-9)
+    expected = sse_per_image(objective, x) / PIXELS - weight * entropy.item() / 5
+    assert terms["loss"].item() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_reconstruction_is_squared_error_per_image_and_per_pixel_and_channel(name):
+    config = configured("unread", name)
+    config = replace(config, model=replace(config.model, width=2))
+    objective = build_objective(config.model, config.objective, (3, 16, 16), 0)
+    x = images(channels=3)
+    terms = objective(x, everyone(), ROWS, 0)
+    assert terms["reconstruction"].item() == pytest.approx(sse_per_image(objective, x), rel=1e-12)
+    assert terms["reconstruction_per_pixel"].item() == pytest.approx(sse_per_image(objective, x) / (3 * PIXELS), rel=1e-12)
+
+
+def test_ae_is_squared_error_alone_on_latents_without_a_norm():
+    objective, x = built("ae"), images()
+    assert objective.autoencoder.latent_norm is None
+    terms = objective(x, everyone(), ROWS, 0)
+    assert terms.keys() == {"loss", "reconstruction", "reconstruction_per_pixel"}
+    assert terms["loss"].item() == pytest.approx(sse_per_image(objective, x) / PIXELS, rel=1e-12)
+    torch.testing.assert_close(objective.autoencoder.encode(x), objective.autoencoder.encoder(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_loss_reaches_every_parameter(name):
+    objective = built(name)
+    objective(images(), everyone(), ROWS, 0)["loss"].backward()
+    # A layer whose ReLUs were all off would have a gradient of exactly zero as well; none is, from these weights.
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in objective.parameters())
+
+
+@pytest.mark.parametrize("name", ["eae", "eae_linear", "eae_redrawn"])
+def test_entropy_term_pulls_the_encoder_towards_more_entropy(name):
+    objective, x = built(name, "objective.entropy_weight=5"), images()
+    plain = built(name, "objective.entropy_weight=0")
+    head, plain_head = objective.autoencoder.encoder.head.weight, plain.autoencoder.encoder.head.weight
+    before = objective(x, everyone(), ROWS, 0)
+    before["loss"].backward()
+    plain(x, everyone(), ROWS, 0)["loss"].backward()
+    assert "penalty" not in before and not before["entropy"].requires_grad
+    # Against the gradient of the entropy's part alone; a step so short that the line is straight.
+    with torch.no_grad():
+        head -= 1e-5 * (head.grad - plain_head.grad)
+    assert objective(x, everyone(), ROWS, 0)["entropy"] > before["entropy"]
+
+
+@pytest.mark.parametrize("name", ["eae", "eae_linear", "eae_redrawn"])
+def test_second_copy_of_a_sample_counts_in_the_reconstruction_but_is_no_neighbor(name):
+    objective = built(name)
+    x = images()
+    x[20:] = x[:4]
+    first = torch.arange(ROWS) < 20
+    masked, unmasked = objective(x, first, ROWS, 0), objective(x, everyone(), ROWS, 0)
+    assert masked["reconstruction"].item() == pytest.approx(sse_per_image(objective, x), rel=1e-12)
+    assert masked["reconstruction"].item() == unmasked["reconstruction"].item()
+    features = objective.features(objective.autoencoder.encode(x), 0)  # statistics over all rows, copies included
+    assert masked["entropy"].item() == pytest.approx(knn_entropy(features[:20]).item(), rel=1e-12)
+    assert int(masked["floored_rows"]) == 0 and int(unmasked["floored_rows"]) == 8
+    assert masked["entropy"] > unmasked["entropy"] + 1  # eight of 24 distances at the floor cost several nats
+
+
+@pytest.mark.parametrize(("d", "m"), [(5, 5), (5, 3), (64, 64), (7, 1)])
+def test_map_has_orthonormal_columns(d, m):
+    matrix = orthonormal(d, m, (0, 0))
+    assert matrix.shape == (d, m) and matrix.dtype == torch.float64
+    torch.testing.assert_close(matrix.T @ matrix, torch.eye(m), rtol=0, atol=1e-13)
+
+
+def test_map_is_uniform_on_the_orthogonal_group():
+    # E[M_ij] = 0 and E[M_ij^2] = 1/d for every entry; without the signs of Mezzadri the first row of QR's q is one-sided.
+    draws = torch.stack([orthonormal(3, 3, (seed, 0)) for seed in range(2000)])
+    # Standard deviations of a mean of 2,000: 0.58 / sqrt(2000) = 0.013 and, as Var[M^2] = 4/45, 0.0067. Five of each.
+    assert draws.mean(0).abs().max() < 0.065
+    assert (draws.square().mean(0) - 1 / 3).abs().max() < 0.034
+
+
+def test_fixed_map_follows_from_the_seed_and_is_saved_with_the_model():
+    one, same, other = (built("eae_linear", "objective.map_dim=3", seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(one.state_dict()["map"], orthonormal(5, 3, (1, 0)))
+    assert torch.equal(same.map, one.map) and not torch.equal(other.map, one.map)
+    other.load_state_dict(one.state_dict())
+    x = images()
+    assert torch.equal(other(x, everyone(), ROWS, 0)["entropy"], one(x, everyone(), ROWS, 0)["entropy"])
+    assert torch.equal(one(x, everyone(), ROWS, 0)["entropy"], one(x, everyone(), ROWS, 9)["entropy"])
+    assert not any(p is one.map for p in one.parameters())  # not learned
+
+
+def test_redrawn_map_follows_from_seed_and_step_and_is_not_saved():
+    one, same, other = (built("eae_redrawn", seed=seed) for seed in (1, 1, 2))
+    assert "map" not in one.state_dict()
+    other.load_state_dict(one.state_dict())  # the same weights, another seed
+
+    def entropy(objective, step):
+        return objective(images(), everyone(), ROWS, step)["entropy"].item()
+
+    assert entropy(one, 7) == entropy(same, 7)
+    assert len({entropy(one, step) for step in range(5)} | {entropy(other, 0)}) == 6
+
+
+@pytest.mark.parametrize(("name", "matrix"), [("eae_linear", (1, 0)), ("eae_redrawn", (1, 5))])
+def test_eae_linear_takes_the_entropy_of_the_batch_normed_image_of_the_latents(name, matrix):
+    settings = ["objective.map_dim=3", "objective.k=2", "objective.entropy_weight=0.7"]
+    objective, x = built(name, *settings, seed=1), images()
+    terms = objective(x, everyone(), ROWS, 4)
+    z = batch_normed(objective.autoencoder.encoder(x))
+    entropy = knn_entropy(batch_normed(z @ orthonormal(5, 3, matrix)), k=2).item()
+    assert terms["entropy"].item() == pytest.approx(entropy, rel=1e-9)
+    # Per dimension of the image, not of the latent.
+    assert terms["loss"].item() == pytest.approx(sse_per_image(objective, x) / PIXELS - 0.7 * entropy / 3, rel=1e-9)
+
+
+def test_eae_linear_on_a_rotation_of_all_dimensions_differs_from_eae_by_the_second_norm_only():
+    # A rotation moves no distance; what is left is that the rotated latents are whitened per dimension again.
+    x = images()
+    objective = built("eae_linear")
+    assert objective.map_dim == 5
+    z = objective.autoencoder.encode(x)
+    assert knn_entropy(z @ objective.map).item() == pytest.approx(knn_entropy(z).item(), rel=1e-9)
+    assert objective(x, everyone(), ROWS, 0)["entropy"].item() != pytest.approx(knn_entropy(z).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("map", ["fixed", "redrawn"])
+def test_map_to_more_dimensions_than_the_latent_is_an_error_that_names_both_keys(map):
+    with pytest.raises(ValueError, match="objective.map_dim=6 must be at most model.latent_dim=5"):
+        built("eae_linear", f"objective.map={map}", "objective.map_dim=6")
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_row_of_the_table_gives_finite_scalars_by_name(name):
+    objective = built(name)
+    assert type(objective) is OBJECTIVES[name]
+    terms = objective(images(), everyone(), ROWS, 0)
+    assert {"loss", "reconstruction", "reconstruction_per_pixel"} <= terms.keys()
+    assert all(term.shape == () and term.isfinite() for term in terms.values())
+    assert (objective.autoencoder.latent_norm is not None) == objective.latent_norm
+    assert (objective.autoencoder.encoder.head.bias is None) == objective.latent_norm
+
+
+def test_table_has_the_entropic_rows_and_the_plain_one():
+    assert {"eae", "eae_linear", "ae"} <= OBJECTIVES.keys()
+    assert {case: case in OBJECTIVES or case == "eae_redrawn" for case in CASES} == dict.fromkeys(CASES, True)
+
+
+def test_unknown_objective_is_an_error_that_lists_the_known():
+    config = replace(Config(), objective=ObjectiveConfig(name="eea"))
+    with pytest.raises(ValueError, match=f"objective.name=eea is unknown; it is one of {', '.join(OBJECTIVES)}"):
+        resolve(config, SHAPE)
+
+
+def test_resolved_configuration_states_what_follows_from_the_data():
+    config = replace(Config(), model=ModelConfig("rae32"))
+    resolved = resolve(config, (3, 32, 32))
+    assert (resolved.data.lanes, resolved.model.width, resolved.model.latent_dim) == (config.train.global_batch, 128, 128)
+    assert resolve(resolved, (3, 32, 32)) == resolved
+    chosen = replace(resolved, data=replace(resolved.data, lanes=4), model=ModelConfig("rae32", width=3, latent_dim=2))
+    assert resolve(chosen, (3, 32, 32)) == chosen
+
+
+def test_validation_terms_equal_the_training_terms_of_the_same_latents():
+    objective, x = built("eae"), images()
+    latents = objective.autoencoder.encode(x)
+    errors = (objective.autoencoder.decode(latents) - x).square().sum((1, 2, 3))
+    whole, parts = objective(x, everyone(), ROWS, 0), objective.terms(errors, latents, everyone(), ROWS, 0)
+    assert whole.keys() == parts.keys()
+    assert {name: term.item() for name, term in whole.items()} == pytest.approx({name: t.item() for name, t in parts.items()})
