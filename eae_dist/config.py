@@ -66,7 +66,7 @@ class ObjectiveConfig:
 
     name: str = "eae"
     """eae, eae_linear or ae."""
-    entropy_weight: float = 0.05
+    entropy_weight: float = 0.02
     """Weight w in (squared error per pixel and channel) - w (entropy in nats per latent dimension)."""
     k: int = 1
     """Which nearest neighbor the entropy is estimated from; 1 as in the paper."""

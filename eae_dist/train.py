@@ -121,18 +121,16 @@ def train(config: Config) -> None:
             # One step on B images.
             stop.start_asking()
             if config.train.schedule == "exponential":
-                set_learning_rate(
-                    optimizer, config.train.learning_rate * config.train.decay ** (step * batch_images // epoch_images)
-                )
+                epochs_done = step * batch_images // epoch_images
+                set_learning_rate(optimizer, config.train.learning_rate * config.train.decay**epochs_done)
             names, terms = training_step(accelerator, model, stepper, next(batches), step, batch_rows, config.train.clip_norm)
             window.append(terms)
             step += 1
             progress.update(batch_images)
             stopping = stop.asked()
-            ending = stopping or step == last_step
-            due = {what for what, images in every.items() if ending or crossed(step, batch_images, images)}
+            due = {what for what, images in every.items() if step == last_step or crossed(step, batch_images, images)}
             if stopping:
-                due = {"save"}
+                due.add("save")
             if not due:
                 continue
 

@@ -1,0 +1,35 @@
+"""Runs benchmarks, all or the named ones, and prints a markdown table:
+
+    python -m benchmarks [entropy] [stream] [training]
+
+Competitors take turns in one process, one thread each, and the medians are compared. "CPU" is time on a processor of all
+threads of a process, user and system, which other work on the machine stretches far less than it does wall time.
+"""
+
+import os
+import platform
+import sys
+
+import torch
+
+from benchmarks import entropy, stream, training
+from benchmarks.table import HEADER
+
+BENCHMARKS = {"entropy": entropy.rows, "stream": stream.rows, "training": training.rows}
+
+
+def main() -> None:
+    names = sys.argv[1:] or list(BENCHMARKS)
+    if unknown := [name for name in names if name not in BENCHMARKS]:
+        sys.exit(f"error: there is no benchmark {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started
+    torch.set_num_threads(1)
+    print(f"{platform.machine()}, {os.cpu_count()} processors, torch {torch.__version__}, one thread a process\n")
+    print(HEADER, flush=True)
+    for name in names:
+        for row in BENCHMARKS[name]():
+            print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,277 @@
+"""The configuration: what wins over what, and what is refused with which words."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from eae_dist.config import Config, changed_keys, flatten, load_config, override, read_config, save_config
+
+DEFAULTS = flatten(Config())
+TYPES = {f"{section.name}.{key.name}": key.type for section in fields(Config) for key in fields(section.default_factory)}
+INTEGERS = [key for key, kind in TYPES.items() if kind in (int, int | None)]
+FLOATS = [key for key, kind in TYPES.items() if kind in (float, float | None)]
+MAY_BE_ZERO = {"train.seed", "evaluate.seed", "data.workers"}
+UNBOUNDED = {"objective.entropy_weight"}  # a weight of 0 or below is a legitimate experiment
+FRACTIONS = ("train.decay", "train.plateau_factor", "model.norm_momentum")
+
+
+def yaml_file(folder: Path, text: str, name: str = "a.yaml") -> str:
+    path = folder / name
+    path.write_text(text)
+    return str(path)
+
+
+def test_every_key_is_text_a_number_a_switch_or_a_list_of_text():
+    known = set(INTEGERS) | set(FLOATS) | {key for key, kind in TYPES.items() if kind in (str, str | None, bool, list[str])}
+    assert known == set(TYPES) and UNBOUNDED <= known and MAY_BE_ZERO <= known
+
+
+def test_without_arguments_the_defaults_stand():
+    assert load_config([]) == Config()
+
+
+def test_whole_numbers_are_read_as_floats_where_a_float_is_wanted():
+    assert repr(load_config(["train.epochs=3"]).train.epochs) == "3.0"
+
+
+def test_later_files_win_over_earlier_ones_and_arguments_over_files(tmp_path):
+    first = yaml_file(tmp_path, "train: {seed: 1, keep: 1, epochs: 1}\nobjective: {k: 2}\n", "1.yaml")
+    second = yaml_file(tmp_path, "train: {keep: 2, epochs: 2}\n", "2.yaml")
+    config = load_config(["--config", first, second, "train.epochs=3", "train.epochs=4"])
+    found = (config.objective.k, config.train.seed, config.train.keep, config.train.epochs)
+    assert found == (2, 1, 2, 4)
+    assert load_config(["--config", second, "--config", first]).train.keep == 1
+    assert load_config([f"--config={second}", f"--config={first}"]).train.keep == 1
+    # Arguments win wherever they stand.
+    assert load_config(["train.epochs=4", "--config", first]).train.epochs == 4
+    untouched = set(DEFAULTS) - {"objective.k", "train.seed", "train.keep", "train.epochs"}
+    assert all(flatten(config)[key] == DEFAULTS[key] for key in untouched)
+
+
+def test_override_changes_the_named_keys_only():
+    base = load_config(["train.seed=7", "train.trackers=[]"])
+    changed = override(base, ["train.keep=9"])
+    assert flatten(changed) == flatten(base) | {"train.keep": 9}
+    assert base.train.keep == DEFAULTS["train.keep"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "suggestion"),
+    [
+        ("train.learning_rte=1", "train.learning_rate"),
+        ("model.latent_dims=3", "model.latent_dim"),
+        ("trian.seed=1", "train"),
+        ("entropy_weight=1", "objective.entropy_weight"),  # a key without its section
+        ("model.seed=1", "model"),  # a key of another section: something known is offered
+    ],
+)
+def test_unknown_keys_and_sections_are_errors_with_a_suggestion_on_the_command_line_and_in_yaml(tmp_path, argument, suggestion):
+    key, value = argument.split("=")
+    *section, name = key.split(".")
+    text = f"{section[0]}:\n  {name}: {value}\n" if section else f"{name}: {value}\n"
+    for argv in ([argument], ["--config", yaml_file(tmp_path, text)]):
+        with pytest.raises(ValueError, match=rf"unknown (key|section) .*did you mean {suggestion}"):
+            load_config(argv)
+
+
+def test_unknown_section_like_nothing_known_lists_the_known():
+    with pytest.raises(ValueError, match="unknown section 'zzz'; known: data, evaluate, model, objective, train"):
+        load_config(["zzz.q=1"])
+
+
+@pytest.mark.parametrize("key", ["train.seed", "model.width"])
+@pytest.mark.parametrize("value", ["many", "1.5", "true", "[1]"])
+def test_integers_take_nothing_else(key, value):
+    with pytest.raises(ValueError, match=re.escape(key)):
+        load_config([f"{key}={value}"])
+
+
+@pytest.mark.parametrize("key", ["train.epochs", "train.clip_norm"])
+@pytest.mark.parametrize("value", ["much", "true", "{a: 1}"])
+def test_floats_take_nothing_else(key, value):
+    with pytest.raises(ValueError, match=re.escape(key)):
+        load_config([f"{key}={value}"])
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "train.deterministic=maybe",
+        "train.trackers=tensorboard",  # a name where a list of names is wanted
+        "train.trackers=null",
+        "train.output=null",
+        "train.output=[a]",
+        "data.root={a: b}",
+        "train.seed=",
+    ],
+)
+def test_wrong_types_of_other_keys_name_the_key(argument):
+    with pytest.raises(ValueError, match=re.escape(argument.split("=")[0])):
+        load_config([argument])
+
+
+@pytest.mark.parametrize("key", [key for key in [*INTEGERS, *FLOATS] if key not in UNBOUNDED])
+def test_no_number_may_be_negative_and_the_error_names_its_key(key):
+    with pytest.raises(ValueError, match=rf"^{re.escape(key)}=-1.* must"):
+        load_config([f"{key}=-1"])
+
+
+@pytest.mark.parametrize("key", [key for key in [*INTEGERS, *FLOATS] if key not in UNBOUNDED | MAY_BE_ZERO])
+def test_only_seeds_and_workers_may_be_zero(key):
+    with pytest.raises(ValueError, match=rf"^{re.escape(key)}=0.* must"):
+        load_config([f"{key}=0"])
+
+
+def test_seeds_and_workers_may_be_zero():
+    config = flatten(load_config([f"{key}=0" for key in MAY_BE_ZERO]))
+    assert {config[key] for key in MAY_BE_ZERO} == {0}
+
+
+@pytest.mark.parametrize("key", [key for key in FLOATS if key not in UNBOUNDED])
+def test_no_setting_is_not_a_number(key):
+    with pytest.raises(ValueError, match=rf"^{re.escape(key)}=nan must"):
+        load_config([f"{key}=nan"])
+
+
+@pytest.mark.parametrize("key", FRACTIONS)
+def test_factors_are_at_most_one(key):
+    with pytest.raises(ValueError, match=rf"^{re.escape(key)}=1.01 must lie in \(0, 1\]"):
+        load_config([f"{key}=1.01"])
+    assert flatten(load_config([f"{key}=1"]))[key] == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "known"),
+    [
+        ("train.schedule", ("exponential", "plateau", "constant")),
+        ("train.precision", ("no", "bf16", "fp16")),
+        ("train.device", ("auto", "cpu")),
+        ("objective.map", ("fixed", "redrawn")),
+    ],
+)
+def test_choices_take_the_listed_values_and_name_them_otherwise(key, known):
+    for value in known:
+        assert flatten(load_config([f"{key}={value}"]))[key] == value
+    with pytest.raises(ValueError, match=rf"^{re.escape(key)}=other is unknown; it is one of {', '.join(known)}"):
+        load_config([f"{key}=other"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["train.schedule=plateau", "data.validation=null"], "train.schedule=plateau .* set data.validation"),
+        (["train.global_batch=7", "train.accumulate=2"], "train.accumulate=2 must divide train.global_batch=7"),
+        (["train.global_batch=6", "objective.k=6"], "objective.k=6 needs more than 6 rows"),
+        (["train.global_batch=12", "train.accumulate=2", "objective.k=6"], "objective.k=6 needs more than 6 rows"),
+    ],
+)
+def test_settings_that_do_not_fit_together_name_both_keys(argv, words):
+    with pytest.raises(ValueError, match=words):
+        load_config(argv)
+    load_config(argv[:1])  # alone, each is fine
+
+
+def test_precision_no_may_be_written_bare(tmp_path):
+    # YAML 1.1 reads a bare no as false.
+    before = yaml_file(tmp_path, "train: {precision: bf16}\n", "before.yaml")
+    bare = yaml_file(tmp_path, "train:\n  precision: no\n", "bare.yaml")
+    assert load_config(["--config", before]).train.precision == "bf16"
+    assert load_config(["--config", before, bare]).train.precision == "no"
+    assert load_config(["--config", before, "train.precision=no"]).train.precision == "no"
+    assert load_config(["--config", before, "train.precision='no'"]).train.precision == "no"
+    with pytest.raises(ValueError, match="train.precision"):
+        load_config(["train.precision=yes"])
+
+
+@pytest.mark.parametrize("value", ["${train.seed}", "${oc.env:HOME}", "${oc.decode:1}"])
+def test_interpolation_is_refused(tmp_path, value):
+    for argv in ([f"train.output={value}"], ["--config", yaml_file(tmp_path, f"train: {{output: '{value}'}}\n")]):
+        with pytest.raises(ValueError, match="plain values"):
+            load_config(argv)
+
+
+def test_yaml_that_asks_for_python_objects_is_refused(tmp_path):
+    marker = tmp_path / "ran"
+    file = yaml_file(tmp_path, f"train: {{output: !!python/object/apply:pathlib.Path.touch ['{marker}']}}\n")
+    with pytest.raises(ValueError, match=re.escape(file)):
+        load_config(["--config", file])
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("text", ["- 1\n", "hello\n", "train: [\n", "train: {seed: 1, seed: 2}\n", "train: 3\n", "train:\n"])
+def test_files_that_are_no_sections_with_keys_are_named(tmp_path, text):
+    file = yaml_file(tmp_path, text)
+    with pytest.raises(ValueError, match=re.escape(file)):
+        load_config(["--config", file])
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--config", "absent.yaml"], "absent.yaml: there is no such file"),
+        (["--seed=1"], "unknown option --seed=1"),
+        (["train"], "'train' is neither key=value nor a file"),
+        (["train=1"], "train is a section"),
+        (["train.seed=1", "b.yaml"], "'b.yaml' is neither"),
+    ],
+)
+def test_arguments_that_are_no_settings_are_errors(argv, words):
+    with pytest.raises(ValueError, match=words):
+        load_config(argv)
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_lists_every_key_with_its_default_and_its_meaning_and_exits(capsys, option):
+    with pytest.raises(SystemExit) as stop:
+        load_config(["train.seed=1", option])
+    assert stop.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    for key, default in DEFAULTS.items():
+        shown = "null" if default is None else default
+        at = [number for number, line in enumerate(lines) if line.startswith(f"  {key}={shown}  (")]
+        assert len(at) == 1, key
+        # The field's docstring: a sentence or two, indented below.
+        assert re.fullmatch(r" {6}\S.{11,}", lines[at[0] + 1]), key
+    meanings = "\n".join(lines).split("  train.learning_rate=")[1].splitlines()[1].strip()
+    assert meanings == "Adam's, at the start."
+
+
+def test_changed_keys_tell_what_may_change_from_what_may_not():
+    before = Config()
+    after = load_config(["train.seed=1", "train.epochs=7", "model.width=9", "data.root=elsewhere"])
+    assert changed_keys(before, after, changeable=False) == ["model.width: None -> 9", "train.seed: 0 -> 1"]
+    assert changed_keys(before, after, changeable=True) == [
+        f"data.root: {before.data.root} -> elsewhere",
+        f"train.epochs: {before.train.epochs} -> 7.0",
+    ]
+    assert changed_keys(after, after, changeable=True) == changed_keys(after, after, changeable=False) == []
+
+
+def test_what_decides_the_weights_may_not_change_and_what_does_not_may():
+    # Not marked: everything the order of the data, the initial weights or a step's arithmetic follows from.
+    marked = {f"{s.name}.{f.name}" for s in fields(Config) for f in fields(s.default_factory) if f.metadata.get("changeable")}
+    fixed = {"train.seed", "train.global_batch", "train.accumulate", "train.learning_rate", "train.schedule", "train.clip_norm"}
+    assert not marked & (fixed | {key for key in DEFAULTS if key.startswith(("model.", "objective."))} | {"data.lanes"})
+    assert {"train.output", "train.epochs", "train.save_every", "data.root", "data.workers", "evaluate.batch"} <= marked
+
+
+def test_saved_configuration_reads_back_equal(tmp_path):
+    config = load_config(
+        [
+            "train.output='runs/a: b #1'",
+            "train.trackers=[]",
+            "train.learning_rate=3.3e-5",
+            "train.clip_norm=0.1",
+            "train.precision=no",
+            "data.validation=null",
+            "data.split='1'",
+            "model.encoder=package.module:Class",
+            "model.latent_dim=48",
+        ]
+    )
+    assert config.train.output == "runs/a: b #1" and config.data.split == "1" and config.train.learning_rate == 3.3e-5
+    save_config(config, tmp_path / "config.yaml")
+    assert read_config(tmp_path / "config.yaml") == config
+    assert load_config(["--config", str(tmp_path / "config.yaml")]) == config
