@@ -21,6 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import eae_dist
@@ -79,7 +80,9 @@ def save(run: Path, config: Config, model_state: dict, optimizer_state: dict, st
         aside.rename(target)
     except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
-        if isinstance(error, OSError | RuntimeError):  # torch reports a full disk as RuntimeError, safetensors as its own OSError
+        if isinstance(
+            error, OSError | RuntimeError | SafetensorError
+        ):  # torch and safetensors have their own words for a full disk
             raise OSError(f"checkpoint {target} could not be written: {error}; earlier checkpoints are intact") from error
         raise
     fsync(folder)
@@ -143,6 +146,9 @@ def discard_after(run: Path, step: int) -> None:
         if int(path.name.removeprefix("step-")) > step:
             shutil.rmtree(path)
     _link(run / "checkpoints" / "latest", f"step-{step:08d}")
+    best = run / "checkpoints" / "best"
+    if best.is_symlink() and not best.exists():  # it was among those; the next better validation links it again
+        best.unlink()
 
 
 def load_objective(checkpoint: Checkpoint, allow: Collection[str] = ()) -> Objective:
@@ -233,7 +239,8 @@ def versions() -> dict[str, str]:
 
 def _folders(run: Path) -> list[Path]:
     """The run's checkpoint folders, newest first."""
-    return sorted((path for path in (run / "checkpoints").glob("step-*") if path.is_dir()), reverse=True)
+    found = (path for path in (run / "checkpoints").glob("step-*") if path.is_dir())
+    return sorted((path for path in found if path.name.removeprefix("step-").isdecimal()), reverse=True)  # a copy is the user's
 
 
 def _link(link: Path, target: str) -> None:

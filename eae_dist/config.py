@@ -7,6 +7,7 @@ differ when a run folder is continued; any other difference is refused there.
 import ast
 import difflib
 import inspect
+import math
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from eae_dist.durable import replace_file
 
 
 def changeable(default):
@@ -88,7 +91,7 @@ class TrainConfig:
     """Run folder: config.yaml, metrics.jsonl, samples, checkpoints, evaluation. Starting again there continues the run."""
     seed: int = 0
     """Fixes the initial weights, the order of the data and every draw."""
-    epochs: float = changeable(60.0)
+    epochs: float = changeable(50.0)
     """Length of the run in passes over the training split."""
     global_batch: int = 128
     """Images a step, over all ranks: the batch that the entropy and the batch norms see."""
@@ -178,18 +181,21 @@ def override(config: Config, assignments: Sequence[str]) -> Config:
 
 
 def save_config(config: Config, path: Path) -> None:
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    replace_file(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Splits a command line into the files after --config and the key=value texts."""
     files, assignments, taking_files = [], [], False
-    for argument in argv:
+    for place, argument in enumerate(argv):
         if argument in ("-h", "--help"):
             print(help_text())
             sys.exit(0)
         if argument == "--config":
             taking_files = True
+            following = "".join(argv[place + 1 : place + 2])
+            if not following or "=" in following or following.startswith("-"):
+                raise ValueError("--config wants a YAML file after it (see --help)")
         elif argument.startswith("--config="):
             files.append(argument.removeprefix("--config="))
         elif argument.startswith("-"):
@@ -267,8 +273,9 @@ def _merged(layers: list[tuple[object, str]]) -> Config:
         _check_keys(layer, origin)
         try:
             config = OmegaConf.merge(config, layer)
-        except OmegaConfBaseException as error:
-            raise ValueError(f"{origin}: {str(error).splitlines()[0]} ({error.full_key})") from error
+        except (OmegaConfBaseException, TypeError) as error:  # a list given item by item is a TypeError
+            key = getattr(error, "full_key", None)
+            raise ValueError(f"{origin}: {str(error).splitlines()[0]}" + (f" ({key})" if key else "")) from error
     result = OmegaConf.to_object(config)
     _check_values(result)
     return result
@@ -278,9 +285,12 @@ def _check_keys(layer, origin: str) -> None:
     """Raises ValueError unless the layer consists of known sections with known keys and plain values."""
     if "${" in OmegaConf.to_yaml(layer):
         raise ValueError(f"{origin}: a configuration holds plain values; ${{...}} is not resolved")
+    if "???" in OmegaConf.to_yaml(layer):
+        raise ValueError(f"{origin}: ??? stands for a missing value; give one")
     if not OmegaConf.is_dict(layer):
         raise ValueError(f"{origin}: wanted sections with keys, such as train.seed=1")
-    known = {section.name: {key.name for key in fields(section.default_factory)} for section in fields(Config)}
+    sections = {section.name: section.default_factory for section in fields(Config)}
+    known = {name: {key.name for key in fields(section)} for name, section in sections.items()}
     for name in layer:
         if name not in known:
             full = [f"{section}.{name}" for section, keys in known.items() if name in keys]
@@ -295,6 +305,9 @@ def _check_keys(layer, origin: str) -> None:
                 raise ValueError(f"{origin}: unknown key {name}.{key}{_suggestion(f'{name}.{key}', every)}")
         if section.get("precision") is False:  # YAML reads a bare no as false
             section["precision"] = "no"
+        for key in (key.name for key in fields(sections[name]) if key.type in (str, str | None)):
+            if isinstance(section.get(key), bool):
+                raise ValueError(f"{origin}: {name}.{key} wants text; put it in quotes, or YAML reads it as {section[key]}")
 
 
 def _suggestion(name: str, known) -> str:
@@ -331,8 +344,10 @@ def _check_values(config: Config) -> None:
         "evaluate.count": config.evaluate.count,
     }
     for key, value in positive.items():
-        if value is not None and not value > 0:
-            raise ValueError(f"{key}={value} must be greater than 0")
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{key}={value} must be greater than 0" + (" and finite" if value == math.inf else ""))
+    if not math.isfinite(objective.entropy_weight):
+        raise ValueError(f"objective.entropy_weight={objective.entropy_weight} must be finite")
     for key, value in {
         "train.seed": train.seed,
         "evaluate.seed": config.evaluate.seed,

@@ -46,6 +46,8 @@ def evaluate(directory: Path, assignments: Sequence[str], out: Path | None = Non
             f"data.root={config.data.root} holds images of shape {index.image_shape} (c, h, w), the checkpoint was trained on "
             f"{tuple(checkpoint.state['image_shape'])}"
         )
+    if index.split(config.evaluate.split).samples == 0:
+        raise ValueError(f"evaluate.split={config.evaluate.split} of {config.data.root} holds no images")
     named = [text.split("=", 1)[1] for text in assignments if text.startswith(("model.encoder=", "model.decoder="))]
     device = PartialState().device
     autoencoder = load_objective(checkpoint, allow=named).autoencoder.to(device)
@@ -126,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--nproc", type=int, help="local ranks; default: one per GPU, or one on a CPU")
     parser.add_argument("--out", type=Path, help="where to write; default: RUN/evaluation")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="evaluate.* and data.root")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     start_ranks(arguments)
     PartialState(cpu=not torch.cuda.is_available())
     if rank() == 0:

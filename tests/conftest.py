@@ -14,6 +14,7 @@ from PIL import Image
 
 from eae_dist.data.indexing import build_index
 
+torch.set_num_threads(1)  # the tests' tensors are small; on a busy machine threads that wait for each other crawl
 ROOT = Path(__file__).parent.parent
 TRAIN_SIZES = (40, 37, 0, 1, 72)  # uneven, empty and single shards are ordinary shards; N = 150
 

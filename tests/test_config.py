@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from eae_dist import config as config_module
 from eae_dist.config import Config, changed_keys, flatten, load_config, override, read_config, save_config
 
 DEFAULTS = flatten(Config())
@@ -224,6 +225,7 @@ def test_arguments_that_are_no_settings_are_errors(argv, words):
 
 @pytest.mark.parametrize("option", ["-h", "--help"])
 def test_help_lists_every_key_with_its_default_and_its_meaning_and_exits(capsys, option):
+    source = Path(config_module.__file__).read_text()
     with pytest.raises(SystemExit) as stop:
         load_config(["train.seed=1", option])
     assert stop.value.code == 0
@@ -232,10 +234,10 @@ def test_help_lists_every_key_with_its_default_and_its_meaning_and_exits(capsys,
         shown = "null" if default is None else default
         at = [number for number, line in enumerate(lines) if line.startswith(f"  {key}={shown}  (")]
         assert len(at) == 1, key
-        # The field's docstring: a sentence or two, indented below.
-        assert re.fullmatch(r" {6}\S.{11,}", lines[at[0] + 1]), key
-    meanings = "\n".join(lines).split("  train.learning_rate=")[1].splitlines()[1].strip()
-    assert meanings == "Adam's, at the start."
+        # Indented below, the docstring that stands under the field: a sentence or two, of which the first words must do.
+        meaning = lines[at[0] + 1].removeprefix("      ")
+        assert len(meaning) > 11, key
+        assert re.search(rf'^    {key.split(".")[1]}: .*\n    """{re.escape(meaning[:20])}', source, re.MULTILINE), key
 
 
 def test_changed_keys_tell_what_may_change_from_what_may_not():
@@ -275,3 +277,53 @@ def test_saved_configuration_reads_back_equal(tmp_path):
     save_config(config, tmp_path / "config.yaml")
     assert read_config(tmp_path / "config.yaml") == config
     assert load_config(["--config", str(tmp_path / "config.yaml")]) == config
+
+
+@pytest.mark.parametrize("argument", ["train.seed=???", "train=???"])
+def test_missing_value_marker_is_refused(argument):
+    with pytest.raises(ValueError, match=r"\?\?\?"):
+        load_config([argument])
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "train.epochs=inf",
+        "train.learning_rate=1e999",
+        "train.timeout=inf",
+        "objective.entropy_weight=nan",
+        "objective.entropy_weight=inf",
+    ],
+)
+def test_numbers_are_finite(argument):
+    with pytest.raises(ValueError, match=f"^{argument.split('=')[0]}=.* finite"):
+        load_config([argument])
+
+
+@pytest.mark.parametrize("argv", [["--config"], ["--config", "train.seed=1"], ["train.seed=1", "--config"]])
+def test_config_option_without_a_file_is_an_error(argv):
+    with pytest.raises(ValueError, match="--config wants a YAML file"):
+        load_config(argv)
+
+
+@pytest.mark.parametrize("argument", ["data.validation=no", "train.output=off", "train.device=yes"])
+def test_word_that_yaml_reads_as_a_switch_is_no_text(argument):
+    with pytest.raises(ValueError, match=argument.split("=")[0] + " wants text"):
+        load_config([argument])
+
+
+def test_item_of_a_list_cannot_be_set_alone():
+    with pytest.raises(ValueError, match="train.trackers"):
+        load_config(["train.trackers.0=x"])
+
+
+def test_saved_configuration_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError("No space left on device")
+
+    path = tmp_path / "config.yaml"
+    save_config(load_config(["train.seed=1"]), path)
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        save_config(load_config([]), path)
+    assert read_config(path).train.seed == 1

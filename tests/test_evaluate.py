@@ -149,9 +149,9 @@ def test_damaged_checkpoint_is_refused_by_name(run, name):
     ("setting", "line"),
     [
         ("train.seed=1", "train.seed: 0 -> 1"),
-        ("train.keep=9", "train.keep: 3 -> 9"),  # may change when a run is continued, not here
+        ("train.keep=9", f"train.keep: {Config().train.keep} -> 9"),  # may change when a run is continued, not here
         ("model.latent_dim=6", "model.latent_dim: 5 -> 6"),
-        ("objective.entropy_weight=1", "objective.entropy_weight: 0.05 -> 1.0"),
+        ("objective.entropy_weight=9", f"objective.entropy_weight: {Config().objective.entropy_weight} -> 9.0"),
         ("data.split=test", "data.split: train -> test"),
         ("model.encoder=json:JSONEncoder", "model.encoder: None -> json:JSONEncoder"),
     ],
@@ -213,3 +213,15 @@ def test_evaluation_leaves_the_checkpoint_as_it_was(run):
     before = [file.read_bytes() for file in files]
     evaluate(run, [])
     assert [file.read_bytes() for file in files] == before and open_checkpoint(run).state["step"] == 4
+
+
+def test_split_without_images_is_an_error(tmp_path):
+    root = write_shards(tmp_path / "shards", {"test": (2,), "none": (0,)})
+    run = save_run(tmp_path / "run", configured(root, "eae"))
+    with pytest.raises(ValueError, match=r"evaluate.split=none .* holds no images"):
+        evaluate(run, ["evaluate.split=none"])
+
+
+def test_settings_may_stand_before_and_after_options(run, tmp_path):
+    main(["--ckpt", str(run), "evaluate.count=3", "--out", str(tmp_path / "out"), "evaluate.seed=1"])
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["images"] == 3

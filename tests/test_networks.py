@@ -404,6 +404,7 @@ def test_own_encoder_and_a_built_in_decoder_go_together_where_the_image_fits():
         ("json:NoSuchClass", "cannot be imported as package.module:Class"),
         ("json.JSONEncoder", "cannot be imported as package.module:Class"),  # no colon
         ("", "cannot be imported as package.module:Class"),
+        (".mine:Encoder", "cannot be imported as package.module:Class"),
         ("json:JSONEncoder", "is not a class derived from torch.nn.Module"),
         ("torch.nn.functional:relu", "is not a class derived from torch.nn.Module"),
     ],

@@ -158,13 +158,13 @@ def window(*steps: tuple[float, ...]) -> list[torch.Tensor]:
 
 @pytest.fixture
 def three_ranks(monkeypatch):
-    """Rank 0's shares as they are, rank 1's with the loss's sign turned, rank 2's with the entropy not a number."""
+    """Rank 0's shares as they are; rank 1's entropy and gradient are no numbers in the last step, rank 2's entropy in all."""
 
     def gathered(shares: torch.Tensor) -> torch.Tensor:
-        turned, broken = shares.clone(), shares.clone()
-        turned[..., 0] *= -1
-        broken[..., 1] = math.nan
-        return torch.cat([shares, turned, broken])
+        late, always = shares.clone(), shares.clone()
+        late[:, -1, 1:] = math.nan
+        always[..., 1] = math.nan
+        return torch.cat([shares, late, always])
 
     monkeypatch.setattr(metrics_log, "gather_rows", gathered)
 
@@ -255,3 +255,7 @@ def test_torn_line_is_gone_before_the_next_is_written(tmp_path, fresh_accelerato
     run_log(tmp_path, fresh_accelerator([]), 20, {30: 1.0})
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [10, 20, 30]
+
+
+def test_single_image_has_no_interpolations(autoencoder):
+    assert draw_grids(autoencoder, grid_inputs(images(1), autoencoder.latent_dim, 0)).keys() == {"samples", "reconstructions"}

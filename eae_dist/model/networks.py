@@ -122,7 +122,7 @@ def own_class(name: str, key: str) -> type[nn.Module]:
     module, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{key}={name} cannot be imported as package.module:Class ({error})") from error
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise ValueError(f"{key}={name} is not a class derived from torch.nn.Module")

@@ -34,7 +34,8 @@ def grid_inputs(images: torch.Tensor, latent_dim: int, seed: int) -> GridInputs:
 def draw_grids(autoencoder: Autoencoder, inputs: GridInputs) -> dict[str, torch.Tensor]:
     """{"samples", "reconstructions", "interpolations"} -> a picture each, float [3, H, W]; the autoencoder is in eval mode.
 
-    Reconstructions: an original, its reconstruction, the next original ... Interpolations: one pair a row, linear in z.
+    Reconstructions: an original, its reconstruction, the next original ... Interpolations: one pair a row, linear in z;
+    none for a single image.
     """
     images = inputs.images
     latents = autoencoder.encode(images)
@@ -42,11 +43,13 @@ def draw_grids(autoencoder: Autoencoder, inputs: GridInputs) -> dict[str, torch.
     start, end = latents[0::2][: len(latents) // 2], latents[1::2]
     t = torch.linspace(0, 1, BETWEEN, device=latents.device, dtype=latents.dtype)[:, None]
     between = (start[:, None] * (1 - t) + end[:, None] * t).flatten(0, 1)
-    return {
+    grids = {
         "samples": make_grid(autoencoder.decode(inputs.latents.to(latents.dtype)), nrow=10, padding=1),
         "reconstructions": make_grid(pairs, nrow=10, padding=1),
-        "interpolations": make_grid(autoencoder.decode(between), nrow=BETWEEN, padding=1),
     }
+    if len(between):
+        grids["interpolations"] = make_grid(autoencoder.decode(between), nrow=BETWEEN, padding=1)
+    return grids
 
 
 def save_grids(grids: dict[str, torch.Tensor], folder: Path, prefix: str = "") -> None:
