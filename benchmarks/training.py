@@ -1,2 +1,85 @@
-def rows():
-    return iter(())
+"""Training: what two ranks cost against one, and what the entropy costs in a step. CPU time an image, of all ranks together.
+
+Both train the same global batch, one thread a rank, so that CPU time an image would be the same if ranks were free. One rank
+is a plain process, without DDP.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.images import write_shards
+from benchmarks.steps import ENTROPY_ROWS
+from benchmarks.table import Row, at_most
+
+# Network -> image shape, global batch, launches of each kind, rounds a launch, steps a round, the most that ranks may cost.
+CASES = {"small": ((1, 32, 32), 128, 2, 4, 10, 1.6), "rae32": ((3, 32, 32), 64, 1, 2, 1, 1.2)}
+SHARE = 0.02
+
+
+def rows() -> Iterator[Row]:
+    for network, (shape, batch, launches, rounds, steps, bound) in CASES.items():
+        rounds_of: dict[int, list] = {1: [], 2: []}
+        entropy = []
+        with tempfile.TemporaryDirectory() as folder:
+            root = write_shards(Path(folder) / "shards", shape, "png", shards=4, samples=256)
+            settings = (
+                f"data.root={root}",
+                f"train.output={folder}/run",
+                f"model.network={network}",
+                f"train.global_batch={batch}",
+            )
+            for _ in range(launches):
+                for ranks, measured in rounds_of.items():
+                    report = launch(ranks, rounds, steps, *settings)
+                    measured += report["rounds"]
+                    entropy += report.get("entropy", [])
+        one, two = (median(measured) for measured in rounds_of.values())
+        yield Row(
+            f"training step, {network}, batch {batch}: two ranks, one rank",
+            milliseconds(two),
+            milliseconds(one),
+            **at_most(bound, cpu(two) / cpu(one)),
+            beside=f"wall {two['wall'] / one['wall']:.2f}x; of CPU time, system {in_system(two)} and {in_system(one)}",
+        )
+    term, step = cpu(median(entropy)), cpu(one) * ENTROPY_ROWS
+    yield Row(
+        f"entropy of {ENTROPY_ROWS:,} latents: training step, {network}",
+        f"{term * 1e3:.1f} ms",
+        f"{step:.1f} s",
+        f"{term / step:.3%}",
+        f"at most {SHARE:.0%}",
+        term / step <= SHARE,
+        f"the step is {ENTROPY_ROWS // batch} times one of {batch} images",
+    )
+
+
+def launch(ranks: int, rounds: int, steps: int, *settings: str) -> dict:
+    """What `benchmarks.steps` reports on so many local ranks."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    arguments = ["-m", "benchmarks.steps", str(rounds), str(steps), "train.device=cpu", "train.trackers=[]", *settings]
+    done = subprocess.run([sys.executable, *launcher, *arguments], capture_output=True, text=True, env=os.environ)
+    if done.returncode:
+        raise RuntimeError(f"benchmarks.steps failed on {ranks} ranks: {done.stderr[-3000:]}")
+    return json.loads(done.stdout)
+
+
+def median(costs: list[dict[str, float]]) -> dict[str, float]:
+    return {name: statistics.median(cost[name] for cost in costs) for name in costs[0]}
+
+
+def cpu(cost: dict[str, float]) -> float:
+    return cost["user"] + cost["system"]
+
+
+def in_system(cost: dict[str, float]) -> str:
+    return f"{cost['system'] / cpu(cost):.0%}"
+
+
+def milliseconds(cost: dict[str, float]) -> str:
+    return f"{cpu(cost) * 1e3:.2f} ms/image"

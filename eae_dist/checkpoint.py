@@ -10,6 +10,7 @@
 A folder is written aside, fsynced and renamed. Nothing in it is ever unpickled into code.
 """
 
+import fcntl
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import IO
 
 import torch
 from safetensors import SafetensorError
@@ -62,7 +64,7 @@ def save(run: Path, config: Config, model_state: dict, optimizer_state: dict, st
     """
     folder = run / "checkpoints"
     target = folder / f"step-{state['step']:08d}"
-    aside = folder / f".{target.name}.partial"
+    aside, old = folder / f".{target.name}.partial", folder / f".{target.name}.old.partial"
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -76,8 +78,9 @@ def save(run: Path, config: Config, model_state: dict, optimizer_state: dict, st
         for path in [*aside.iterdir(), aside]:
             fsync(path)
         if target.exists():  # the same step again, after a resume from an earlier one
-            shutil.rmtree(target)
+            target.rename(old)
         aside.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
         if isinstance(
@@ -90,9 +93,10 @@ def save(run: Path, config: Config, model_state: dict, optimizer_state: dict, st
     return target
 
 
-def mark_best(checkpoint: Path) -> None:
-    """Links `best` beside it to this checkpoint."""
-    _link(checkpoint.parent / "best", checkpoint.name)
+def mark_best(run: Path, step: int) -> None:
+    """Links `best` to the checkpoint of that step, if it is there."""
+    if (run / "checkpoints" / f"step-{step:08d}").is_dir():
+        _link(run / "checkpoints" / "best", f"step-{step:08d}")
 
 
 def prune(run: Path, keep: int) -> None:
@@ -178,6 +182,28 @@ def load(directory: str | Path, *, device: str | torch.device = "cpu", allow: Co
     return load_objective(open_checkpoint(directory), allow).autoencoder.to(device)
 
 
+def lock(run: Path) -> IO | None:
+    """Makes the run folder and keeps other jobs out of it until the returned file is closed or the process ends.
+
+    Call on every rank; rank 0 holds the lock. Raises OSError if the folder cannot be written or is in use.
+    """
+    held = None
+    with first_rank_first() as mine:
+        if mine:
+            try:
+                run.mkdir(parents=True, exist_ok=True)
+                held = open(run / ".lock", "w")
+            except OSError as error:
+                raise OSError(f"train.output={run} cannot be written: {error}") from error
+            try:
+                fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:
+                raise OSError(f"train.output={run} is in use by another job; wait for it or take another folder") from error
+            except OSError as error:  # some network file systems have no locks
+                log.warning("train.output=%s cannot be locked (%s); keep other jobs out of it", run, error)
+    return held
+
+
 def open_run_folder(run: Path, config: Config, data_identity: dict) -> Checkpoint | None:
     """Makes or continues the run folder: the newest checkpoint that is intact, the same on every rank, or None for a new run.
 
@@ -186,14 +212,9 @@ def open_run_folder(run: Path, config: Config, data_identity: dict) -> Checkpoin
     path = None
     with first_rank_first() as mine:
         if mine:
-            try:
-                run.mkdir(parents=True, exist_ok=True)
-                (run / ".writable").touch()
-                (run / ".writable").unlink()
-            except OSError as error:
-                raise OSError(f"train.output={run} cannot be written: {error}") from error
+            run.mkdir(parents=True, exist_ok=True)
             settings = run / "config.yaml"
-            if settings.is_file():
+            if settings.is_file() and _folders(run):  # else there is nothing yet that other settings would spoil
                 before = read_config(settings)
                 if changed := changed_keys(before, config, changeable=False):
                     raise ValueError(
@@ -208,6 +229,7 @@ def open_run_folder(run: Path, config: Config, data_identity: dict) -> Checkpoin
             if found is not None:
                 check_same_data(found.state["stream"], data_identity, run)
                 discard_after(run, found.state["step"])
+                mark_best(run, found.state["best_step"])
                 path = found.path
             elif damage:
                 raise ValueError(f"no checkpoint of {run} is intact; move the folder away to start anew")

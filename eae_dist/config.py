@@ -50,7 +50,8 @@ class ModelConfig:
     network: str = "small"
     """small (3 + 3 layers), rae32 (MNIST, CIFAR-10) or rae64 (CelebA), the last two as in the RAE paper."""
     encoder: str | None = None
-    """An encoder of your own, package.module:Class, called with image_shape, latent_dim, width and bias."""
+    """An encoder of your own, package.module:Class, called with image_shape, latent_dim, width and bias.
+    Its random layers (dropout) are seeded by seed, step and rank: the same bits on the same number of ranks only."""
     decoder: str | None = None
     """A decoder of your own, package.module:Class, called with image_shape, latent_dim and width."""
     width: int | None = None
@@ -252,11 +253,11 @@ def _field_docstrings(cls: type) -> dict[str, str]:
 def _from_file(file: str) -> tuple[object, str]:
     path = Path(file)
     if not path.is_file():
-        raise ValueError(f"--config {file}: there is no such file")
+        raise ValueError(f"{file}: there is no such configuration file")
     try:
         loaded = OmegaConf.load(path)
     except Exception as error:  # YAML and OmegaConf raise many kinds
-        raise ValueError(f"--config {file} is not a YAML mapping: {error}") from error
+        raise ValueError(f"{file} is not a YAML mapping: {error}") from error
     return loaded, file
 
 

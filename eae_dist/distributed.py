@@ -7,6 +7,7 @@ times, in the same order. W: ranks, b: this rank's rows, n: all rows.
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -154,9 +155,13 @@ class StopRequest:
     `start_asking` and `asked` bracket a step: the question travels over a gloo group of its own while the step computes.
     """
 
+    def __init__(self, timeout: float):
+        """timeout: seconds after which a rank gives up waiting for the others' answer."""
+        self._timeout = timedelta(seconds=timeout)
+
     def __enter__(self) -> "StopRequest":
         self._signal: int | None = None
-        self._group = dist.new_group(backend="gloo") if world_size() > 1 else None
+        self._group = dist.new_group(backend="gloo", timeout=self._timeout) if world_size() > 1 else None
         self._flag = torch.zeros(1, dtype=torch.int32)
         self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self

@@ -2,7 +2,7 @@
 
     python -m eae_dist.evaluate --ckpt DIR [--nproc N] [--out DIR] [key=value ...]
 
-Alone it uses all local GPUs, or N CPU ranks; under accelerate, torchrun or srun it joins their ranks. The numbers do not
+Alone it uses all local GPUs, or N CPU ranks; under accelerate or torchrun it joins their ranks. The numbers do not
 depend on how many ranks there are. Writes evaluation/metrics.json and PNG grids into the run folder, or into --out.
 """
 
@@ -114,7 +114,10 @@ def evaluation_folder(checkpoint: Checkpoint) -> Path:
 
 def start_ranks(arguments: argparse.Namespace) -> None:
     """Starts this command again on several local ranks, unless a launcher already made ranks or one is enough."""
-    count = arguments.nproc or torch.cuda.device_count() or 1
+    gpus = torch.cuda.device_count()
+    count = arguments.nproc or gpus or 1
+    if 0 < gpus < count:
+        sys.exit(f"error: --nproc={count} wants a GPU each, there are {gpus}; lower --nproc")
     if "RANK" in os.environ or count == 1:
         return
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "-m", "eae_dist.evaluate"]

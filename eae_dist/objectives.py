@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from eae_dist.config import Config, ModelConfig, ObjectiveConfig
+from eae_dist.data.order import derive_key
 from eae_dist.losses.entropy import entropy_terms
 from eae_dist.losses.terms import mean_share, squared_error
 from eae_dist.model.autoencoder import LATENT_EPS, Autoencoder, build_autoencoder, resolve_model
@@ -71,7 +72,7 @@ class EAE(Objective):
         return {
             "penalty": entropy * (-config.entropy_weight / features.shape[1]),
             "entropy": entropy.detach(),
-            "floored_rows": mean_share(floored, 1),
+            "floored_pairs": mean_share(floored, 1),
         }
 
     def features(self, latents: torch.Tensor, step: int) -> torch.Tensor:
@@ -104,25 +105,30 @@ class EAELinear(EAE):
 OBJECTIVES: dict[str, type[Objective]] = {"eae": EAE, "eae_linear": EAELinear, "ae": AE}
 
 
+def objective_class(name: str) -> type[Objective]:
+    """The row of OBJECTIVES; an unknown name is a ValueError that lists the known."""
+    if name not in OBJECTIVES:
+        raise ValueError(f"objective.name={name} is unknown; it is one of {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[name]
+
+
 def orthonormal(d: int, m: int, key: tuple[int, int]) -> torch.Tensor:
     """A uniformly random matrix of m orthonormal columns, float64 [d, m], that depends on the key alone."""
-    seed, draw = key
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + draw) % 2**63)
+    generator = torch.Generator().manual_seed(derive_key(*key))
     q, r = torch.linalg.qr(torch.randn(d, m, generator=generator, dtype=torch.float64))
     return q * r.diagonal().sign()  # Mezzadri 2007: makes the QR's choice of signs immaterial
 
 
 def resolve(config: Config, image_shape: tuple[int, int, int]) -> Config:
     """The configuration with every default that depends on the data filled in; ValueError for an unknown objective or network."""
-    if config.objective.name not in OBJECTIVES:
-        raise ValueError(f"objective.name={config.objective.name} is unknown; it is one of {', '.join(OBJECTIVES)}")
+    objective_class(config.objective.name)
     lanes = config.data.lanes or config.train.global_batch
     return replace(config, data=replace(config.data, lanes=lanes), model=resolve_model(config.model, image_shape))
 
 
 def build_objective(model: ModelConfig, objective: ObjectiveConfig, image_shape: tuple[int, int, int], seed: int) -> Objective:
     """The objective with initial weights that depend on the seed alone; the configuration is one that `resolve` has filled in."""
-    cls = OBJECTIVES[objective.name]
+    cls = objective_class(objective.name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         autoencoder = build_autoencoder(model, image_shape, latent_norm=cls.latent_norm)

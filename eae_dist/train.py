@@ -13,7 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from eae_dist import checkpoint as checkpoints
 from eae_dist.config import Config, TrainConfig, flatten, load_config
+from eae_dist.data.order import derive_key
 from eae_dist.data.stream import ShardStream, walk
 from eae_dist.distributed import (
     FirstRankFailed,
@@ -59,6 +60,7 @@ def train(config: Config) -> None:
     stream = open_stream(config)
     config = resolve(config, stream.index.image_shape)
     run = Path(config.train.output)
+    _lock = checkpoints.lock(run)  # held until this function returns
     resumed = checkpoints.open_run_folder(run, config, stream.identity())
 
     # The model with its loss, the optimizer, the schedule; a step of no consequence first (see rehearse).
@@ -76,9 +78,9 @@ def train(config: Config) -> None:
     rehearse(accelerator, model, stream, batch_rows)
 
     # The clock, where the last checkpoint left it.
-    step, best = 0, math.inf
+    step, best, best_step = 0, math.inf, 0
     if resumed is not None:
-        step, best = resumed.state["step"], resumed.state["best_validation_loss"]
+        step, best, best_step = (resumed.state[name] for name in ("step", "best_validation_loss", "best_step"))
         objective.load_state_dict(resumed.model_state())
         optimizer.load_state_dict(resumed.optimizer_state())
         plateau.load_state_dict(resumed.state["plateau"])
@@ -99,7 +101,7 @@ def train(config: Config) -> None:
     metrics = metrics_log.MetricsLog(run, accelerator, step, flatten(config))
     reference = None
     if objective.latent_norm:
-        reference = entropy_reference(config, min(batch_rows))
+        reference = entropy_reference(config, min(batch_rows), accelerator.device)
     inputs = None
     if accelerator.is_main_process:
         images = next(walk(config.data.root, config.data.validation or config.data.split, 64, rank=0, world=1))["image"]
@@ -115,7 +117,7 @@ def train(config: Config) -> None:
         mininterval=0.5 if sys.stderr.isatty() else 30,
     )
     window: list[torch.Tensor] = []  # the terms of every step since the last line of the log
-    with progress, StopRequest() as stop, closing(iter(stream)) as batches:
+    with progress, StopRequest(config.train.timeout) as stop, closing(iter(stream)) as batches:
         started = time.perf_counter()
         while step < last_step:
             # One step on B images.
@@ -123,6 +125,7 @@ def train(config: Config) -> None:
             if config.train.schedule == "exponential":
                 epochs_done = step * batch_images // epoch_images
                 set_learning_rate(optimizer, config.train.learning_rate * config.train.decay**epochs_done)
+            torch.manual_seed(derive_key(config.train.seed, step, rank()))  # of random layers in a network of the user's own
             names, terms = training_step(accelerator, model, stepper, next(batches), step, batch_rows, config.train.clip_norm)
             window.append(terms)
             step += 1
@@ -151,7 +154,8 @@ def train(config: Config) -> None:
                 record |= {f"validation_{name}": value for name, value in validation.items()}
                 metrics_log.require_finite(validation, step, run)
                 improved = validation["loss"] < best
-                best = min(best, validation["loss"])
+                if improved:
+                    best, best_step = validation["loss"], step
                 if config.train.schedule == "plateau":
                     plateau.step(validation["loss"])
             if "sample" in due and accelerator.is_main_process:
@@ -166,14 +170,14 @@ def train(config: Config) -> None:
                     "image_shape": list(stream.index.image_shape),
                     "stream": stream.identity(),
                     "best_validation_loss": best,
+                    "best_step": best_step,
                     "plateau": plateau.state_dict(),
                     "grad_scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
                 }
                 with first_rank_first() as mine:
                     if mine:
-                        saved = checkpoints.save(run, config, objective.state_dict(), optimizer.state_dict(), state)
-                        if improved:
-                            checkpoints.mark_best(saved)
+                        checkpoints.save(run, config, objective.state_dict(), optimizer.state_dict(), state)
+                        checkpoints.mark_best(run, best_step)
                         checkpoints.prune(run, config.train.keep)
             if stopping:
                 break
@@ -234,7 +238,8 @@ def check_ranks(model: torch.nn.Module) -> None:
 
 
 def open_stream(config: Config) -> ShardStream:
-    return ShardStream(
+    """The training data; raises ValueError or FileNotFoundError, also for a validation split that is not there."""
+    stream = ShardStream(
         config.data.root,
         config.data.split,
         config.train.global_batch,
@@ -243,6 +248,9 @@ def open_stream(config: Config) -> ShardStream:
         workers=config.data.workers,
         prefetch=config.data.prefetch,
     )
+    if config.data.validation is not None:
+        stream.index.split(config.data.validation)
+    return stream
 
 
 def rows_of_micro_batches(stream: ShardStream, accumulate: int, device: torch.device) -> list[int]:
@@ -272,13 +280,13 @@ def training_step(
     for micro, (image, first, rows) in enumerate(zip(micro_images, micro_first, batch_rows, strict=True)):
         weight = rows / sum(batch_rows)
         last = micro == len(batch_rows) - 1
-        with torch.enable_grad() if last else accelerator.no_sync(model):
+        with nullcontext() if last else accelerator.no_sync(model):
             terms = model(to_unit(image, accelerator.device), first.to(accelerator.device), rows, step)
             accelerator.backward(terms["loss"] * weight)
         shares = torch.stack([term.detach().double() for term in terms.values()]) * weight
         total = shares if total is None else total + shares
     accelerator.unscale_gradients(optimizer)
-    parameters = list(model.parameters())
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]  # a user's may be frozen
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     if clip_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
@@ -293,10 +301,11 @@ def rehearse(accelerator: Accelerator, model: torch.nn.Module, stream: ShardStre
     this, the first step after a resume would not have the bits of the same step in an uninterrupted run.
     """
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    images = torch.zeros(stream.rows, *stream.index.image_shape, device=accelerator.device)
+    rows = -(-stream.rows // len(batch_rows))  # of the first micro-batch, the largest
+    images = torch.zeros(rows, *stream.index.image_shape, device=accelerator.device)
     first = torch.ones(len(images), dtype=torch.bool, device=accelerator.device)
     for _ in range(2):  # the buckets are rebuilt at the start of the second
-        accelerator.backward(model(images, first, sum(batch_rows), 0)["loss"])
+        accelerator.backward(model(images, first, batch_rows[0], 0)["loss"])
     model.zero_grad()
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
@@ -322,10 +331,10 @@ def validate(accelerator: Accelerator, objective: Objective, config: Config, ste
     return dict(zip(terms, means.tolist(), strict=True))
 
 
-def entropy_reference(config: Config, rows: int) -> float:
-    objective = config.objective
-    d = objective.map_dim or config.model.latent_dim
-    return gaussian_reference(rows, d, k=objective.k, average_k=objective.average_k, eps2=objective.eps2, seed=config.train.seed)
+def entropy_reference(config: Config, rows: int, device: torch.device) -> float:
+    objective, seed = config.objective, config.train.seed
+    options = {"k": objective.k, "average_k": objective.average_k, "eps2": objective.eps2, "seed": seed, "device": device}
+    return gaussian_reference(rows, objective.map_dim or config.model.latent_dim, **options)
 
 
 def describe(config: Config, objective: Objective, stream: ShardStream, step: int, last_step: int, batch_rows: list[int]) -> None:

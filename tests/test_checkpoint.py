@@ -10,6 +10,7 @@ import pickletools
 import re
 import shutil
 import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -61,7 +62,7 @@ def write(trained) -> Callable[..., Path]:
     objective, optimizer = trained
 
     def written(run: Path, step: int, config: Config = CONFIG) -> Path:
-        state = {"step": step, "images": 26 * step, "image_shape": list(SHAPE), "stream": IDENTITY, "best_validation_loss": 0.5}
+        state = {"step": step, "images": 26 * step, "image_shape": list(SHAPE), "stream": IDENTITY, "best_step": 0}
         return checkpoints.save(run, config, objective.state_dict(), optimizer.state_dict(), state)
 
     return written
@@ -117,7 +118,7 @@ def test_run_folder_opens_as_its_latest_checkpoint(tmp_path, write):
     assert open_checkpoint(tmp_path / "checkpoints" / "latest").path == second
     assert open_checkpoint(first).path == first
     assert os.readlink(tmp_path / "checkpoints" / "latest") == "step-00000010"  # relative: a run folder can be moved
-    checkpoints.mark_best(first)
+    checkpoints.mark_best(tmp_path, 5)
     assert open_checkpoint(tmp_path / "checkpoints" / "best").path == first
 
 
@@ -259,9 +260,9 @@ def test_disk_that_fills_up_at_any_place_in_a_checkpoint_costs_that_checkpoint_o
 )
 def test_the_last_and_the_best_checkpoints_are_kept(tmp_path, write, best, keep, left):
     for step in range(1, 7):
-        path = write(tmp_path, step)
+        write(tmp_path, step)
         if step == best:
-            checkpoints.mark_best(path)
+            checkpoints.mark_best(tmp_path, step)
     checkpoints.prune(tmp_path, keep)
     links = {"latest"} | ({"best"} if best else set())
     assert names_in(tmp_path) == {f"step-{step:08d}" for step in left} | links
@@ -476,13 +477,37 @@ def test_run_folder_that_cannot_be_written_is_an_error_that_names_its_key(tmp_pa
     (tmp_path / "file").touch()
     run = tmp_path / "file" / below
     with pytest.raises(OSError, match=f"^train.output={run} cannot be written"):
-        opened(run)
+        checkpoints.lock(run)
+
+
+def test_best_that_a_kill_kept_from_being_linked_is_linked_at_the_next_start(tmp_path, write, trained):
+    write(tmp_path, 5)
+    checkpoints.mark_best(tmp_path, 5)
+    state = {"step": 10, "image_shape": list(SHAPE), "stream": IDENTITY, "best_step": 10}
+    checkpoints.save(tmp_path, CONFIG, trained[0].state_dict(), trained[1].state_dict(), state)
+    opened(tmp_path)
+    assert os.readlink(tmp_path / "checkpoints" / "best") == "step-00000010"
+
+
+def test_second_job_on_a_run_folder_is_refused_and_the_first_goes_on(tmp_path):
+    held = checkpoints.lock(tmp_path / "run")
+    script = f"from eae_dist.checkpoint import lock; from pathlib import Path; lock(Path({str(tmp_path / 'run')!r}))"
+    second = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert second.returncode != 0 and "is in use by another job" in second.stderr
+    held.close()
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
+def test_settings_of_a_run_that_has_saved_nothing_yet_may_be_corrected(tmp_path):
+    assert opened(tmp_path) is None
+    assert opened(tmp_path, changed("train", seed=9)) is None
+    assert read_config(tmp_path / "config.yaml").train.seed == 9
 
 
 def test_best_does_not_dangle_after_going_back_behind_damage(tmp_path, write):
     write(tmp_path, 5)
     damaged = write(tmp_path, 10)
-    checkpoints.mark_best(damaged)
+    checkpoints.mark_best(tmp_path, 10)
     (damaged / "state.json").unlink()
     assert opened(tmp_path).state["step"] == 5
     assert not (tmp_path / "checkpoints" / "best").is_symlink()

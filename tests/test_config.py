@@ -211,7 +211,7 @@ def test_files_that_are_no_sections_with_keys_are_named(tmp_path, text):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--config", "absent.yaml"], "absent.yaml: there is no such file"),
+        (["--config", "absent.yaml"], "absent.yaml: there is no such configuration file"),
         (["--seed=1"], "unknown option --seed=1"),
         (["train"], "'train' is neither key=value nor a file"),
         (["train=1"], "train is a section"),

@@ -114,7 +114,7 @@ def test_second_copy_of_a_sample_counts_in_the_reconstruction_but_is_no_neighbor
     assert masked["reconstruction"].item() == unmasked["reconstruction"].item()
     features = objective.features(objective.autoencoder.encode(x), 0)  # statistics over all rows, copies included
     assert masked["entropy"].item() == pytest.approx(knn_entropy(features[:20]).item(), rel=1e-12)
-    assert int(masked["floored_rows"]) == 0 and int(unmasked["floored_rows"]) == 8
+    assert int(masked["floored_pairs"]) == 0 and int(unmasked["floored_pairs"]) == 8
     assert masked["entropy"] > unmasked["entropy"] + 1  # eight of 24 distances at the floor cost several nats
 
 

@@ -76,7 +76,7 @@ def test_every_logged_line_carries_the_promised_terms_and_the_clock_of_images(un
     assert steps == sorted(set(steps)) and steps[-1] == STEPS
     for line in lines:
         assert line["images"] == line["step"] * BATCH
-        terms = {"loss", "reconstruction", "reconstruction_per_pixel", "entropy", "entropy_gaussian_reference", "floored_rows"}
+        terms = {"loss", "reconstruction", "reconstruction_per_pixel", "entropy", "entropy_gaussian_reference", "floored_pairs"}
         assert terms | {"learning_rate", "gradient_norm", "images_per_second", "peak_memory_mib", "epoch"} <= line.keys()
         assert line["reconstruction"] == pytest.approx(256 * line["reconstruction_per_pixel"])
     assert any("validation_loss" in line for line in lines)

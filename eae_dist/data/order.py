@@ -73,10 +73,11 @@ class SampleOrder:
     """Which (shard, member) stands at each row of each step's global batch.
 
     samples: int64 [S], the number of samples of every shard; B = global_batch, L = lanes, N = samples.sum().
+    open_shards: how many shards' permutations are held at once (default: twice the lanes).
     Raises ValueError unless L <= B <= N and L divides B.
     """
 
-    def __init__(self, samples: np.ndarray, *, seed: int, global_batch: int, lanes: int):
+    def __init__(self, samples: np.ndarray, *, seed: int, global_batch: int, lanes: int, open_shards: int | None = None):
         self.samples = np.asarray(samples, dtype=np.int64)
         self.total = int(self.samples.sum())
         self.starts = np.cumsum(self.samples) - self.samples
@@ -90,9 +91,19 @@ class SampleOrder:
             raise ValueError(
                 f"data.lanes={lanes} must divide train.global_batch={global_batch}; leave data.lanes unset or choose a divisor"
             )
+        self.open_shards = open_shards or 2 * lanes
+        self._open_caches()
+
+    def _open_caches(self):
         self._pass = lru_cache(maxsize=4)(self._pass_sequence)
-        # A lane stays in one shard for many steps and then enters the next: twice the lanes covers both.
-        self._members = lru_cache(maxsize=2 * lanes + 2)(self._member_permutation)
+        self._members = lru_cache(maxsize=self.open_shards)(self._member_permutation)
+
+    def __getstate__(self):  # caches do not travel to a worker process
+        return {name: value for name, value in self.__dict__.items() if name not in ("_pass", "_members")}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._open_caches()
 
     def rows(self, steps: np.ndarray, lane_start: int, lane_stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Shards and members of lanes [lane_start, lane_stop) at `steps` [t], ordered by lane: two int64 [t, b].

@@ -50,8 +50,6 @@ class ShardStream(IterableDataset):
     ):
         self.index = ShardIndex.load(root)
         self.lanes = global_batch if lanes is None else lanes
-        self.reader = ShardReader(self.index, split, open_shards=2 * self.lanes)
-        self.order = SampleOrder(self.reader.split.table["samples"], seed=seed, global_batch=global_batch, lanes=self.lanes)
         self.rank = this_rank() if rank is None else rank
         self.world = world_size() if world is None else world
         if self.world > self.lanes:
@@ -60,6 +58,11 @@ class ShardStream(IterableDataset):
                 f"{what} needs at most {self.lanes} ranks, got {self.world}; lower the ranks or raise {what.split('=')[0]}"
             )
         self.lane_range = lane_range(self.lanes, self.rank, self.world)
+        # A lane stays in one shard for many steps and then enters the next: twice the rank's lanes covers both.
+        in_use = 2 * (self.lane_range[1] - self.lane_range[0])
+        self.reader = ShardReader(self.index, split, open_shards=in_use)
+        samples = self.reader.split.table["samples"]
+        self.order = SampleOrder(samples, seed=seed, global_batch=global_batch, lanes=self.lanes, open_shards=in_use)
         self.start_step, self.workers, self.prefetch = start_step, workers, prefetch
 
     @property
@@ -84,17 +87,6 @@ class ShardStream(IterableDataset):
             "order_version": ORDER_VERSION,
         }
 
-    def __getstate__(self):  # for worker processes that are spawned: caches are not carried over
-        state = self.__dict__.copy()
-        order = state.pop("order")
-        state["order_arguments"] = (order.samples, order.seed, order.global_batch, order.lanes)
-        return state
-
-    def __setstate__(self, state):
-        samples, seed, global_batch, lanes = state.pop("order_arguments")
-        self.__dict__.update(state)
-        self.order = SampleOrder(samples, seed=seed, global_batch=global_batch, lanes=lanes)
-
     def __iter__(self) -> Iterator[dict]:
         if get_worker_info() is not None:
             # Worker j of w makes whole steps start + j, start + j + w, ...: the loader takes turns, so nothing is joined.
@@ -106,8 +98,8 @@ class ShardStream(IterableDataset):
                 batch_size=None,
                 num_workers=self.workers,
                 prefetch_factor=self.prefetch,
-                pin_memory=torch.cuda.is_available(),
-                worker_init_fn=_ignore_interrupt,
+                pin_memory=torch.cuda.is_initialized(),
+                worker_init_fn=_ignore_stop_signals,
             )
         else:
             yield from _read_ahead(self._batches(self.start_step, 1), self.prefetch)
@@ -132,21 +124,26 @@ def walk(
     Which rows share a batch does not depend on the number of ranks, nothing is padded and nothing comes twice; only the
     split's last block is shorter. Dicts as of `ShardStream`, without "first".
     """
-    reader = ShardReader(ShardIndex.load(root), split)
+    rank, world = this_rank() if rank is None else rank, world_size() if world is None else world
+    return _read_ahead(_blocks(ShardReader(ShardIndex.load(root), split), batch, count, rank, world), depth=2)
+
+
+def _blocks(reader: ShardReader, batch: int, count: int | None, rank: int, world: int) -> Iterator[dict]:
     samples = np.asarray(reader.split.table["samples"])
     ends = np.cumsum(samples)
     total = int(ends[-1]) if count is None else min(count, int(ends[-1]))
     blocks = -(-total // batch)
-    start, stop = lane_range(blocks, this_rank() if rank is None else rank, world_size() if world is None else world)
+    start, stop = lane_range(blocks, rank, world)
     for block in range(start, stop):
         position = np.arange(block * batch, min((block + 1) * batch, total))
         shard = np.searchsorted(ends, position, side="right")
         yield reader.read(shard, position - (ends - samples)[shard])
 
 
-def _ignore_interrupt(worker_id: int) -> None:
-    # Ctrl-C reaches the whole process group; the training process decides when its workers end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _ignore_stop_signals(worker_id: int) -> None:
+    # Ctrl-C and torchrun's SIGTERM reach the whole process group; the training process decides when its workers end.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _read_ahead(batches: Iterator[dict], depth: int) -> Iterator[dict]:
@@ -166,8 +163,11 @@ def _read_ahead(batches: Iterator[dict], depth: int) -> Iterator[dict]:
     def fill():
         try:
             for batch in batches:
+                if torch.cuda.is_initialized():
+                    batch["image"] = batch["image"].pin_memory()
                 if not put((batch, None)):
                     return
+            put((None, None))  # the end
         except BaseException as error:  # handed to the consumer, which raises it
             put((None, error))
 
@@ -178,6 +178,8 @@ def _read_ahead(batches: Iterator[dict], depth: int) -> Iterator[dict]:
             batch, error = ahead.get()
             if error is not None:
                 raise error
+            if batch is None:
+                return
             yield batch
     finally:
         closed.set()

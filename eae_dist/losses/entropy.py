@@ -25,7 +25,7 @@ BLOCK = 32  # columns whose minimum is taken first
 
 
 class EntropyTerms(NamedTuple):
-    """`entropy`: this rank's share in nats. `floored`: how many of its rows lie closer than sqrt(eps2) to a neighbor, int64."""
+    """`entropy`: this rank's share in nats. `floored`: how many of its pairs lie closer than sqrt(eps2), int64."""
 
     entropy: torch.Tensor
     floored: torch.Tensor
@@ -73,7 +73,9 @@ def log_unit_ball_volume(d: int) -> float:
     return 0.5 * d * math.log(math.pi) - math.lgamma(0.5 * d + 1)
 
 
-def gaussian_reference(n: int, d: int, *, k: int, average_k: bool, eps2: float, seed: int, draws: int = 4) -> float:
+def gaussian_reference(
+    n: int, d: int, *, k: int, average_k: bool, eps2: float, seed: int, draws: int = 4, device: torch.device | str = "cpu"
+) -> float:
     """The estimate for n draws of N(0, I_d), batch-normed: what H of a batch is to be compared with, in nats.
 
     A reference, not a ceiling: the estimator is biased, and a batch that repels itself lies above it. Call on every rank.
@@ -82,7 +84,7 @@ def gaussian_reference(n: int, d: int, *, k: int, average_k: bool, eps2: float, 
     start, stop = rank() * n // world_size(), (rank() + 1) * n // world_size()
     shares = []
     for _ in range(draws):
-        z = torch.randn(n, d, generator=generator)
+        z = torch.randn(n, d, generator=generator).to(device)  # drawn on the CPU: the same on every device
         z = (z - z.mean(0)) / z.std(0, correction=0)
         shares.append(knn_entropy(z[start:stop], k=k, average_k=average_k, eps2=eps2))
     return float(gather_padded(torch.stack(shares).mean()[None], [1] * world_size()).mean())
@@ -134,7 +136,7 @@ class _KnnEntropy(torch.autograd.Function):
                     pull = difference.mul_((d * world / (n * m)) / (squared_here + eps2)[:, None])
                     gradient.index_add_(0, asked - offset, pull, alpha=-1)
                 ctx.save_for_backward(gradient.to(latents.dtype))
-        floored = (squared < eps2).any(1).sum()
+        floored = (squared < eps2).sum()
         ctx.mark_non_differentiable(floored)
         return share, floored
 

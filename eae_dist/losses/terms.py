@@ -6,7 +6,9 @@ from eae_dist.distributed import world_size
 
 
 def squared_error(reconstruction: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """Sum of squares per image, [b, c, h, w] x 2 -> [b], in float32 or better."""
+    """Sum of squares per image, [b, c, h, w] x 2 -> [b], in float32 or better. Raises ValueError for unequal shapes."""
+    if reconstruction.shape != images.shape:
+        raise ValueError(f"the decoder (model.decoder) made {tuple(reconstruction.shape)} of images {tuple(images.shape)}")
     difference = reconstruction.to(images.dtype) - images
     return difference.square().flatten(1).sum(1)
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from eae_dist.config import ModelConfig
-from eae_dist.model.networks import NETWORKS, ConvDecoder, ConvEncoder, own_class, refuse_local_norms
+from eae_dist.model.networks import NETWORKS, ConvDecoder, ConvEncoder, Family, own_class, refuse_local_norms
 from eae_dist.model.norm import GlobalBatchNorm
 
 LATENT_EPS = 1e-5  # small, so that the latent's variance is 1 and not 1 - eps
@@ -26,6 +26,8 @@ class Autoencoder(nn.Module):
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         h = self.encoder(images)
+        if h.shape != (wanted := (len(images), self.latent_dim)):
+            raise ValueError(f"the encoder (model.encoder) made {tuple(h.shape)} of {len(images)} images; wanted {wanted}")
         # Statistics and entropy in float32, whatever the convolutions ran in.
         with torch.autocast(h.device.type, enabled=False):
             h = h.to(torch.promote_types(h.dtype, torch.float32))
@@ -38,9 +40,7 @@ class Autoencoder(nn.Module):
 def resolve_model(config: ModelConfig, image_shape: Sequence[int]) -> ModelConfig:
     """The configuration with the network's own width and latent size filled in; raises ValueError where it does not fit."""
     channels, height, width = image_shape
-    if config.network not in NETWORKS:
-        raise ValueError(f"model.network={config.network} is unknown; it is one of {', '.join(NETWORKS)}")
-    family = NETWORKS[config.network]
+    family = _family(config.network)
     step = family.multiple
     if (height % step or width % step) and not (config.encoder and config.decoder):
         sizes = [step * m for m in sorted({max(1, height // step), height // step + 1})]
@@ -55,7 +55,7 @@ def resolve_model(config: ModelConfig, image_shape: Sequence[int]) -> ModelConfi
 
 def build_autoencoder(config: ModelConfig, image_shape: Sequence[int], *, latent_norm: bool) -> Autoencoder:
     """An initialized autoencoder from a configuration that `resolve_model` has filled in."""
-    family, shape = NETWORKS[config.network], tuple(image_shape)
+    family, shape = _family(config.network), tuple(image_shape)
     norm = {"eps": config.norm_eps, "momentum": config.norm_momentum}
     # The head's bias would be removed by the latent norm.
     if config.encoder is None:
@@ -74,6 +74,12 @@ def build_autoencoder(config: ModelConfig, image_shape: Sequence[int], *, latent
     if latent_norm:
         norm_layer = GlobalBatchNorm(config.latent_dim, affine=False, eps=LATENT_EPS, momentum=config.norm_momentum)
     return Autoencoder(encoder, decoder, norm_layer, shape, config.latent_dim)
+
+
+def _family(name: str) -> Family:
+    if name not in NETWORKS:
+        raise ValueError(f"model.network={name} is unknown; it is one of {', '.join(NETWORKS)}")
+    return NETWORKS[name]
 
 
 def to_unit(images: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -82,11 +82,12 @@ class ConvDecoder(nn.Module):
             self.layers.append(GlobalBatchNorm(after, **norm))
             self.layers.append(nn.ReLU(inplace=True))
         self.layers.append(SameConvTranspose2d(sizes[-1], channels, family.kernel, family.last_stride))
-        self.layers.append(nn.Sigmoid())
         self.apply(initialize)
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
-        return self.layers(self.dense(z))
+        logits = self.layers(self.dense(z))
+        # At least in float32: bfloat16 has steps of 1/256 near white.
+        return torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
 
 class SameConv2d(nn.Conv2d):

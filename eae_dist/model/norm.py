@@ -52,7 +52,7 @@ class _GlobalBatchNorm(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         rows = x.numel() // x.shape[1]
         # Sum and sum of squares about this rank's mean, then in float64 over all ranks, where they no longer cancel.
-        center = x.sum([0, *range(2, x.ndim)], dtype=wide) / rows
+        center = x.sum([0, *range(2, x.ndim)], dtype=wide) / max(rows, 1)
         about_center, total = _channel_sums(x, x, center, torch.ones_like(center))
         total, center, about_center = total.double(), center.double(), about_center.double()
         squares = about_center + center * total
@@ -81,12 +81,16 @@ class _GlobalBatchNorm(torch.autograd.Function):
             # dx = w/s (dy - mean(dy) - xhat mean(dy xhat)): an affine map of x, which the kernel makes, plus one of dy.
             scale = inverse if weight is None else inverse * weight
             dx = _normalize(x, -scale * mean_with_normalized, -scale * mean_alone, mean, variance, ctx.eps)
-            dx.addcmul_(dy, scale.to(dy.dtype).view(1, -1, *[1] * (x.ndim - 2)))
+            scale = scale.view(1, -1, *[1] * (x.ndim - 2))
+            # One pass where the types agree; a scale rounded to bfloat16 would be off by 0.4 % in all of a channel.
+            dx = dx.addcmul_(dy, scale) if dy.dtype == scale.dtype else dx.add_(dy * scale)
         return dx, None if weight is None else with_normalized, None if weight is None else alone, None
 
 
 def _channel_sums(dy, x, mean, inverse) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums over rows and pixels of dy (x - mean) inverse, and of dy, two [c]: ATen's batch-norm backward without its dx."""
+    if not len(x):  # a rank without rows; the kernel would divide by their number
+        return torch.zeros_like(mean), torch.zeros_like(mean)
     _, with_normalized, alone = torch.ops.aten.native_batch_norm_backward(
         dy, x, torch.ones_like(mean), None, None, mean, inverse, True, 0.0, [False, True, True]
     )
@@ -94,6 +98,8 @@ def _channel_sums(dy, x, mean, inverse) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _normalize(x, weight, bias, mean, variance, eps) -> torch.Tensor:
+    if not len(x):
+        return torch.empty_like(x)
     return torch.native_batch_norm(x, weight, bias, mean, variance, False, 0.0, eps)[0]
 
 

@@ -1,0 +1,80 @@
+"""Training steps on shards, on every rank that a launcher starts: what they cost, as one line of JSON from rank 0.
+
+    [torchrun ...] -m benchmarks.steps ROUNDS STEPS [key=value ...]
+
+The loop of `eae_dist.train` (its stream, objective, step, stop request and averages for the log) without validation, pictures
+and checkpoints. A round is STEPS steps; the first is not counted. On one rank, also the entropy term of 1,024 latents alone.
+"""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import torch
+
+from eae_dist.config import load_config
+from eae_dist.distributed import StopRequest, barrier, gather_objects, rank, world_size
+from eae_dist.losses.entropy import knn_entropy
+from eae_dist.objectives import build_objective, resolve
+from eae_dist.report.metrics_log import averaged
+from eae_dist.train import check_ranks, open_stream, rows_of_micro_batches, start_accelerator, training_step
+
+ENTROPY_ROWS = 1024
+
+
+def main() -> None:
+    rounds, steps = int(sys.argv[1]), int(sys.argv[2])
+    config = load_config(sys.argv[3:])
+    accelerator = start_accelerator(config.train)
+    stream = open_stream(config)
+    config = resolve(config, stream.index.image_shape)
+    objective = build_objective(config.model, config.objective, stream.index.image_shape, config.train.seed)
+    optimizer = torch.optim.Adam(objective.parameters(), lr=config.train.learning_rate)
+    model, optimizer = accelerator.prepare(objective, optimizer)
+    check_ranks(model)
+    batch_rows = rows_of_micro_batches(stream, config.train.accumulate, accelerator.device)
+
+    step, costs = 0, []
+    with StopRequest() as stop, closing(iter(stream)) as batches:
+
+        def one_round():
+            nonlocal step
+            window = []
+            for _ in range(steps):
+                stop.start_asking()
+                names, terms = training_step(accelerator, model, optimizer, next(batches), step, batch_rows, None)
+                window.append(terms)
+                stop.asked()
+                step += 1
+            averaged(window, names, step, Path(config.train.output), ignore_gradient=False)
+
+        for _ in range(rounds + 1):
+            costs.append(seconds(one_round))
+    images = steps * config.train.global_batch
+    report = {"rounds": [{name: value / images for name, value in cost.items()} for cost in costs[1:]]}
+    if world_size() == 1:
+        latents = torch.randn(ENTROPY_ROWS, config.model.latent_dim, requires_grad=True)
+        report["entropy"] = [seconds(lambda: torch.autograd.grad(knn_entropy(latents), latents)) for _ in range(10)][1:]
+    if rank() == 0:
+        print(json.dumps(report))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def seconds(work: Callable[[], object]) -> dict[str, float]:
+    """User and system time of all ranks together, and the wall time of the slowest. Call on every rank."""
+    barrier()
+    before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+    work()
+    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
+    every = gather_objects((after.ru_utime - before.ru_utime, after.ru_stime - before.ru_stime, wall))
+    user, system, walls = zip(*every, strict=True)
+    return {"user": sum(user), "system": sum(system), "wall": max(walls)}
+
+
+if __name__ == "__main__":
+    main()
