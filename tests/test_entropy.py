@@ -131,6 +131,19 @@ def test_reference_of_gaussian_draws_lies_at_the_known_bias():
     assert reference - truth == pytest.approx(0.43, abs=0.2)  # mean of four estimates, each with deviation 0.09
 
 
+def test_reference_is_computed_on_the_device_that_it_is_given(monkeypatch):
+    # Over several GPUs, collectives of CPU tensors fail.
+    seen = []
+
+    def fake(latents, **options):
+        seen.append(latents.device.type)
+        return torch.zeros(())
+
+    monkeypatch.setattr("eae_dist.losses.entropy.knn_entropy", fake)
+    gaussian_reference(8, 2, k=1, average_k=False, eps2=1e-4, seed=0, device="meta")
+    assert set(seen) == {"meta"}
+
+
 def test_maximizing_the_entropy_under_a_batch_norm_spreads_a_degenerate_batch():
     # Points on a curve in the plane: normed, they have mean 0 and variance 1, and far less entropy than a Gaussian.
     t = normal(256, 1, seed=5)

@@ -106,7 +106,8 @@ def test_killed_rank_ends_the_job_and_the_next_start_resumes_to_the_same_bits(un
 
 def test_sigterm_to_the_launcher_saves_on_every_rank_and_the_next_start_resumes_to_the_same_bits(undisturbed, shards, tmp_path):
     run, mark = tmp_path / "run", tmp_path / "mark"
-    stopped = launch(shards, run, mark, SABOTEUR_SIGNAL="SIGTERM", SABOTEUR_TARGET="launcher")
+    # With loader workers: torchrun signals them too, and they must outlive the step in which the run saves.
+    stopped = launch(shards, run, mark, "data.workers=1", SABOTEUR_SIGNAL="SIGTERM", SABOTEUR_TARGET="launcher")
     assert f"saved in {run}/checkpoints/latest" in stopped.stderr, stopped.stderr[-4000:]
     assert 7 <= int((run / "checkpoints" / "latest").resolve().name.removeprefix("step-")) < STEPS
     resumed = launch(shards, run, mark)
