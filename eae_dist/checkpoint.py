@@ -115,7 +115,8 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     """
     path = Path(directory)
     if not (path / "manifest.json").is_file() and (path / "checkpoints").is_dir():
-        path = path / "checkpoints" / "latest"
+        latest = path / "checkpoints" / "latest"
+        path = latest if latest.exists() or not (left := _folders(path)) else left[0]
     path = path.resolve()
     if not path.is_dir():
         raise FileNotFoundError(f"{directory} holds no checkpoint; give a run folder or a folder such as RUN/checkpoints/latest")

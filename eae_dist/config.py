@@ -50,10 +50,12 @@ class ModelConfig:
     network: str = "small"
     """small (3 + 3 layers), rae32 (MNIST, CIFAR-10) or rae64 (CelebA), the last two as in the RAE paper."""
     encoder: str | None = None
-    """An encoder of your own, package.module:Class, called with image_shape, latent_dim, width and bias.
+    """An encoder of your own, package.module:Class, called with image_shape (c, h, w), latent_dim, width and bias (whether the
+    last layer may have one) by keyword: [b, c, h, w] in [0, 1] -> [b, latent_dim]; batch norms are GlobalBatchNorm.
     Its random layers (dropout) are seeded by seed, step and rank: the same bits on the same number of ranks only."""
     decoder: str | None = None
-    """A decoder of your own, package.module:Class, called with image_shape, latent_dim and width."""
+    """A decoder of your own, package.module:Class, called with image_shape, latent_dim and width by keyword:
+    [b, latent_dim] -> [b, c, h, w] in [0, 1]."""
     width: int | None = None
     """Channels of the first encoder layer. Default: the network's own."""
     latent_dim: int | None = None

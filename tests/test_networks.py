@@ -27,7 +27,7 @@ RAE32_DECODER = """
     dense {d}->65536+bias,  reshape 1024x8x8
     convT 4x4/2 1024->512,  norm 512,  relu
     convT 4x4/2 512->256,   norm 256,  relu
-    convT 4x4/1 256->{c}+bias,         sigmoid
+    convT 4x4/1 256->{c}+bias
 """
 RAE64_ENCODER = """
     conv 5x5/2 {c}->128,    norm 128,  relu
@@ -41,7 +41,7 @@ RAE64_DECODER = """
     convT 5x5/2 1024->512,  norm 512,  relu
     convT 5x5/2 512->256,   norm 256,  relu
     convT 5x5/2 256->128,   norm 128,  relu
-    convT 5x5/1 128->{c}+bias,         sigmoid
+    convT 5x5/1 128->{c}+bias
 """
 
 
@@ -67,7 +67,7 @@ def layers_of(network: nn.Module) -> list[str]:
                 words.append(f"norm {len(layer.weight)}")
             case nn.Unflatten():
                 words.append("reshape " + "x".join(map(str, layer.unflattened_size)))
-            case nn.ReLU() | nn.Sigmoid():
+            case nn.ReLU():
                 words.append(type(layer).__name__.lower())
             case _:
                 assert list(layer.children()), f"a layer that is not in the tables: {layer}"

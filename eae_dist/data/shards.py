@@ -60,7 +60,7 @@ class ShardIndex:
         root = Path(root)
         path = root / "index.json"
         if not path.is_file():
-            what = "has no index.json" if root.is_dir() else "does not exist"
+            what = "has no index.json" if root.is_dir() else "is not a folder" if root.exists() else "does not exist"
             raise FileNotFoundError(
                 f"data.root={root} {what}; make shards with `python -m eae_dist.pack SOURCE {root}`, or index tar files that "
                 f"lie there with `python -m eae_dist.pack --index {root}`"

@@ -183,3 +183,4 @@ def _read_ahead(batches: Iterator[dict], depth: int) -> Iterator[dict]:
             yield batch
     finally:
         closed.set()
+        thread.join()  # a thread that is still inside torch when the process ends aborts it

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from eae_dist.config import ModelConfig
-from eae_dist.model.networks import NETWORKS, ConvDecoder, ConvEncoder, Family, own_class, refuse_local_norms
+from eae_dist.model.networks import NETWORKS, ConvDecoder, ConvEncoder, Family, own_network
 from eae_dist.model.norm import GlobalBatchNorm
 
 LATENT_EPS = 1e-5  # small, so that the latent's variance is 1 and not 1 - eps
@@ -61,15 +61,13 @@ def build_autoencoder(config: ModelConfig, image_shape: Sequence[int], *, latent
     if config.encoder is None:
         encoder = ConvEncoder(family, shape, config.latent_dim, config.width, bias=not latent_norm, norm=norm)
     else:
-        encoder = own_class(config.encoder, "model.encoder")(
-            image_shape=shape, latent_dim=config.latent_dim, width=config.width, bias=not latent_norm
-        )
-        refuse_local_norms(encoder, "model.encoder")
+        sizes = {"image_shape": shape, "latent_dim": config.latent_dim, "width": config.width, "bias": not latent_norm}
+        encoder = own_network(config.encoder, "model.encoder", sizes)
     if config.decoder is None:
         decoder = ConvDecoder(family, shape, config.latent_dim, config.width, norm=norm)
     else:
-        decoder = own_class(config.decoder, "model.decoder")(image_shape=shape, latent_dim=config.latent_dim, width=config.width)
-        refuse_local_norms(decoder, "model.decoder")
+        sizes = {"image_shape": shape, "latent_dim": config.latent_dim, "width": config.width}
+        decoder = own_network(config.decoder, "model.decoder", sizes)
     norm_layer = None
     if latent_norm:
         norm_layer = GlobalBatchNorm(config.latent_dim, affine=False, eps=LATENT_EPS, momentum=config.norm_momentum)

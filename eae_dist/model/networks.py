@@ -118,6 +118,17 @@ def initialize(layer: nn.Module) -> None:
             nn.init.zeros_(layer.bias)
 
 
+def own_network(name: str, key: str, arguments: dict) -> nn.Module:
+    """A user's network, `package.module:Class` called with keyword arguments. Raises ValueError that names the key."""
+    cls = own_class(name, key)
+    try:
+        network = cls(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{key}={name} cannot be called with {', '.join(arguments)} by keyword: {error}") from error
+    refuse_local_norms(network, key)
+    return network
+
+
 def own_class(name: str, key: str) -> type[nn.Module]:
     """The nn.Module class that a user names as `package.module:Class`. Raises ValueError that names the configuration's key."""
     module, _, attribute = name.partition(":")

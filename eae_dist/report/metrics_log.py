@@ -1,6 +1,7 @@
 """metrics.jsonl: one JSON object a line, one line a step that was logged; the same numbers go to accelerate's trackers."""
 
 import json
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,8 @@ from accelerate import Accelerator
 
 from eae_dist.distributed import gather_rows
 from eae_dist.durable import replace_file
+
+log = logging.getLogger("eae_dist")
 
 
 class TrainingDiverged(RuntimeError):
@@ -43,12 +46,12 @@ class MetricsLog:
 def lines_up_to(path: Path, step: int) -> list[str]:
     """The complete lines of a metrics file whose step is at most `step`; a last line that a kill cut short is dropped."""
     kept = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-        except ValueError:
-            continue
+        except (ValueError, KeyError, TypeError):
+            log.warning("%s: left out a line that is no record: %.80s", path, line)
     return kept
 
 
