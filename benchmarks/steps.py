@@ -39,7 +39,7 @@ def main() -> None:
     batch_rows = rows_of_micro_batches(stream, config.train.accumulate, accelerator.device)
 
     step, costs = 0, []
-    with StopRequest() as stop, closing(iter(stream)) as batches:
+    with StopRequest(config.train.timeout) as stop, closing(iter(stream)) as batches:
 
         def one_round():
             nonlocal step

@@ -30,6 +30,7 @@ def rows() -> Iterator[Row]:
             root = write_shards(Path(folder) / "shards", shape, "png", shards=4, samples=256)
             settings = (
                 f"data.root={root}",
+                "data.validation=null",
                 f"train.output={folder}/run",
                 f"model.network={network}",
                 f"train.global_batch={batch}",
