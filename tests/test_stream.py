@@ -3,12 +3,14 @@
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from conftest import TRAIN_SIZES, encode, image_of, write_shards
+from conftest import ROOT, TRAIN_SIZES, encode, image_of, write_shards
 
 from eae_dist.data import decode
 from eae_dist.data.order import SampleOrder, derive_key, feistel, keyed_hash, lane_range, permutation
@@ -226,6 +228,24 @@ def test_truncated_shard_is_named(shards, tmp_path, workers):
         file.truncate(5000)
     with pytest.raises(ValueError, match=r"train-000004.tar is truncated: 5000 bytes"):
         take(ShardStream(root, "train", 150, workers=workers), 1)
+
+
+HOLD_A_BATCH = """
+import sys
+from eae_dist.data.stream import ShardStream
+
+batches = iter(ShardStream(sys.argv[1], "train", 26, workers=1))
+next(batches)
+if sys.argv[2] == "error":
+    raise ValueError("on purpose")
+"""
+
+
+@pytest.mark.parametrize("end", ["quietly", "error"])
+def test_process_that_still_holds_a_stream_with_workers_ends(shards, end):
+    command = [sys.executable, "-c", HOLD_A_BATCH, str(shards), end]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == (1 if end == "error" else 0), done.stderr
 
 
 def test_missing_shard_is_named(shards, tmp_path):

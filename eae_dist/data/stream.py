@@ -4,6 +4,7 @@ The batch of step t depends on (seed, t) alone (`order.py`), so a stream has no 
 number of ranks and loader workers, and gives every sample exactly once a pass.
 """
 
+import atexit
 import queue
 import signal
 import threading
@@ -93,13 +94,15 @@ class ShardStream(IterableDataset):
             worker = get_worker_info()
             yield from self._batches(self.start_step + worker.id, worker.num_workers)
         elif self.workers:
-            yield from DataLoader(
-                self,
-                batch_size=None,
-                num_workers=self.workers,
-                prefetch_factor=self.prefetch,
-                pin_memory=torch.cuda.is_initialized(),
-                worker_init_fn=_ignore_stop_signals,
+            yield from _closing_workers(
+                DataLoader(
+                    self,
+                    batch_size=None,
+                    num_workers=self.workers,
+                    prefetch_factor=self.prefetch,
+                    pin_memory=torch.cuda.is_initialized(),
+                    worker_init_fn=_ignore_stop_signals,
+                )
             )
         else:
             yield from _read_ahead(self._batches(self.start_step, 1), self.prefetch)
@@ -144,6 +147,21 @@ def _ignore_stop_signals(worker_id: int) -> None:
     # Ctrl-C and torchrun's SIGTERM reach the whole process group; the training process decides when its workers end.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _closing_workers(loader: DataLoader) -> Iterator[dict]:
+    """The loader's batches; its workers end with this iterator, with an error, and with the process at the latest.
+
+    Python ends what is left of them by SIGTERM, which they ignore, and would wait for them forever.
+    """
+    batches = iter(loader)
+    end = batches._shutdown_workers  # there is no public name for it
+    atexit.register(end)
+    try:
+        yield from batches
+    finally:
+        end()
+        atexit.unregister(end)
 
 
 def _read_ahead(batches: Iterator[dict], depth: int) -> Iterator[dict]:
