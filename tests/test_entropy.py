@@ -46,17 +46,18 @@ def test_bias_for_a_gaussian_is_the_known_one(d, bias, spread):
     assert float(knn_entropy(normal(1000, d))) - truth == pytest.approx(bias, abs=4 * spread)
 
 
-@pytest.mark.parametrize("n", [2, BLOCK, BLOCK + 1, 500, KEY_TILE + 3])
+@pytest.mark.parametrize("n", [2, BLOCK, BLOCK + 1, 500, KEY_TILE + QUERY_TILE + 3])
+@pytest.mark.parametrize("queries", [(0.0, 1.0), (0.0, 0.3), (0.4, 0.8), (0.7, 1.0)])  # the part of the rows that asks
 @pytest.mark.parametrize("k", [1, 4])
-def test_neighbors_are_those_of_a_full_sort_whatever_the_tiles(n, k):
+def test_neighbors_are_those_of_a_full_sort_whatever_the_tiles(n, queries, k):
     if k >= n:
         pytest.skip(f"{n} rows have no {k} neighbors")
     z = normal(n, 7, seed=n)
-    offset = max(0, n - QUERY_TILE - 5) if n > QUERY_TILE else 0
-    distances = torch.cdist(z[offset:], z, compute_mode="donot_use_mm_for_euclid_dist")
-    distances.diagonal(offset).fill_(torch.inf)
+    start, stop = (round(n * part) for part in queries)
+    distances = torch.cdist(z[start:stop], z, compute_mode="donot_use_mm_for_euclid_dist")
+    distances.diagonal(start).fill_(torch.inf)
     expected = distances.topk(k, largest=False).indices
-    assert torch.equal(nearest_neighbors(z[offset:], z, k, offset), expected)
+    assert torch.equal(nearest_neighbors(z[start:stop], z, k, start), expected)
 
 
 def test_close_pairs_far_from_the_origin_keep_their_distance_in_float32():

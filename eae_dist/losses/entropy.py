@@ -17,10 +17,7 @@ import torch
 
 from eae_dist.distributed import gather_padded, rank, row_counts, world_size
 
-QUERY_TILE, KEY_TILE = (
-    512,
-    4096,
-)  # 8 MiB of float32: two cores' level-2 caches; larger tiles fall out, smaller ones call more
+QUERY_TILE, KEY_TILE = 512, 4096  # 8 MiB of float32: larger tiles fall out of the caches, smaller ones call more
 BLOCK = 32  # columns whose minimum is taken first
 
 
@@ -150,42 +147,71 @@ class _KnnEntropy(torch.autograd.Function):
 def nearest_neighbors(queries: torch.Tensor, keys: torch.Tensor, k: int, offset: int) -> torch.Tensor:
     """Ids of each query's k nearest keys, nearest first, [b, d] x [n, d] -> int64 [b, k]; query i itself is key offset + i.
 
-    Two levels: a tile of half squared distances (less the query's own norm, constant in a row), the minimum of each block of 32
-    of its columns, and then only the k best blocks: the k smallest entries of a row lie in the k blocks with the smallest
-    minima. A block's columns lie a fixed stride apart, so that the minima are taken along whole vectors.
+    Half squared distances, tile by tile. The queries are keys too: for k = 1 a tile between two parts of them serves both, its
+    rows' neighbors along it and its columns' neighbors down it, and the tiles below the diagonal are left out.
     """
-    n = len(keys)
+    b, n = len(queries), len(keys)
     padded = -(-n // BLOCK) * BLOCK
-    # |k|^2/2 - q.k as one product, [-q, 1] with [k, |k|^2/2]; the columns that fill the last block are infinitely far.
-    keys = torch.cat([keys, keys.square().sum(1, keepdim=True).mul_(0.5)], 1)
-    keys = torch.nn.functional.pad(keys, (0, 0, 0, padded - n))
-    keys[n:, -1] = math.inf
-    queries = torch.cat([-queries, queries.new_ones(len(queries), 1)], 1)
-    tile = keys.new_empty(min(QUERY_TILE, len(queries)) * min(KEY_TILE, padded))
-    found = torch.empty(len(queries), k, dtype=torch.int64, device=keys.device)
-    for row in range(0, len(queries), QUERY_TILE):
+    keys = keys.roll(-offset, 0)  # the queries first
+    # (|q|^2 + |k|^2)/2 - q.k as one product, [-q, 1, |q|^2/2] with [k, |k|^2/2, 1].
+    half_norm, one = keys.square().sum(1, keepdim=True).mul_(0.5), keys.new_ones(n, 1)
+    queries = torch.cat([-queries, one[:b], half_norm[:b]], 1)
+    keys = torch.nn.functional.pad(torch.cat([keys, half_norm, one], 1), (0, 0, 0, padded - n))
+
+    symmetric = k == 1  # for more neighbors, looking at candidates again costs more than the products that it saves
+    best = keys.new_full((b, k), math.inf), torch.zeros(b, k, dtype=torch.int64, device=keys.device)
+    buffer = keys.new_empty(QUERY_TILE * min(KEY_TILE, padded))
+    for row in range(0, b, QUERY_TILE):
         query = queries[row : row + QUERY_TILE]
-        best_value, best_id = None, None
-        for column in range(0, padded, KEY_TILE):
+        for column in range(row if symmetric else 0, padded, KEY_TILE):
             key = keys[column : column + KEY_TILE]
-            half = tile[: len(query) * len(key)].view(len(query), len(key))
-            torch.mm(query, key.T, out=half)
-            own = row + offset - column  # the diagonal on which a query meets itself
-            if -len(query) < own < len(key):
-                half.diagonal(own).fill_(math.inf)
-            blocks = half.view(len(query), BLOCK, -1)  # [queries, place in the block, block]
-            stride = blocks.shape[2]
-            block = _smallest(blocks.amin(1), min(k, stride))[1]
-            value = blocks.gather(2, block[:, None].expand(-1, BLOCK, -1)).flatten(1)
-            value, place = _smallest(value, min(k, value.shape[1]))
-            ids = place // block.shape[1] * stride + block.gather(1, place % block.shape[1]) + column
-            if best_value is not None:
-                value, ids = torch.cat([best_value, value], 1), torch.cat([best_id, ids], 1)
-                value, place = _smallest(value, min(k, value.shape[1]))
-                ids = ids.gather(1, place)
-            best_value, best_id = value, ids
-        found[row : row + QUERY_TILE] = best_id
-    return found
+            tile = buffer[: QUERY_TILE * len(key)].view(QUERY_TILE, len(key))
+            torch.mm(query, key.T, out=tile[: len(query)])
+            # What fills up the last blocks is infinitely far, and so is each query from itself.
+            tile[len(query) :] = math.inf
+            tile[:, max(n - column, 0) :] = math.inf
+            if column <= row < column + len(key):
+                tile.diagonal(row - column).fill_(math.inf)
+            # Along the rows: a block's columns lie a stride apart, so that the minima are taken along whole vectors.
+            stride = len(key) // BLOCK
+            blocks = tile[: len(query)].view(-1, BLOCK, stride)
+            keep_nearest(best, row, buffer, blocks, blocks.amin(1), column, stride, 1)
+            # Down the columns, for the queries below this row of tiles.
+            start, stop = QUERY_TILE if column == row else 0, b - column
+            if symmetric and start < stop:
+                blocks = tile.view(-1, BLOCK, len(key))[..., start:stop]
+                keep_nearest(best, column + start, buffer, blocks.permute(2, 1, 0), blocks.amin(1).T, row, 1, BLOCK)
+    return (best[1] + offset) % n
+
+
+def keep_nearest(
+    best,
+    start: int,
+    buffer: torch.Tensor,
+    blocks: torch.Tensor,
+    minima: torch.Tensor,
+    origin: int,
+    place_step: int,
+    block_step: int,
+):
+    """Merges candidates of the queries from `start` on into `best`, their k smallest values and ids so far, two [b, k].
+
+    blocks: [m, BLOCK, blocks], a view of the flat buffer; minima: [m, blocks], the smallest of each. The candidate at (place,
+    block) has the id origin + place place_step + block block_step. Two levels: a query's k smallest lie in the k blocks with the
+    smallest minima, and only queries for which a minimum improves on the k-th best are looked at.
+    """
+    best_value, best_id = (x[start : start + len(blocks)] for x in best)
+    k = best_value.shape[1]
+    row = (minima.amin(1) < best_value[:, -1]).nonzero()
+    improved = row[:, 0]
+    block = _smallest(minima[improved], min(k, minima.shape[1]))[1][:, None]  # [m', 1, up to k]
+    place = torch.arange(BLOCK, device=blocks.device)[:, None]
+    strides = blocks.stride()
+    at = (row * strides[0])[..., None] + place * strides[1] + block * strides[2] + blocks.storage_offset()
+    candidates = buffer.index_select(0, at.flatten()).view(at.shape).flatten(1)
+    ids = (place * place_step + block * block_step + origin).flatten(1)
+    best_value[improved], chosen = _smallest(torch.cat([best_value[improved], candidates], 1), k)
+    best_id[improved] = torch.cat([best_id[improved], ids], 1).gather(1, chosen)
 
 
 def _smallest(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
