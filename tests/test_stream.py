@@ -158,7 +158,7 @@ def test_pixels_and_labels_are_those_that_were_written(tmp_path, extension, shap
 @pytest.mark.parametrize("extension", ["png", "jpeg", "webp"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_decoder_that_is_installed_gives_the_same_pixels(extension, channels):
-    data = encode(image_of(3, (channels, 16, 16)), extension)
+    data = torch.frombuffer(bytearray(encode(image_of(3, (channels, 16, 16)), extension)), dtype=torch.uint8)
     expected = decode.decode_with_pillow(data, channels)
     found = decode.decode_image(data, channels)
     assert found.shape == expected.shape == (channels, 16, 16)

@@ -81,5 +81,6 @@ def _family(name: str) -> Family:
 
 
 def to_unit(images: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """uint8 images -> floating point in [0, 1] on the device."""
-    return images.to(device, non_blocking=True).to(torch.get_default_dtype()).div_(255)
+    """uint8 images of any memory format -> contiguous floating point in [0, 1] on the device."""
+    images = images.to(device, non_blocking=True)
+    return images.to(torch.get_default_dtype(), memory_format=torch.contiguous_format).div_(255)
