@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from eae_dist.config import Config, ModelConfig, ObjectiveConfig
-from eae_dist.data.order import derive_key
+from eae_dist.draws import derive_key
 from eae_dist.losses.entropy import entropy_terms
 from eae_dist.losses.terms import mean_share, squared_error
 from eae_dist.model.autoencoder import LATENT_EPS, Autoencoder, build_autoencoder, resolve_model

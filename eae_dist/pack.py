@@ -28,9 +28,10 @@ from tqdm import tqdm
 from webdataset.writer import TarWriter
 
 from eae_dist.data.indexing import ShardScan, build_index, index_shard, verify, write_index
-from eae_dist.data.order import derive_key, permutation
+from eae_dist.data.order import permutation
 from eae_dist.data.processes import available_cores, run_tasks
 from eae_dist.data.sources import CACHE, SOURCES, SPLITS, Samples, Source
+from eae_dist.draws import derive_key
 from eae_dist.durable import fsync
 
 EXTENSIONS = {"png": "png", "jpeg": "jpg", "webp": "webp", "raw": "npy"}

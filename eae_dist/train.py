@@ -27,7 +27,6 @@ from tqdm import tqdm
 
 from eae_dist import checkpoint as checkpoints
 from eae_dist.config import Config, TrainConfig, flatten, load_config
-from eae_dist.data.order import derive_key
 from eae_dist.data.stream import ShardStream, walk
 from eae_dist.distributed import (
     FirstRankFailed,
@@ -40,6 +39,7 @@ from eae_dist.distributed import (
     sum_over_ranks,
     world_size,
 )
+from eae_dist.draws import derive_key
 from eae_dist.losses.entropy import gaussian_reference
 from eae_dist.losses.terms import squared_error
 from eae_dist.model.autoencoder import to_unit

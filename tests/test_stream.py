@@ -13,8 +13,9 @@ import torch
 from conftest import ROOT, TRAIN_SIZES, encode, image_of, write_shards
 
 from eae_dist.data import decode
-from eae_dist.data.order import SampleOrder, derive_key, feistel, keyed_hash, lane_range, permutation
+from eae_dist.data.order import SampleOrder, feistel, lane_range, permutation
 from eae_dist.data.stream import ShardStream, walk
+from eae_dist.draws import derive_key, keyed_hash
 
 N = sum(TRAIN_SIZES)
 

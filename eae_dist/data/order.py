@@ -14,28 +14,11 @@ from functools import lru_cache
 
 import numpy as np
 
+from eae_dist.draws import derive_key, keyed_hash
+
 ORDER_VERSION = 1
 SORTED_LIMIT = 65_536  # longer permutations are computed place by place instead of being held
 FEISTEL_ROUNDS = 8
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-def keyed_hash(key: int, values: np.ndarray) -> np.ndarray:
-    """64-bit hash of each value under a key (the SplitMix64 finalizer, Steele et al. 2014): uint64 [n] -> uint64 [n]."""
-    with np.errstate(over="ignore"):
-        x = (values.astype(np.uint64) + np.uint64(1)) * _GOLDEN + np.uint64(key)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
-
-
-def derive_key(*parts: int) -> int:
-    """One 64-bit key from a tuple of non-negative integers such as (seed, pass, shard)."""
-    key = 0
-    for part in parts:
-        key = int(keyed_hash(key, np.array([part], dtype=np.uint64))[0])
-    return key
 
 
 def permutation(n: int, key: int) -> np.ndarray:
