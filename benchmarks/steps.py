@@ -46,7 +46,7 @@ def main() -> None:
             window = []
             for _ in range(steps):
                 stop.start_asking()
-                names, terms = training_step(accelerator, model, optimizer, next(batches), step, batch_rows, None)
+                names, terms = training_step(accelerator, model, optimizer, next(batches), stream.numbers, step, batch_rows, None)
                 window.append(terms)
                 stop.asked()
                 step += 1

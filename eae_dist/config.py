@@ -71,19 +71,36 @@ class ObjectiveConfig:
     """The loss: one row of the paper's table."""
 
     name: str = "eae"
-    """eae, eae_linear or ae."""
+    """vae, cv_vae, wae, two_stage_vae, rae, rae_l2, rae_gp, rae_sn, ae, ae_l2, eae or eae_linear. A setting below that the
+    objective does not read must be left at its default."""
+    reconstruction_weight: float | None = None
+    """Weight of the squared error, summed per image. Default: 1/(pixels channels); vae, cv_vae, two_stage_vae: 1/channels."""
     entropy_weight: float = 0.02
-    """Weight w in (squared error per pixel and channel) - w (entropy in nats per latent dimension)."""
+    """eae, eae_linear: weight w in (squared error per pixel and channel) - w (entropy in nats per latent dimension)."""
     k: int = 1
-    """Which nearest neighbor the entropy is estimated from; 1 as in the paper."""
+    """eae, eae_linear: which nearest neighbor the entropy is estimated from; 1 as in the paper."""
     average_k: bool = False
-    """Take the mean over the first k log distances instead of the k-th: a less noisy gradient."""
+    """eae, eae_linear: take the mean over the first k log distances instead of the k-th: a less noisy gradient."""
     eps2: float = 1e-4
-    """Added to squared neighbor distances inside the logarithm; latents have unit variance."""
+    """eae, eae_linear: added to squared neighbor distances inside the logarithm; latents have unit variance."""
     map: str = "fixed"
     """eae_linear: the orthonormal map is fixed (drawn from the seed) or redrawn (each step, from seed and step)."""
     map_dim: int | None = None
     """eae_linear: dimensions of the mapped latent, at most latent_dim. Default: latent_dim."""
+    kl_weight: float = 0.312
+    """vae, cv_vae, two_stage_vae: weight of the divergence from N(0, I), in nats summed over dimensions."""
+    sigma: float = 0.7
+    """cv_vae: the posterior's fixed standard deviation."""
+    mmd_weight: float = 0.03
+    """wae: weight of the squared maximum mean discrepancy from N(0, I)."""
+    input_noise: float = 0.0
+    """wae: standard deviation of Gaussian noise on the encoder's input in training, cut off at one deviation."""
+    latent_weight: float = 1e-4
+    """rae, rae_l2, rae_gp, rae_sn: weight of the mean square of the latent's entries."""
+    decoder_weight: float = 1e-7
+    """rae_l2, ae_l2: weight of the sum of squares of the decoder's kernels."""
+    gradient_weight: float = 5e-8
+    """rae_gp: weight of the mean square of the entries of d sum ||D(z)||^2 / dz."""
 
 
 @dataclass
@@ -343,18 +360,27 @@ def _check_values(config: Config) -> None:
         "objective.k": objective.k,
         "objective.eps2": objective.eps2,
         "objective.map_dim": objective.map_dim,
+        "objective.reconstruction_weight": objective.reconstruction_weight,
+        "objective.sigma": objective.sigma,
         "evaluate.batch": config.evaluate.batch,
         "evaluate.count": config.evaluate.count,
     }
     for key, value in positive.items():
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{key}={value} must be greater than 0" + (" and finite" if value == math.inf else ""))
-    if not math.isfinite(objective.entropy_weight):
-        raise ValueError(f"objective.entropy_weight={objective.entropy_weight} must be finite")
+    for key, value in vars(objective).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"objective.{key}={value} must be finite")
     for key, value in {
         "train.seed": train.seed,
         "evaluate.seed": config.evaluate.seed,
         "data.workers": data.workers,
+        "objective.kl_weight": objective.kl_weight,
+        "objective.mmd_weight": objective.mmd_weight,
+        "objective.input_noise": objective.input_noise,
+        "objective.latent_weight": objective.latent_weight,
+        "objective.decoder_weight": objective.decoder_weight,
+        "objective.gradient_weight": objective.gradient_weight,
     }.items():
         if value < 0:
             raise ValueError(f"{key}={value} must not be negative")

@@ -1,60 +1,202 @@
 """The losses, one small class a row of the paper's table; `OBJECTIVES` is the choice by name.
 
 An objective wraps the autoencoder, so that DDP sees one module whose forward returns the named terms. A term is this rank's
-*share*: the mean of the shares over ranks is the term of the global batch (law of the losses: `losses/terms.py`).
-b: this rank's rows, n: all rows of the batch, d: latent dimensions, P C: pixels times channels.
+*share*: the mean of the shares over ranks is the term of the global batch (`losses/terms.py`).
+
+    loss = w SSE + sum of the row's penalties, each its weight times a term
+
+SSE: squared error per image, x in [0, 1]. The scales are those of the official code of Ghosh et al. (ICLR 2020), so that its
+weights can be set as they are: w = 1/(P C) for the deterministic rows, 1/C for `vae`, `cv_vae` and `two_stage_vae`.
+b: this rank's rows, n: all rows of the batch, d: latent dimensions, P: pixels, C: channels.
 """
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
+import numpy as np
 import torch
 from torch import nn
 
 from eae_dist.config import Config, ModelConfig, ObjectiveConfig
-from eae_dist.draws import derive_key
+from eae_dist.draws import derive_key, normal, row_keys
 from eae_dist.losses.entropy import entropy_terms
-from eae_dist.losses.terms import mean_share, squared_error
+from eae_dist.losses.terms import gaussian_divergence, kernel_discrepancy, mean_share, squared_error, sum_of_squares
 from eae_dist.model.autoencoder import LATENT_EPS, Autoencoder, build_autoencoder, resolve_model
+from eae_dist.model.networks import kernels_of
 from eae_dist.model.norm import GlobalBatchNorm
+
+POSTERIOR, PRIOR, INPUT, MAP = range(4)  # what a batch's random numbers are drawn for
 
 
 class Objective(nn.Module):
-    """A loss over an autoencoder. `latent_norm` says whether the latent passes a batch norm without scale or shift."""
+    """Squared error and the penalties of a row.
 
-    latent_norm = False
+    penalties: term -> the setting that is its weight. settings: what else the row reads of `objective.*`. latent_norm, spread,
+    spectral: what its autoencoder has (`build_autoencoder`).
+    """
+
+    penalties: dict[str, str] = {}
+    settings: tuple[str, ...] = ()
+    latent_norm = spread = spectral = False
+    mean_over_pixels = True  # whether w is 1/(P C) or 1/C
 
     def __init__(self, autoencoder: Autoencoder, config: ObjectiveConfig, seed: int):
         super().__init__()
         self.autoencoder, self.config, self.seed = autoencoder, config, seed
+        channels, height, width = autoencoder.image_shape
+        self.pixels = channels * height * width
+        self.reconstruction_weight = config.reconstruction_weight or 1 / (self.pixels if self.mean_over_pixels else channels)
 
-    def forward(self, images: torch.Tensor, first: torch.Tensor, rows: int, step: int) -> dict[str, torch.Tensor]:
+    def forward(
+        self, images: torch.Tensor, first: torch.Tensor, rows: int, numbers: np.ndarray, key: int
+    ) -> dict[str, torch.Tensor]:
         """Shares of the loss and its terms: images [b, c, h, w] in [0, 1], first bool [b], rows = n -> scalars by name.
 
-        "loss" is what is minimized; "reconstruction" is squared error per image, "reconstruction_per_pixel" the same per
-        pixel and channel. `first` is False for a second copy of a sample, which counts in every mean but is no neighbor.
+        numbers: int64 [b], which rows of the global batch these are; they and the batch's key fix all noise. `first` is False
+        for a second copy of a sample, which counts in every mean but is no neighbor. "loss" is what is minimized,
+        "reconstruction" is squared error per image, "reconstruction_per_pixel" the same per pixel and channel.
         """
+        return self.terms(self.per_row(images, numbers, key), first, rows, numbers, key)
+
+    def per_row(self, images: torch.Tensor, numbers: np.ndarray, key: int) -> dict[str, torch.Tensor]:
+        """What the terms are made of: "error" [b], "latent" [b, d] and penalties that are means over rows, [b]."""
         latents = self.autoencoder.encode(images)
-        errors = squared_error(self.autoencoder.decode(latents), images)
-        return self.terms(errors, latents, first, rows, step)
+        return {"error": squared_error(self.autoencoder.decode(latents), images), "latent": latents}
 
     def terms(
-        self, errors: torch.Tensor, latents: torch.Tensor, first: torch.Tensor, rows: int, step: int
+        self, per_row: dict[str, torch.Tensor], first: torch.Tensor, rows: int, numbers: np.ndarray, key: int
     ) -> dict[str, torch.Tensor]:
-        """The terms from squared errors per image [b] and latents [b, d]; validation calls it once for a whole split."""
-        channels, height, width = self.autoencoder.image_shape
-        reconstruction = mean_share(errors, rows)
-        per_pixel = reconstruction / (channels * height * width)
-        regularization = self.regularization(latents, first, step)
-        loss = per_pixel + regularization.pop("penalty") if regularization else per_pixel
-        return {"loss": loss, "reconstruction": reconstruction, "reconstruction_per_pixel": per_pixel, **regularization}
+        """The terms from what `per_row` gave; validation calls it once for a whole split."""
+        terms = {"reconstruction": mean_share(per_row["error"], rows)}
+        for name in self.penalties:
+            if name in per_row:
+                terms[name] = mean_share(per_row[name], rows)
+            else:
+                terms |= getattr(self, name)(per_row["latent"], first, rows, numbers, key)
+        loss = terms["reconstruction"] * self.reconstruction_weight
+        for name, weight in self.weights().items():
+            loss = loss + terms[name] * weight
+        per_pixel = terms["reconstruction"] / self.pixels
+        logged = {name: term.detach() for name, term in terms.items() if name != "reconstruction"}
+        return {"loss": loss, "reconstruction": terms["reconstruction"], "reconstruction_per_pixel": per_pixel, **logged}
 
-    def regularization(self, latents: torch.Tensor, first: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
-        """{"penalty": what is added to the loss, other terms for the log}, or nothing."""
-        return {}
+    def weights(self) -> dict[str, float]:
+        """What each penalty's term is multiplied with in the loss."""
+        return {name: getattr(self.config, key) for name, key in self.penalties.items()}
+
+    def formula(self) -> str:
+        """The loss in words, with its numbers."""
+        parts = [f"{self.reconstruction_weight:.4g} reconstruction (squared error, sum per image)"]
+        return " + ".join(parts + [f"{weight:.4g} {name}" for name, weight in self.weights().items()])
+
+    # The penalties that are not means over rows: (latents [b, d], first, rows, numbers, key) -> shares by name.
+
+    def latent_square(self, latents, first, rows, numbers, key):
+        return {"latent_square": mean_share(latents.square().mean(1), rows)}
+
+    def decoder_square(self, latents, first, rows, numbers, key):
+        return {"decoder_square": sum_of_squares(kernels_of(self.autoencoder.decoder))}  # every rank's is the whole
+
+    def discrepancy(self, latents, first, rows, numbers, key):
+        return {"discrepancy": kernel_discrepancy(latents, noise(latents, numbers, key, PRIOR))}
+
+    def entropy(self, latents, first, rows, numbers, key):
+        config = self.config
+        entropy, floored = entropy_terms(latents, k=config.k, average_k=config.average_k, eps2=config.eps2, valid=first)
+        return {"entropy": entropy, "floored_pairs": mean_share(floored, 1)}
 
 
 class AE(Objective):
     """The plain autoencoder: squared error alone."""
+
+
+class AEL2(Objective):
+    """The plain autoencoder with an L2 penalty on the decoder's kernels."""
+
+    penalties = {"decoder_square": "decoder_weight"}
+
+
+class RAE(Objective):
+    """Regularized autoencoder: + beta mean_j z_j^2 (Ghosh et al. 2020)."""
+
+    penalties = {"latent_square": "latent_weight"}
+
+
+class RAEL2(RAE):
+    """... and an L2 penalty on the decoder's kernels."""
+
+    penalties = RAE.penalties | {"decoder_square": "decoder_weight"}
+
+
+class RAEGP(RAE):
+    """... and the squared gradient of ||D(z)||^2, summed over the batch, with respect to z.
+
+    The decoder's batch norms couple the batch, so that each latent's gradient holds parts of all images, on all ranks.
+    """
+
+    penalties = RAE.penalties | {"gradient_square": "gradient_weight"}
+
+    def per_row(self, images, numbers, key):
+        latents = self.autoencoder.encode(images)
+        learning = torch.is_grad_enabled()  # else validation, where the batch norms couple nothing
+        with torch.enable_grad():
+            at = latents if learning else latents.requires_grad_()
+            decoded = self.autoencoder.decode(at)
+            (gradient,) = torch.autograd.grad(decoded.square().sum(), at, create_graph=learning)
+        per_row = {"error": squared_error(decoded, images), "latent": latents, "gradient_square": gradient.square().mean(1)}
+        return per_row if learning else {name: rows.detach() for name, rows in per_row.items()}
+
+
+class RAESN(RAE):
+    """... and every kernel of encoder and decoder divided by its largest singular value."""
+
+    spectral = True
+
+
+class VAE(Objective):
+    """Variational autoencoder: SSE/C + w KL, one draw of the posterior a row."""
+
+    penalties = {"divergence": "kl_weight"}
+    mean_over_pixels = False
+    spread = True
+
+    def per_row(self, images, numbers, key):
+        mean, log_sigma = self.posterior(images)
+        latents = mean + log_sigma.exp() * noise(mean, numbers, key, POSTERIOR)
+        error = squared_error(self.autoencoder.decode(latents), images)
+        return {"error": error, "latent": mean, "divergence": gaussian_divergence(mean, log_sigma)}
+
+    def posterior(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.autoencoder.posterior(images)
+
+
+class ConstantVarianceVAE(VAE):
+    """VAE whose posterior has one fixed deviation, `objective.sigma`."""
+
+    settings = ("sigma",)
+    spread = False
+
+    def posterior(self, images):
+        mean = self.autoencoder.encode(images)
+        return mean, torch.full_like(mean, self.config.sigma).log()
+
+
+class TwoStageVAE(VAE):
+    """The first stage of the two-stage VAE (Dai & Wipf 2019), a `vae`; the second is fitted to its latents afterwards."""
+
+
+class WAE(Objective):
+    """Wasserstein autoencoder: + w MMD^2 between the latents and the prior, both of the global batch (Tolstikhin et al. 2018)."""
+
+    penalties = {"discrepancy": "mmd_weight"}
+    settings = ("input_noise",)
+
+    def per_row(self, images, numbers, key):
+        sigma = self.config.input_noise
+        noisy = images
+        if sigma and torch.is_grad_enabled():
+            noisy = images + (sigma * noise(images.flatten(1), numbers, key, INPUT)).clamp(-sigma, sigma).view_as(images)
+        latents = self.autoencoder.encode(noisy)
+        return {"error": squared_error(self.autoencoder.decode(latents), images), "latent": latents}
 
 
 class EAE(Objective):
@@ -63,29 +205,22 @@ class EAE(Objective):
     Both terms are per dimension, so that a weight w carries over image and latent sizes.
     """
 
+    penalties = {"entropy": "entropy_weight"}
+    settings = ("k", "average_k", "eps2")
     latent_norm = True
 
-    def regularization(self, latents, first, step):
-        config = self.config
-        features = self.features(latents, step)
-        entropy, floored = entropy_terms(features, k=config.k, average_k=config.average_k, eps2=config.eps2, valid=first)
-        return {
-            "penalty": entropy * (-config.entropy_weight / features.shape[1]),
-            "entropy": entropy.detach(),
-            "floored_pairs": mean_share(floored, 1),
-        }
-
-    def features(self, latents: torch.Tensor, step: int) -> torch.Tensor:
-        """What the entropy is taken of, [b, d] -> [b, m]."""
-        return latents
+    def weights(self):
+        return {"entropy": -self.config.entropy_weight / self.autoencoder.latent_dim}
 
 
 class EAELinear(EAE):
     """Entropic autoencoder regularized on a linear map: H is that of the batch-normed image of z under an orthonormal matrix.
 
     Our reading of one line of the paper's Table 1. The matrix is not learned: a learned one would whiten its image by itself
-    and leave the encoder unregularized. It is drawn from the seed and saved with the model, or redrawn from (seed, step).
+    and leave the encoder unregularized. It is drawn from the seed and saved with the model, or redrawn for every batch.
     """
+
+    settings = (*EAE.settings, "map", "map_dim")
 
     def __init__(self, autoencoder: Autoencoder, config: ObjectiveConfig, seed: int):
         super().__init__(autoencoder, config, seed)
@@ -93,16 +228,32 @@ class EAELinear(EAE):
         if self.map_dim > autoencoder.latent_dim:
             raise ValueError(f"objective.map_dim={self.map_dim} must be at most model.latent_dim={autoencoder.latent_dim}")
         if config.map == "fixed":
-            self.register_buffer("map", orthonormal(autoencoder.latent_dim, self.map_dim, (seed, 0)))
+            self.register_buffer("map", orthonormal(autoencoder.latent_dim, self.map_dim, seed))
         self.map_norm = GlobalBatchNorm(self.map_dim, affine=False, eps=LATENT_EPS, track=False)
 
-    def features(self, latents, step):
-        matrix = self.map if self.config.map == "fixed" else orthonormal(latents.shape[1], self.map_dim, (self.seed, step + 1))
+    def weights(self):
+        return {"entropy": -self.config.entropy_weight / self.map_dim}
+
+    def entropy(self, latents, first, rows, numbers, key):
+        matrix = self.map if self.config.map == "fixed" else orthonormal(latents.shape[1], self.map_dim, key)
         with torch.autocast(latents.device.type, enabled=False):
-            return self.map_norm(latents @ matrix.to(latents))
+            return super().entropy(self.map_norm(latents @ matrix.to(latents)), first, rows, numbers, key)
 
 
-OBJECTIVES: dict[str, type[Objective]] = {"eae": EAE, "eae_linear": EAELinear, "ae": AE}
+OBJECTIVES: dict[str, type[Objective]] = {
+    "vae": VAE,
+    "cv_vae": ConstantVarianceVAE,
+    "wae": WAE,
+    "two_stage_vae": TwoStageVAE,
+    "rae": RAE,
+    "rae_l2": RAEL2,
+    "rae_gp": RAEGP,
+    "rae_sn": RAESN,
+    "ae": AE,
+    "ae_l2": AEL2,
+    "eae": EAE,
+    "eae_linear": EAELinear,
+}
 
 
 def objective_class(name: str) -> type[Objective]:
@@ -112,16 +263,31 @@ def objective_class(name: str) -> type[Objective]:
     return OBJECTIVES[name]
 
 
-def orthonormal(d: int, m: int, key: tuple[int, int]) -> torch.Tensor:
+def noise(like: torch.Tensor, numbers: np.ndarray, key: int, purpose: int) -> torch.Tensor:
+    """Draws of N(0, 1), [b, m] as `like`, that depend on the batch's key, the purpose and the row's number alone."""
+    return normal(row_keys(derive_key(key, purpose), numbers), like.shape[1]).to(like)
+
+
+def orthonormal(d: int, m: int, key: int) -> torch.Tensor:
     """A uniformly random matrix of m orthonormal columns, float64 [d, m], that depends on the key alone."""
-    generator = torch.Generator().manual_seed(derive_key(*key))
-    q, r = torch.linalg.qr(torch.randn(d, m, generator=generator, dtype=torch.float64))
+    q, r = torch.linalg.qr(normal(row_keys(derive_key(key, MAP), np.arange(d)), m))
     return q * r.diagonal().sign()  # Mezzadri 2007: makes the QR's choice of signs immaterial
 
 
 def resolve(config: Config, image_shape: tuple[int, int, int]) -> Config:
-    """The configuration with every default that depends on the data filled in; ValueError for an unknown objective or network."""
-    objective_class(config.objective.name)
+    """The configuration with every default that depends on the data filled in.
+
+    Raises ValueError for an unknown objective or network, and for a setting that the objective does not read.
+    """
+    objective = objective_class(config.objective.name)
+    read = {"name", "reconstruction_weight", *objective.penalties.values(), *objective.settings}
+    for setting in fields(ObjectiveConfig):
+        value = getattr(config.objective, setting.name)
+        if setting.name not in read and value != setting.default:
+            raise ValueError(
+                f"objective.{setting.name}={value} means nothing to objective.name={config.objective.name}, which reads "
+                f"{', '.join(sorted(read))}; leave it out"
+            )
     lanes = config.data.lanes or config.train.global_batch
     return replace(config, data=replace(config.data, lanes=lanes), model=resolve_model(config.model, image_shape))
 
@@ -131,5 +297,5 @@ def build_objective(model: ModelConfig, objective: ObjectiveConfig, image_shape:
     cls = objective_class(objective.name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        autoencoder = build_autoencoder(model, image_shape, latent_norm=cls.latent_norm)
+        autoencoder = build_autoencoder(model, image_shape, latent_norm=cls.latent_norm, spread=cls.spread, spectral=cls.spectral)
     return cls(autoencoder, objective, seed)

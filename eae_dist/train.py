@@ -17,6 +17,7 @@ from contextlib import closing, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
@@ -41,7 +42,6 @@ from eae_dist.distributed import (
 )
 from eae_dist.draws import derive_key
 from eae_dist.losses.entropy import gaussian_reference
-from eae_dist.losses.terms import squared_error
 from eae_dist.model.autoencoder import to_unit
 from eae_dist.objectives import Objective, build_objective, resolve
 from eae_dist.report import metrics_log
@@ -100,7 +100,7 @@ def train(config: Config) -> None:
     }
     metrics = metrics_log.MetricsLog(run, accelerator, step, flatten(config))
     reference = None
-    if objective.latent_norm:
+    if "entropy" in objective.penalties:
         reference = entropy_reference(config, min(batch_rows), accelerator.device)
     inputs = None
     if accelerator.is_main_process:
@@ -126,7 +126,10 @@ def train(config: Config) -> None:
                 epochs_done = step * batch_images // epoch_images
                 set_learning_rate(optimizer, config.train.learning_rate * config.train.decay**epochs_done)
             torch.manual_seed(derive_key(config.train.seed, step, rank()))  # of random layers in a network of the user's own
-            names, terms = training_step(accelerator, model, stepper, next(batches), step, batch_rows, config.train.clip_norm)
+            key = derive_key(config.train.seed, step)
+            names, terms = training_step(
+                accelerator, model, stepper, next(batches), stream.numbers, key, batch_rows, config.train.clip_norm
+            )
             window.append(terms)
             step += 1
             progress.update(batch_images)
@@ -150,7 +153,7 @@ def train(config: Config) -> None:
             # Validation, pictures, checkpoint.
             improved = False
             if "validate" in due and config.data.validation:
-                validation = validate(accelerator, objective, config, step)
+                validation = validate(accelerator, objective, config)
                 record |= {f"validation_{name}": value for name, value in validation.items()}
                 metrics_log.require_finite(validation, step, run)
                 improved = validation["loss"] < best
@@ -269,19 +272,24 @@ def training_step(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     batch: dict,
-    step: int,
+    numbers: np.ndarray,
+    key: int,
     batch_rows: list[int],
     clip_norm: float | None,
 ) -> tuple[list[str], torch.Tensor]:
-    """One optimizer step; the terms' names and this rank's shares of them, float64 [terms], gradient norm last."""
+    """One optimizer step; the terms' names and this rank's shares of them, float64 [terms], gradient norm last.
+
+    numbers: which rows of the global batch this rank holds, int64 [b]; key: of all draws of this step.
+    """
     optimizer.zero_grad()
     total = None
-    micro_images, micro_first = (batch[key].tensor_split(len(batch_rows)) for key in ("image", "first"))
-    for micro, (image, first, rows) in enumerate(zip(micro_images, micro_first, batch_rows, strict=True)):
+    images, firsts = (batch[name].tensor_split(len(batch_rows)) for name in ("image", "first"))
+    parts = zip(images, firsts, batch_rows, np.array_split(numbers, len(batch_rows)), strict=True)
+    for micro, (image, first, rows, here) in enumerate(parts):
         weight = rows / sum(batch_rows)
         last = micro == len(batch_rows) - 1
         with nullcontext() if last else accelerator.no_sync(model):
-            terms = model(to_unit(image, accelerator.device), first.to(accelerator.device), rows, step)
+            terms = model(to_unit(image, accelerator.device), first.to(accelerator.device), rows, here, key)
             accelerator.backward(terms["loss"] * weight)
         shares = torch.stack([term.detach().double() for term in terms.values()]) * weight
         total = shares if total is None else total + shares
@@ -305,27 +313,33 @@ def rehearse(accelerator: Accelerator, model: torch.nn.Module, stream: ShardStre
     images = torch.zeros(rows, *stream.index.image_shape, device=accelerator.device)
     first = torch.ones(len(images), dtype=torch.bool, device=accelerator.device)
     for _ in range(2):  # the buckets are rebuilt at the start of the second
-        accelerator.backward(model(images, first, batch_rows[0], 0)["loss"])
+        accelerator.backward(model(images, first, batch_rows[0], np.arange(rows), 0)["loss"])
     model.zero_grad()
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
 
 
 @torch.no_grad()
-def validate(accelerator: Accelerator, objective: Objective, config: Config, step: int) -> dict[str, float]:
-    """The objective's terms over the validation split (at most train.validation_images), the same on any number of ranks."""
+def validate(accelerator: Accelerator, objective: Objective, config: Config) -> dict[str, float]:
+    """The objective's terms over the validation split (at most train.validation_images), the same on any number of ranks.
+
+    Noise is that of the images' numbers, the same each time, so that checkpoints compare.
+    """
     objective.eval()
-    errors = [torch.zeros(0, device=accelerator.device)]
-    latents = [torch.zeros(0, config.model.latent_dim, device=accelerator.device)]
+    key = derive_key(config.train.seed)
+    numbers, blocks = [np.zeros(0, dtype=np.int64)], []
     for batch in walk(config.data.root, config.data.validation, config.evaluate.batch, count=config.train.validation_images):
-        images = to_unit(batch["image"], accelerator.device)
         with accelerator.autocast():
-            latents.append(objective.autoencoder.encode(images))
-            errors.append(squared_error(objective.autoencoder.decode(latents[-1]), images))
-    errors, latents = torch.cat(errors), torch.cat(latents)
-    rows = int(sum_over_ranks(torch.tensor(len(errors), device=accelerator.device)))
-    first = torch.ones(len(errors), dtype=torch.bool, device=accelerator.device)
-    terms = objective.terms(errors, latents, first, rows, step)
+            blocks.append(objective.per_row(to_unit(batch["image"], accelerator.device), batch["number"], key))
+        numbers.append(batch["number"])
+    numbers = np.concatenate(numbers)
+    if not blocks:  # more ranks than blocks: no rows, but the same terms
+        image = torch.zeros(1, *objective.autoencoder.image_shape, device=accelerator.device)
+        blocks.append({name: rows[:0] for name, rows in objective.per_row(image, np.zeros(1), key).items()})
+    per_row = {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
+    rows = int(sum_over_ranks(torch.tensor(len(numbers), device=accelerator.device)))
+    first = torch.ones(len(numbers), dtype=torch.bool, device=accelerator.device)
+    terms = objective.terms(per_row, first, rows, numbers, key)
     objective.train()
     means = gather_rows(torch.stack([term.double() for term in terms.values()])[None]).mean(0)
     return dict(zip(terms, means.tolist(), strict=True))
@@ -346,6 +360,7 @@ def describe(config: Config, objective: Objective, stream: ShardStream, step: in
         f"latent {config.model.latent_dim}, batch {batch} over {world_size()} rank(s), steps {step} to {last_step}, "
         f"run folder {config.train.output}"
     )
+    say(f"loss = {objective.formula()}")
     if len(batch_rows) > 1:
         say(
             f"train.accumulate={len(batch_rows)}: the gradient is that of {batch} images, but entropy, latent norm and batch "

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from world_cases import configured
@@ -43,7 +44,7 @@ def started(seed: int = 0) -> tuple[Objective, torch.optim.Optimizer]:
 
 def step_on(objective: Objective, optimizer: torch.optim.Optimizer, step: int) -> None:
     optimizer.zero_grad()
-    objective(images(), torch.ones(12, dtype=torch.bool), 12, step)["loss"].backward()
+    objective(images(), torch.ones(12, dtype=torch.bool), 12, np.arange(12), step)["loss"].backward()
     optimizer.step()
 
 

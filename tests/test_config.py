@@ -5,15 +5,18 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from eae_dist import config as config_module
 from eae_dist.config import Config, changed_keys, flatten, load_config, override, read_config, save_config
+from eae_dist.objectives import OBJECTIVES, resolve
 
 DEFAULTS = flatten(Config())
 TYPES = {f"{section.name}.{key.name}": key.type for section in fields(Config) for key in fields(section.default_factory)}
 INTEGERS = [key for key, kind in TYPES.items() if kind in (int, int | None)]
 FLOATS = [key for key, kind in TYPES.items() if kind in (float, float | None)]
-MAY_BE_ZERO = {"train.seed", "evaluate.seed", "data.workers"}
+PENALTIES = ("kl_weight", "mmd_weight", "latent_weight", "decoder_weight", "gradient_weight", "input_noise")
+MAY_BE_ZERO = {"train.seed", "evaluate.seed", "data.workers", *(f"objective.{name}" for name in PENALTIES)}
 UNBOUNDED = {"objective.entropy_weight"}  # a weight of 0 or below is a legitimate experiment
 FRACTIONS = ("train.decay", "train.plateau_factor", "model.norm_momentum")
 
@@ -120,12 +123,12 @@ def test_no_number_may_be_negative_and_the_error_names_its_key(key):
 
 
 @pytest.mark.parametrize("key", [key for key in [*INTEGERS, *FLOATS] if key not in UNBOUNDED | MAY_BE_ZERO])
-def test_only_seeds_and_workers_may_be_zero(key):
+def test_only_seeds_workers_and_penalties_may_be_zero(key):
     with pytest.raises(ValueError, match=rf"^{re.escape(key)}=0.* must"):
         load_config([f"{key}=0"])
 
 
-def test_seeds_and_workers_may_be_zero():
+def test_seeds_workers_and_penalties_may_be_zero():
     config = flatten(load_config([f"{key}=0" for key in MAY_BE_ZERO]))
     assert {config[key] for key in MAY_BE_ZERO} == {0}
 
@@ -327,3 +330,21 @@ def test_saved_configuration_is_replaced_whole_or_not_at_all(tmp_path, monkeypat
     with pytest.raises(OSError, match="No space"):
         save_config(load_config([]), path)
     assert read_config(path).train.seed == 1
+
+
+ROWS = sorted((ROOT / "configs").glob("*/*.yaml"))
+SHAPES = {"mnist": (1, 32, 32), "cifar10": (3, 32, 32), "celeba": (3, 64, 64)}
+
+
+@pytest.mark.parametrize("path", ROWS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_row_of_a_data_set_loads_with_it_and_says_its_command(path):
+    data = path.parent.with_suffix(".yaml")
+    config = resolve(load_config(["--config", str(data), str(path)]), SHAPES[path.parent.name])
+    assert config.objective.name == path.stem
+    assert config.train.output == f"runs/{path.parent.name}-{path.stem}"
+    command = f"accelerate launch -m eae_dist.train --config configs/{data.name} configs/{path.parent.name}/{path.name}"
+    assert command in path.read_text()
+
+
+def test_every_paper_s_data_set_has_every_row():
+    assert {(path.parent.name, path.stem) for path in ROWS} == {(data, name) for data in SHAPES for name in OBJECTIVES}

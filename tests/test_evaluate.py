@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
@@ -39,7 +40,7 @@ def save_run(run: Path, config: Config) -> Path:
     """A checkpoint whose running statistics have seen some images; returns its run folder."""
     objective = build_objective(config.model, config.objective, SHAPE, config.train.seed)
     seen = torch.rand(32, *SHAPE, generator=torch.Generator().manual_seed(2))
-    objective(seen, torch.ones(32, dtype=torch.bool), 32, 0)
+    objective(seen, torch.ones(32, dtype=torch.bool), 32, np.arange(32), 0)
     checkpoints.save(run, config, objective.state_dict(), {}, {"step": 4, "images": 104, "image_shape": list(SHAPE)})
     return run
 

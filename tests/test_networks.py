@@ -314,7 +314,7 @@ def test_initial_weights_depend_on_the_seed_alone(name):
 
     once, again, other = state(3, 10), state(3, 20), state(4, 10)
     assert once.keys() == again.keys() and all(torch.equal(once[key], again[key]) for key in once)
-    drawn = [key for key in once if key.endswith("weight") and once[key].ndim > 1]
+    drawn = [key for key in once if key.endswith(("weight", "original")) and once[key].ndim > 1]
     assert len(drawn) == 8 and not any(torch.equal(once[key], other[key]) for key in drawn)
 
 

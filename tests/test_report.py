@@ -121,7 +121,7 @@ def test_grids_of_color_images_keep_their_colors():
         def forward(self, z):
             return torch.tensor([1.0, 0.5, 0.0]).view(1, 3, 1, 1).expand(len(z), 3, 8, 16)
 
-    model = Autoencoder(nn.Flatten(), Reddening(), None, (3, 8, 16), 384)
+    model = Autoencoder(nn.Flatten(), Reddening(), (3, 8, 16), 384)
     grids = draw_grids(model, grid_inputs(images(4, (3, 8, 16)), 384, seed=0))
     assert torch.equal(tiles(grids["samples"], 10)[5].mean((1, 2)), torch.tensor([1.0, 0.5, 0.0]))
 

@@ -8,16 +8,18 @@ import os
 import shutil
 import signal
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from world_cases import BATCH, OBJECTIVES, STEPS, configured, entropy_inputs
+from world_cases import BATCH, FLOAT32, OBJECTIVES, STEPS, configured, entropy_inputs
 
 from eae_dist.data.stream import ShardStream
-from eae_dist.distributed import gather_rows, rank, sum_over_ranks, world_size
+from eae_dist.distributed import barrier, gather_rows, rank, sum_over_ranks, world_size
+from eae_dist.draws import derive_key
 from eae_dist.evaluate import evaluate
 from eae_dist.losses.entropy import entropy_terms, gaussian_reference, knn_entropy
 from eae_dist.model.norm import GlobalBatchNorm
@@ -45,13 +47,15 @@ def run_steps(name: str, steps: int, *settings: str, workers: int = 0):
     rehearse(accelerator, model, stream, rows)
     losses, gradients, batches = [], None, iter(stream)
     for step in range(steps):
-        _, terms = training_step(accelerator, model, optimizer, next(batches), step, rows, config.train.clip_norm)
+        _, terms = training_step(
+            accelerator, model, optimizer, next(batches), stream.numbers, derive_key(3, step), rows, config.train.clip_norm
+        )
         losses.append(gather_rows(terms[None]).mean(0))
         if step == 0:
             gradients = {name: p.grad.clone() for name, p in objective.named_parameters()}
     batches.close()
     state = {key: value.clone() for key, value in objective.state_dict().items()}
-    validation = validate(accelerator, objective, config, steps)
+    validation = validate(accelerator, objective, config)
     return {"losses": torch.stack(losses), "gradients": gradients, "state": state, "validation": validation}
 
 
@@ -69,7 +73,7 @@ def training_in_float64():
 
 @case
 def training_in_float32():
-    return {name: run_steps(name, STEPS) for name in OBJECTIVES}
+    return {name: run_steps(name, STEPS) for name in FLOAT32}
 
 
 @case
@@ -167,10 +171,10 @@ def gathered_gradient():
     return {"rows": everyone.detach(), "gradient": gather_rows(gradient)}
 
 
-def train_settings(run: str, *settings: str):
+def train_settings(run: str, *settings: str, name: str = "eae"):
     return configured(
         SHARDS,
-        "eae",
+        name,
         f"train.output={FOLDER / run}",
         "train.seed=5",
         "train.save_every=130",  # images: every 5 steps
@@ -217,6 +221,22 @@ def _signal_in_step(step: int) -> None:
 
 
 @case
+def every_row_interrupted():
+    """For every row the weights after 6 steps at once, and after 3 and then, from the checkpoint, 3 more."""
+    found = {}
+    for name in OBJECTIVES if world_size() != 3 else ():
+        for run, lengths in {"whole": [6], "parts": [3, 6]}.items():
+            run = f"{name}-{run}-{world_size()}"
+            for length in lengths:
+                train(train_settings(run, epochs(length), "train.keep=1", name=name))
+            found.setdefault(name, []).append(weights_of(run, 6))
+            barrier()
+            if rank() == 0:
+                shutil.rmtree(FOLDER / run)
+    return found
+
+
+@case
 def run_of_two_ranks_continued():
     """A run that two ranks took to step 10, continued to step 20 by this many."""
     if world_size() == 2:
@@ -225,7 +245,7 @@ def run_of_two_ranks_continued():
     run = f"halfway-{world_size()}"
     if rank() == 0:
         shutil.copytree(FOLDER / "halfway", FOLDER / run, symlinks=True)
-    torch.distributed.barrier() if world_size() > 1 else None
+    barrier()
     train(train_settings(run, epochs(20)))
     return {"state": weights_of(run, 20)}
 
@@ -252,9 +272,10 @@ def main() -> None:
     Accelerator(cpu=True)  # makes the process group
     results = {}
     for name, function in CASES.items():
-        if rank() == 0:
-            print("case", name, flush=True)
+        started = time.perf_counter()
         results[name] = function()
+        if rank() == 0:
+            print(f"case {name}: {time.perf_counter() - started:.1f} s", flush=True)
     if rank() == 0:
         torch.save(results, OUT)
 

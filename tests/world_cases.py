@@ -9,15 +9,30 @@ from eae_dist.objectives import resolve
 
 BATCH = 26  # 3 and 4 ranks share it unevenly
 STEPS = 20
-OBJECTIVES = ("eae", "eae_linear", "eae_redrawn", "ae")
+# Weights at which every penalty moves the tiny network.
+OBJECTIVES = {
+    "eae": (),
+    "eae_linear": (),
+    "eae_redrawn": ("objective.map=redrawn", "objective.map_dim=3"),
+    "ae": (),
+    "ae_l2": ("objective.decoder_weight=1e-2",),
+    "rae": ("objective.latent_weight=0.1",),
+    "rae_l2": ("objective.latent_weight=0.1", "objective.decoder_weight=1e-2"),
+    "rae_gp": ("objective.latent_weight=0.1", "objective.gradient_weight=1e-4"),
+    "rae_sn": ("objective.latent_weight=0.1",),
+    "vae": ("objective.kl_weight=0.3",),
+    "cv_vae": ("objective.kl_weight=0.3", "objective.sigma=0.5"),
+    "two_stage_vae": ("objective.kl_weight=0.3",),
+    "wae": ("objective.mmd_weight=0.5", "objective.input_noise=0.05"),
+}
+FLOAT32 = ("eae", "eae_linear", "eae_redrawn", "ae", "rae_gp", "vae", "wae")
 
 
 def configured(shards: Path, name: str, *settings: str) -> Config:
     """The resolved configuration of a row of OBJECTIVES on the tests' small images, with a tiny network."""
-    objective, *rest = {"eae_redrawn": ("eae_linear", "objective.map=redrawn", "objective.map_dim=3")}.get(name, (name,))
     config = load_config(
         [
-            f"objective.name={objective}",
+            f"objective.name={name.replace('_redrawn', '_linear')}",
             f"data.root={shards}",
             f"train.global_batch={BATCH}",
             "train.device=cpu",
@@ -25,7 +40,7 @@ def configured(shards: Path, name: str, *settings: str) -> Config:
             "model.width=4",
             "model.latent_dim=5",
             "evaluate.batch=16",  # three validation blocks: of four ranks one has none
-            *rest,
+            *OBJECTIVES[name],
             *settings,
         ]
     )

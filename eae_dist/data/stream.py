@@ -73,6 +73,11 @@ class ShardStream(IterableDataset):
         return (stop - start) * self.order.global_batch // self.lanes
 
     @property
+    def numbers(self) -> np.ndarray:
+        """Which rows of the global batch this rank's are, int64 [b]."""
+        return np.arange(self.rows) + self.lane_range[0] * self.order.global_batch // self.lanes
+
+    @property
     def samples(self) -> int:
         """N, the number of samples in the split: images a pass."""
         return self.order.total
@@ -125,7 +130,8 @@ def walk(
     """The first `count` samples of a split (default: all) in order, this rank's contiguous run of whole blocks of `batch` rows.
 
     Which rows share a batch does not depend on the number of ranks, nothing is padded and nothing comes twice; only the
-    split's last block is shorter. Dicts as of `ShardStream`, without "first".
+    split's last block is shorter. Dicts as of `ShardStream`, with "number", which samples of the split they are (numpy int64
+    [b]), instead of "first".
     """
     rank, world = this_rank() if rank is None else rank, world_size() if world is None else world
     return _read_ahead(_blocks(ShardReader(ShardIndex.load(root), split), batch, count, rank, world), depth=2)
@@ -140,7 +146,7 @@ def _blocks(reader: ShardReader, batch: int, count: int | None, rank: int, world
     for block in range(start, stop):
         position = np.arange(block * batch, min((block + 1) * batch, total))
         shard = np.searchsorted(ends, position, side="right")
-        yield reader.read(shard, position - (ends - samples)[shard])
+        yield reader.read(shard, position - (ends - samples)[shard]) | {"number": position}
 
 
 def _ignore_stop_signals(worker_id: int) -> None:

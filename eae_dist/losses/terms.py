@@ -1,8 +1,16 @@
-"""Pure loss terms on this rank's rows; every term returns a *share*, and the mean of the shares over ranks is the global term."""
+"""Pure loss terms on this rank's rows; every term returns a *share*, and the mean of the shares over ranks is the global term.
+
+b: this rank's rows, n: all rows, d: latent dimensions, W: ranks.
+"""
+
+from collections.abc import Iterable
 
 import torch
 
-from eae_dist.distributed import world_size
+from eae_dist.distributed import gather_rows, rank, row_counts, world_size
+
+IMQ_SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+ROWS = 1024
 
 
 def squared_error(reconstruction: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
@@ -16,3 +24,44 @@ def squared_error(reconstruction: torch.Tensor, images: torch.Tensor) -> torch.T
 def mean_share(per_row: torch.Tensor, rows: int) -> torch.Tensor:
     """This rank's share W/n * sum of a mean over n = rows of all ranks, [b] -> scalar; ranks may hold unequal numbers."""
     return per_row.sum() * (world_size() / rows)
+
+
+def gaussian_divergence(mean: torch.Tensor, log_sigma: torch.Tensor) -> torch.Tensor:
+    """KL(N(mean, sigma^2) || N(0, I)) per row in nats, [b, d] x 2 -> [b]."""
+    return 0.5 * (mean.square() + (2 * log_sigma).exp() - 1 - 2 * log_sigma).sum(1)
+
+
+def kernel_discrepancy(latents: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
+    """MMD^2 between the latents of all ranks and as many prior draws, [b, d] x 2 -> scalar share; can be negative.
+
+    Inverse multiquadratic kernels sum_s C_s / (C_s + |x - y|^2), C_s = 2 d s; unbiased within each set, 2/n^2 across (Tolstikhin
+    et al. 2018, with the constants of the official RAE code). Each rank compares its rows with everyone's.
+    """
+    counts = row_counts(len(latents), latents.device)
+    n, start = sum(counts), sum(counts[: rank()])
+    everyone, every_prior = gather_rows(latents), gather_rows(prior)
+    within = imq_kernel(latents, everyone, start) + imq_kernel(prior, every_prior, start)
+    across = imq_kernel(latents, every_prior)
+    return world_size() * (within / (n * (n - 1)) - 2 * across / n**2)
+
+
+def imq_kernel(x: torch.Tensor, y: torch.Tensor, offset: int | None = None) -> torch.Tensor:
+    """Sum of the kernels over all pairs, [b, d] x [n, d] -> scalar; with an offset, row i of x is row offset + i of y.
+
+    A row is not paired with itself.
+    """
+    total = x.new_zeros(())
+    place = torch.arange(len(y), device=x.device)
+    for start, rows in zip(range(0, len(x), ROWS), x.split(ROWS), strict=False):  # a whole split may be compared
+        squared = rows.square().sum(1)[:, None] + y.square().sum(1) - 2 * rows @ y.T
+        if offset is not None:
+            itself = place[start : start + len(rows), None] + offset == place
+            squared = squared.masked_fill(itself, torch.inf)
+        scales = (2 * x.shape[1] * scale for scale in IMQ_SCALES)
+        total = total + sum((c / (c + squared)).sum() for c in scales)
+    return total
+
+
+def sum_of_squares(weights: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Sum of the squares of all entries."""
+    return sum(weight.square().sum() for weight in weights)

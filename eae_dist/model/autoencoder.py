@@ -7,31 +7,49 @@ import torch
 from torch import nn
 
 from eae_dist.config import ModelConfig
-from eae_dist.model.networks import NETWORKS, ConvDecoder, ConvEncoder, Family, own_network
+from eae_dist.model.networks import NETWORKS, ConvDecoder, ConvEncoder, Family, normalize_spectrum, own_network
 from eae_dist.model.norm import GlobalBatchNorm
 
 LATENT_EPS = 1e-5  # small, so that the latent's variance is 1 and not 1 - eps
+LOG_SIGMA_LIMIT = 5  # as in the official RAE code: log sigma = 5 tanh(.)
 
 
 class Autoencoder(nn.Module):
     """encode: images [b, c, h, w] in [0, 1] -> latents [b, d]; decode: latents [b, d] -> images [b, c, h, w] in [0, 1].
 
-    With latent_norm the latent is batch-normed over all ranks' rows, without scale or shift: mean 0 and variance 1.
+    With a latent norm the latent is batch-normed over all ranks' rows, without scale or shift: mean 0 and variance 1. With
+    spread the encoder has a second head, the deviations of a variational posterior, and `encode` gives its means.
     """
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module, latent_norm: GlobalBatchNorm | None, image_shape, latent_dim: int):
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        image_shape: Sequence[int],
+        latent_dim: int,
+        *,
+        latent_norm: GlobalBatchNorm | None = None,
+        spread: bool = False,
+    ):
         super().__init__()
         self.encoder, self.decoder, self.latent_norm = encoder, decoder, latent_norm
-        self.image_shape, self.latent_dim = tuple(image_shape), latent_dim
+        self.image_shape, self.latent_dim, self.spread = tuple(image_shape), latent_dim, spread
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
+        return self.posterior(images)[0]
+
+    def posterior(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Latents [b, d] and, with spread, the logarithms of their standard deviations, [b, d] in [-5, 5]; else None."""
         h = self.encoder(images)
-        if h.shape != (wanted := (len(images), self.latent_dim)):
+        if h.shape != (wanted := (len(images), self.latent_dim * (2 if self.spread else 1))):
             raise ValueError(f"the encoder (model.encoder) made {tuple(h.shape)} of {len(images)} images; wanted {wanted}")
         # Statistics and entropy in float32, whatever the convolutions ran in.
         with torch.autocast(h.device.type, enabled=False):
             h = h.to(torch.promote_types(h.dtype, torch.float32))
-            return h if self.latent_norm is None else self.latent_norm(h)
+            if self.spread:
+                mean, raw = h.chunk(2, 1)
+                return mean, LOG_SIGMA_LIMIT * torch.tanh(raw)
+            return (h if self.latent_norm is None else self.latent_norm(h)), None
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return self.decoder(latents)
@@ -53,25 +71,33 @@ def resolve_model(config: ModelConfig, image_shape: Sequence[int]) -> ModelConfi
     return replace(config, width=config.width or family.width, latent_dim=latent_dim)
 
 
-def build_autoencoder(config: ModelConfig, image_shape: Sequence[int], *, latent_norm: bool) -> Autoencoder:
-    """An initialized autoencoder from a configuration that `resolve_model` has filled in."""
-    family, shape = _family(config.network), tuple(image_shape)
+def build_autoencoder(
+    config: ModelConfig, image_shape: Sequence[int], *, latent_norm: bool = False, spread: bool = False, spectral: bool = False
+) -> Autoencoder:
+    """An initialized autoencoder from a configuration that `resolve_model` has filled in.
+
+    spread: the encoder has a second head. spectral: every kernel is divided by its largest singular value.
+    """
+    family, shape, heads = _family(config.network), tuple(image_shape), 2 if spread else 1
     norm = {"eps": config.norm_eps, "momentum": config.norm_momentum}
-    # The head's bias would be removed by the latent norm.
+    bias = not latent_norm  # the head's would be removed by the latent norm
     if config.encoder is None:
-        encoder = ConvEncoder(family, shape, config.latent_dim, config.width, bias=not latent_norm, norm=norm)
+        encoder = ConvEncoder(family, shape, config.latent_dim, config.width, heads=heads, bias=bias, norm=norm)
     else:
-        sizes = {"image_shape": shape, "latent_dim": config.latent_dim, "width": config.width, "bias": not latent_norm}
+        sizes = {"image_shape": shape, "latent_dim": heads * config.latent_dim, "width": config.width, "bias": bias}
         encoder = own_network(config.encoder, "model.encoder", sizes)
     if config.decoder is None:
         decoder = ConvDecoder(family, shape, config.latent_dim, config.width, norm=norm)
     else:
         sizes = {"image_shape": shape, "latent_dim": config.latent_dim, "width": config.width}
         decoder = own_network(config.decoder, "model.decoder", sizes)
+    if spectral:
+        normalize_spectrum(encoder)
+        normalize_spectrum(decoder)
     norm_layer = None
     if latent_norm:
         norm_layer = GlobalBatchNorm(config.latent_dim, affine=False, eps=LATENT_EPS, momentum=config.norm_momentum)
-    return Autoencoder(encoder, decoder, norm_layer, shape, config.latent_dim)
+    return Autoencoder(encoder, decoder, shape, config.latent_dim, latent_norm=norm_layer, spread=spread)
 
 
 def _family(name: str) -> Family:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 from eae_dist.model.norm import GlobalBatchNorm
 
@@ -25,6 +26,7 @@ class Family:
     decoder: tuple[int, ...]  # the first is the dense layer's, the others double the image
     last_stride: int  # of the layer that makes the image: 2 doubles it once more
     centered_input: bool  # the encoder sees 2x - 1
+    penalized_dense: bool  # an L2 penalty on the decoder takes in its dense layer
     latent_dim: dict[int, int]  # by image channels
 
     @property
@@ -39,16 +41,26 @@ class Family:
 
 
 NETWORKS = {
-    "small": Family(24, 4, (1, 2, 4), (4, 2, 1), 2, True, {1: 16, 3: 64}),
-    "rae32": Family(128, 4, (1, 2, 4, 8), (8, 4, 2), 1, True, {1: 16, 3: 128}),
-    "rae64": Family(128, 5, (1, 2, 4, 8), (8, 4, 2, 1), 1, False, {1: 64, 3: 64}),
+    "small": Family(24, 4, (1, 2, 4), (4, 2, 1), 2, True, False, {1: 16, 3: 64}),
+    "rae32": Family(128, 4, (1, 2, 4, 8), (8, 4, 2), 1, True, False, {1: 16, 3: 128}),
+    "rae64": Family(128, 5, (1, 2, 4, 8), (8, 4, 2, 1), 1, False, True, {1: 64, 3: 64}),
 }
 
 
 class ConvEncoder(nn.Module):
-    """Strided convolutions, each with batch norm and ReLU, then one dense layer: [b, c, h, w] -> [b, latent_dim]."""
+    """Strided convolutions, each with batch norm and ReLU, then a dense layer a head: [b, c, h, w] -> [b, heads latent_dim]."""
 
-    def __init__(self, family: Family, image_shape: tuple[int, int, int], latent_dim: int, width: int, *, bias: bool, norm: dict):
+    def __init__(
+        self,
+        family: Family,
+        image_shape: tuple[int, int, int],
+        latent_dim: int,
+        width: int,
+        *,
+        heads: int = 1,
+        bias: bool,
+        norm: dict,
+    ):
         super().__init__()
         channels, height, width_pixels = image_shape
         self.centered_input = family.centered_input
@@ -59,8 +71,10 @@ class ConvEncoder(nn.Module):
             self.layers.append(GlobalBatchNorm(after, **norm))
             self.layers.append(nn.ReLU(inplace=True))
         features = sizes[-1] * (height // family.multiple) * (width_pixels // family.multiple)
-        self.head = nn.Linear(features, latent_dim, bias=bias)
+        self.head = nn.Linear(features, heads * latent_dim, bias=bias)
         self.apply(initialize)
+        for head in self.head.weight.split(latent_dim) if heads > 1 else ():
+            nn.init.xavier_uniform_(head)  # each as the layer of its own that it is
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = 2 * x - 1 if self.centered_input else x
@@ -76,6 +90,7 @@ class ConvDecoder(nn.Module):
         sizes = [width * m for m in family.decoder]
         start = (height // family.decoder_reduction, width_pixels // family.decoder_reduction)
         self.dense = nn.Linear(latent_dim, sizes[0] * start[0] * start[1])
+        self.dense.penalized = family.penalized_dense
         self.layers = nn.Sequential(nn.Unflatten(1, (sizes[0], *start)))
         for before, after in zip(sizes, sizes[1:], strict=False):
             self.layers.append(SameConvTranspose2d(before, after, family.kernel, 2, bias=False))
@@ -116,6 +131,23 @@ def initialize(layer: nn.Module) -> None:
         nn.init.xavier_uniform_(layer.weight)
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
+
+
+def kernels_of(decoder: nn.Module) -> list[torch.Tensor]:
+    """The weights that an L2 penalty on a decoder means: of its convolutions and, but for rae32 and small, its dense layers."""
+    layers = (layer for layer in decoder.modules() if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear))
+    return [layer.weight for layer in layers if getattr(layer, "penalized", True)]
+
+
+def normalize_spectrum(network: nn.Module) -> None:
+    """Divides every kernel of convolutions and dense layers by its largest singular value, one power iteration a step.
+
+    As the official RAE code flattens them: over all but the outputs, for a transposed convolution all but the inputs (torch's
+    own choice there would be the outputs); in torch's layout the first dimension in each case.
+    """
+    for layer in list(network.modules()):
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+            spectral_norm(layer, dim=0)
 
 
 def own_network(name: str, key: str, arguments: dict) -> nn.Module:
