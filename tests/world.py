@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from world_cases import BATCH, FLOAT32, OBJECTIVES, STEPS, configured, entropy_inputs
+from world_metrics import CASES as METRIC_CASES
 
 from eae_dist.data.stream import ShardStream
 from eae_dist.distributed import barrier, gather_rows, rank, sum_over_ranks, world_size
@@ -28,7 +29,7 @@ from eae_dist.report.metrics_log import TrainingDiverged
 from eae_dist.train import rehearse, rows_of_micro_batches, train, training_step, validate
 
 OUT, SHARDS, FOLDER = (Path(argument) for argument in sys.argv[1:4])
-CASES = {}
+CASES = dict(METRIC_CASES)
 
 
 def case(function):

