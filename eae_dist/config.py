@@ -158,11 +158,35 @@ class EvaluateConfig:
     """Judging a checkpoint."""
 
     split: str = changeable("test")
-    """The split to judge on."""
+    """The split that is reconstructed and interpolated."""
+    reference: str = changeable("test")
+    """The split that images are compared with."""
+    densities: list[str] = field(default_factory=list, metadata={"changeable": True})
+    """Densities fitted to the training latents and drawn from: isotropic, mvg, gmm, two_stage. Default: isotropic, mvg and gmm;
+    for two_stage_vae two_stage."""
+    components: int = changeable(10)
+    """Components of gmm."""
+    second_stage_weight: float = changeable(1.5e-3)
+    """Weight of the divergence in the second stage of two_stage; the official values are 1.5e-3 for MNIST, 1e-3 for CIFAR-10
+    and 2e-3 for CelebA."""
+    features: str | None = changeable(None)
+    """Whose features images are compared by: inception (the distance is fid), efflite0, mnistcnn, fashioncnn or
+    package.module:function of your own, named on the command line. Default: mnistcnn for MNIST, fashioncnn for Fashion-MNIST,
+    else efflite0."""
+    preprocessing: str | None = changeable(None)
+    """Of inception: pytorch-fid (default), tf1 or clean."""
+    inception_weights: str | None = changeable(None)
+    """The file of inception's weights. Default: where torch's hub keeps it."""
+    frechet: str = changeable("svd")
+    """The matrix root of the Fréchet distance: svd, or sqrtm as pytorch-fid takes it."""
+    neighbor_images: int = changeable(10_000)
+    """At most this many images of a set are compared by kid, precision, recall, density and coverage."""
+    cache: str = changeable("~/.cache/eae_dist")
+    """Folder where the statistics of reference images are kept."""
     batch: int = changeable(256)
     """Images a forward pass, per rank."""
     count: int | None = changeable(None)
-    """How many images of the split, from its start. Default: all."""
+    """How many images of the split and of the reference, from their start, and how many draws. Default: all of the split."""
     seed: int = changeable(0)
     """Fixes the drawn samples."""
 
@@ -364,6 +388,9 @@ def _check_values(config: Config) -> None:
         "objective.sigma": objective.sigma,
         "evaluate.batch": config.evaluate.batch,
         "evaluate.count": config.evaluate.count,
+        "evaluate.components": config.evaluate.components,
+        "evaluate.second_stage_weight": config.evaluate.second_stage_weight,
+        "evaluate.neighbor_images": config.evaluate.neighbor_images,
     }
     for key, value in positive.items():
         if value is not None and not 0 < value < math.inf:
@@ -396,6 +423,7 @@ def _check_values(config: Config) -> None:
         "train.precision": (train.precision, ("no", "bf16", "fp16")),
         "train.device": (train.device, ("auto", "cpu")),
         "objective.map": (objective.map, ("fixed", "redrawn")),
+        "evaluate.frechet": (config.evaluate.frechet, ("svd", "sqrtm")),
     }
     for key, (value, known) in choices.items():
         if value not in known:

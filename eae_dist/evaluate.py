@@ -3,31 +3,41 @@
     python -m eae_dist.evaluate --ckpt DIR [--nproc N] [--out DIR] [key=value ...]
 
 Alone it uses all local GPUs, or N CPU ranks; under accelerate or torchrun it joins their ranks. The numbers do not
-depend on how many ranks there are. Writes evaluation/metrics.json and PNG grids into the run folder, or into --out.
+depend on how many ranks there are, and a run that was killed goes on where it was. Writes metrics.json, the fitted densities
+and PNG grids into RUN/evaluation, or into --out.
 """
 
 import argparse
+import hashlib
 import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import PartialState
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from eae_dist.checkpoint import Checkpoint, load_objective, open_checkpoint, versions
-from eae_dist.config import Config, changed_keys, override
+from eae_dist.config import Config, EvaluateConfig, changed_keys, override
+from eae_dist.data.order import lane_range
 from eae_dist.data.shards import ShardIndex
 from eae_dist.data.stream import walk
-from eae_dist.distributed import FirstRankFailed, first_rank_first, gather_rows, rank, world_size
-from eae_dist.durable import replace_file
+from eae_dist.distributed import FirstRankFailed, first_rank_first, from_first_rank, gather_rows, rank, world_size
+from eae_dist.draws import derive_key, keyed_hash
+from eae_dist.durable import replace_file, sha256_of
+from eae_dist.latent.densities import DENSITIES, Density, load_density, save_density
 from eae_dist.losses.terms import squared_error
-from eae_dist.model.autoencoder import Autoencoder, to_unit
-from eae_dist.report.grids import draw_grids, grid_inputs, save_grids
+from eae_dist.metrics.comparison import ImageSet, compare, describe, filled
+from eae_dist.metrics.features import Extractor, build_features
+from eae_dist.metrics.frechet import warnings_about
+from eae_dist.model.autoencoder import Autoencoder, to_uint8, to_unit
+from eae_dist.report.grids import SAMPLES, draw_grids, grid_inputs, save_grids
 
 log = logging.getLogger("eae_dist")
 
@@ -36,62 +46,283 @@ def evaluate(directory: Path, assignments: Sequence[str], out: Path | None = Non
     """The metrics of a checkpoint, also written to disk by rank 0. Call on every rank.
 
     Raises ValueError or FileNotFoundError for a damaged or missing checkpoint, other settings than evaluate.* and data.root,
-    and images of another shape than the model's.
+    images of another shape than the model's, and features that are not there.
     """
+    # What is judged, on what, by which features.
     checkpoint = open_checkpoint(directory)
     config = evaluation_config(checkpoint, assignments)
+    settings = config.evaluate
+    index = open_data(checkpoint, config)
+    device = PartialState().device
+    named = [text.split("=", 1)[1] for text in assignments if text.startswith(("model.encoder=", "model.decoder="))]
+    autoencoder = load_objective(checkpoint, allow=named).autoencoder.to(device)
+    extractor = open_features(settings, index, assignments).to(device)
+    out = out or evaluation_folder(checkpoint)
+    judged = {
+        "checkpoint": str(checkpoint.path),
+        "step": checkpoint.state["step"],
+        "objective": config.objective.name,
+        "data": index.name,
+        "index_sha256": index.sha256,
+        "split": settings.split,
+        "reference": settings.reference,
+        "features": extractor.record(),
+        "versions": versions(),
+    }
+    done = Progress(out, {**judged, "model": sha256_of(checkpoint.path / "model.safetensors"), "settings": asdict(settings)})
+
+    # The real images' features, the latents of the split, the densities of the training latents.
+    real = reference_images(config, index, extractor, device)
+    errors, latents = reconstructed(autoencoder, config, device)
+    fitted, reports = fit_densities(autoencoder, config, done, device)
+
+    # Every set of images in turn: made, described by its features, compared with the real ones.
+    sets, warnings = {}, warnings_about(real.stats, f"the split {settings.reference}")
+    for name, latents_of in latent_sets(fitted, latents, config).items():
+        if name not in done.sets:
+            count = len(latents) if name in OF_IMAGES else real.stats.count
+            images = decoded(autoencoder, latents_of, count, settings.batch, device, name)
+            described = describe(images, extractor, settings.batch, settings.neighbor_images, device, f"the set {name}")
+            done.record(name, compare(real, described, extractor.metric, settings.frechet, f"the set {name}"))
+        sets[name], doubts = done.sets[name]
+        warnings += doubts
+
+    per_image = errors.mean().item()
+    metrics = judged | {
+        "images": len(errors),
+        "reference_images": real.stats.count,
+        "reconstruction": per_image,
+        "reconstruction_per_pixel": per_image / int(np.prod(index.image_shape)),
+        "sets": sets,
+        "densities": reports,
+        "warnings": warnings + [f"{name}: {report['failed']}" for name, report in reports.items() if "failed" in report],
+    }
+    with first_rank_first() as mine:
+        if mine:
+            images = next(walk(config.data.root, settings.split, 64, rank=0, world=1))["image"]
+            inputs = grid_inputs(to_unit(images, device), autoencoder.latent_dim, settings.seed)
+            save_grids(draw_grids(autoencoder, inputs) | sample_grids(autoencoder, fitted, settings, device), out)
+            replace_file(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+            done.remove()
+    return metrics | {"out": str(out)}
+
+
+OF_IMAGES = ("reconstruction", "interpolation_linear", "interpolation_spherical")
+
+
+def open_data(checkpoint: Checkpoint, config: Config) -> ShardIndex:
+    """The index of the data; ValueError if it does not fit the checkpoint or a split is missing or empty."""
     index = ShardIndex.load(config.data.root)
     if index.image_shape != tuple(checkpoint.state["image_shape"]):
         raise ValueError(
             f"data.root={config.data.root} holds images of shape {index.image_shape} (c, h, w), the checkpoint was trained on "
             f"{tuple(checkpoint.state['image_shape'])}"
         )
-    if index.split(config.evaluate.split).samples == 0:
-        raise ValueError(f"evaluate.split={config.evaluate.split} of {config.data.root} holds no images")
-    named = [text.split("=", 1)[1] for text in assignments if text.startswith(("model.encoder=", "model.decoder="))]
-    device = PartialState().device
-    autoencoder = load_objective(checkpoint, allow=named).autoencoder.to(device)
+    for key, split in {"split": config.evaluate.split, "reference": config.evaluate.reference}.items():
+        if index.split(split).samples == 0:
+            raise ValueError(f"evaluate.{key}={split} of {config.data.root} holds no images")
+    return index
 
-    errors = reconstruction_errors(autoencoder, config, device)
-    channels, height, width = index.image_shape
-    metrics = {
-        "checkpoint": str(checkpoint.path),
-        "step": checkpoint.state["step"],
-        "objective": config.objective.name,
-        "data": index.name,
+
+def open_features(settings: EvaluateConfig, index: ShardIndex, assignments: Sequence[str]) -> Extractor:
+    """The extractor that evaluate.features names, or the data's own. A function that only the checkpoint names is not run."""
+    own = {"mnist": "mnistcnn", "mnist5k": "mnistcnn", "fashion_mnist": "fashioncnn"}
+    name = settings.features or own.get(index.name, "efflite0")
+    if ":" in name and f"evaluate.features={name}" not in assignments:
+        raise ValueError(f"evaluate.features={name} stands in the checkpoint; give it on the command line to have it run")
+    return build_features(name, weights=settings.inception_weights, preprocessing=settings.preprocessing)
+
+
+class Progress:
+    """What of an evaluation is done: evaluation/.progress.json, which counts only under the same key."""
+
+    def __init__(self, folder: Path, key: dict):
+        self.path, self.key, self.sets, self.densities = folder / ".progress.json", json.dumps(key, sort_keys=True), {}, {}
+        with first_rank_first() as mine:
+            if mine:
+                folder.mkdir(parents=True, exist_ok=True)
+                found = json.loads(self.path.read_text()) if self.path.is_file() else {}
+                if found.get("key") == self.key:
+                    self.sets, self.densities = found["sets"], found["densities"]
+                    log.info("going on with an evaluation that was interrupted: %s", ", ".join(self.sets) or "densities")
+        self.sets, self.densities = from_first_rank((self.sets, self.densities))
+
+    def record(self, name: str, result) -> None:
+        """A set that was compared."""
+        self.sets[name] = result
+        self._write()
+
+    def record_density(self, name: str, report: dict) -> None:
+        self.densities[name] = report
+        self._write()
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+    def _write(self) -> None:
+        with first_rank_first() as mine:
+            if mine:
+                text = json.dumps({"key": self.key, "sets": self.sets, "densities": self.densities})
+                replace_file(self.path, text)
+
+
+def reference_images(config: Config, index: ShardIndex, extractor: Extractor, device: torch.device) -> ImageSet:
+    """The features of the reference split, from evaluate.cache if they were taken before."""
+    settings = config.evaluate
+    moved_by = {
         "index_sha256": index.sha256,
-        "split": config.evaluate.split,
-        "images": len(errors),
-        "reconstruction": errors.mean().item(),
-        "reconstruction_per_pixel": errors.mean().item() / (channels * height * width),
-        "versions": versions(),
+        "split": settings.reference,
+        "count": settings.count,
+        "rows": settings.neighbor_images,
+        "block": settings.batch,
+        "features": extractor.record(),
+        "dtype": "float32",
     }
-    out = out or evaluation_folder(checkpoint)
+    key = json.dumps(moved_by, sort_keys=True)
+    path = Path(settings.cache).expanduser() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+    cached = None
+    if extractor.sha256 is not None:  # the weights of a user's function are unknown
+        with first_rank_first() as mine:
+            cached = path.is_file() if mine else None
+        if from_first_rank(cached):
+            return ImageSet.from_file(path, key)
+    blocks = walk(config.data.root, settings.reference, settings.batch, count=settings.count)
+    images = ((int(batch["number"][0]), batch["image"]) for batch in watched(blocks, f"features of {settings.reference}"))
+    described = describe(images, extractor, settings.batch, settings.neighbor_images, device, f"the split {settings.reference}")
     with first_rank_first() as mine:
-        if mine:
-            images = next(walk(config.data.root, config.evaluate.split, 64, rank=0, world=1))["image"]
-            inputs = grid_inputs(to_unit(images, device), autoencoder.latent_dim, config.evaluate.seed)
-            save_grids(draw_grids(autoencoder, inputs), out)
-            replace_file(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    return metrics | {"out": str(out)}
+        if mine and extractor.sha256 is not None:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                replace_file(path, described.to_bytes(key))
+            except OSError as error:
+                log.warning("evaluate.cache=%s cannot be written (%s); going on without", settings.cache, error)
+    return described
 
 
 @torch.no_grad()
-def reconstruction_errors(autoencoder: Autoencoder, config: Config, device: torch.device) -> torch.Tensor:
-    """Squared error of every image of the split in order, float64 [n] on every rank: the same bits on any number of ranks.
+def reconstructed(autoencoder: Autoencoder, config: Config, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Squared errors and latents of the split in order, float64 [n] and float32 [n, d], on every rank.
 
     A row's float32 result can depend on how many rows share its batch, so ranks take whole blocks of evaluate.batch and the
-    last block is filled up; the filling is discarded.
+    last block is filled up: the same bits on any number of ranks.
     """
     split, block = config.evaluate.split, config.evaluate.batch
     errors = [torch.zeros(0, dtype=torch.float64, device=device)]
-    batches = walk(config.data.root, split, block, count=config.evaluate.count)
-    for batch in tqdm(batches, desc=f"reconstructing {split}", unit=" blocks", disable=rank() != 0):
-        images = to_unit(batch["image"], device)
-        filled = torch.cat([images, images[-1:].expand(block - len(images), -1, -1, -1)])
-        error = squared_error(autoencoder.decode(autoencoder.encode(filled)), filled)
-        errors.append(error[: len(images)].double())
-    return gather_rows(torch.cat(errors)).cpu()
+    latents = [torch.zeros(0, autoencoder.latent_dim, device=device)]
+    for batch in watched(walk(config.data.root, split, block, count=config.evaluate.count), f"reconstructing {split}"):
+        images = filled(to_unit(batch["image"], device), block)
+        z = autoencoder.encode(images)
+        error = squared_error(autoencoder.decode(z), images)
+        errors.append(error[: len(batch["image"])].double())
+        latents.append(z[: len(batch["image"])])
+    return gather_rows(torch.cat(errors)).cpu(), gather_rows(torch.cat(latents)).cpu()
+
+
+@torch.no_grad()
+def training_latents(autoencoder: Autoencoder, config: Config, device: torch.device) -> torch.Tensor:
+    """Latents of this rank's run of the training split, [b, d]."""
+    latents = [torch.zeros(0, autoencoder.latent_dim, device=device)]
+    for batch in watched(walk(config.data.root, config.data.split, config.evaluate.batch), f"encoding {config.data.split}"):
+        images = filled(to_unit(batch["image"], device), config.evaluate.batch)
+        latents.append(autoencoder.encode(images)[: len(batch["image"])])
+    return torch.cat(latents)
+
+
+def fit_densities(
+    autoencoder: Autoencoder, config: Config, done: Progress, device: torch.device
+) -> tuple[dict[str, Density], dict[str, dict]]:
+    """The densities of evaluate.densities, fitted to the training latents or read back, and how each fit went.
+
+    One that cannot be fitted is an error where evaluate.densities names it, else left out and reported.
+    """
+    settings = config.evaluate
+    names = settings.densities or (["two_stage"] if config.objective.name == "two_stage_vae" else ["isotropic", "mvg", "gmm"])
+    options = {
+        "gmm": {"components": settings.components, "seed": settings.seed},
+        "two_stage": {"kl_weight": settings.second_stage_weight, "seed": settings.seed},
+    }
+    folder, latents, fitted = done.path.parent / "densities", None, {}
+    for name in names:
+        if name not in DENSITIES:
+            raise ValueError(f"evaluate.densities: {name} is unknown; it is one of {', '.join(DENSITIES)}")
+        density = DENSITIES[name](**options.get(name, {}))
+        if name not in done.densities:
+            latents = training_latents(autoencoder, config, device) if latents is None else latents
+            try:
+                density.fit(latents)
+                with first_rank_first() as mine:
+                    if mine:
+                        save_density(density, folder / f"{name}.safetensors")
+                report = density.report()
+            except ValueError as error:  # known to every rank
+                if settings.densities:
+                    raise ValueError(f"evaluate.densities: {name} cannot be fitted: {error}") from error
+                report = {"failed": str(error)}
+            done.record_density(name, report)
+        if "failed" not in done.densities[name]:
+            fitted[name] = load_density(name, folder / f"{name}.safetensors")
+    return fitted, done.densities
+
+
+LatentsOf = Callable[[np.ndarray], torch.Tensor]
+
+
+def latent_sets(fitted: dict[str, Density], latents: torch.Tensor, config: Config) -> dict[str, LatentsOf]:
+    """The sets of images to judge: functions from the numbers of images to what they are decoded from, [m, d].
+
+    Interpolations are mid-points between each image of the split and one other that the seed chooses.
+    """
+    n, seed = len(latents), config.evaluate.seed
+    shuffled = np.argsort(keyed_hash(derive_key(seed, 1), np.arange(n)), kind="stable")
+    partner = np.empty(n, dtype=np.int64)
+    partner[shuffled] = np.roll(shuffled, 1)  # along one cycle: nobody's partner is itself
+    through = fitted["two_stage"].reconstruct if config.objective.name == "two_stage_vae" else lambda z: z
+
+    sets: dict[str, LatentsOf] = {"reconstruction": lambda numbers: through(latents[numbers])}
+    for name, density in fitted.items():
+        sets[name] = lambda numbers, density=density: density.sample(sample_seeds(seed, numbers))
+    sets["interpolation_linear"] = lambda numbers: (latents[numbers] + latents[partner[numbers]]) / 2
+    sets["interpolation_spherical"] = lambda numbers: spherical_middle(latents[numbers], latents[partner[numbers]])
+    return sets
+
+
+def sample_seeds(seed: int, numbers: np.ndarray) -> np.ndarray:
+    """The seed of each image of a set of samples, from the set's seed and the image's number."""
+    return keyed_hash(derive_key(seed, 0), np.asarray(numbers))
+
+
+def spherical_middle(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The points halfway along the great arcs, [m, d] x 2 -> [m, d] (Shoemake 1985); linear where the arc is degenerate."""
+    cosine = torch.nn.functional.cosine_similarity(a, b, dim=1).clamp(-1, 1)
+    half = torch.acos(cosine) / 2
+    weight = torch.sin(half) / torch.sin(2 * half)
+    weight = torch.where(weight.isfinite() & (cosine > -0.9999), weight, 0.5)[:, None]
+    return weight * (a + b)
+
+
+@torch.no_grad()
+def decoded(
+    autoencoder: Autoencoder, latents_of: LatentsOf, count: int, block: int, device: torch.device, name: str
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """This rank's blocks of the set's images: the number of the first, and uint8 [m, c, h, w]."""
+    start, stop = lane_range(-(-count // block), rank(), world_size())
+    for place in watched(range(start, stop), name):
+        numbers = np.arange(place * block, min((place + 1) * block, count))
+        z = filled(latents_of(numbers).to(device, torch.get_default_dtype()), block)
+        yield int(numbers[0]), to_uint8(autoencoder.decode(z))[: len(numbers)]
+
+
+@torch.no_grad()
+def sample_grids(autoencoder: Autoencoder, fitted: dict[str, Density], settings: EvaluateConfig, device: torch.device) -> dict:
+    """A picture of the first draws of each density but the isotropic, whose draws every run's pictures show."""
+    seeds = sample_seeds(settings.seed, np.arange(SAMPLES))
+    latents = {name: density.sample(seeds).to(device, torch.get_default_dtype()) for name, density in fitted.items()}
+    return {f"samples-{name}": make_grid(autoencoder.decode(z), nrow=10, padding=1) for name, z in latents.items()}
+
+
+def watched(blocks, description: str):
+    """The same blocks, with a progress bar on rank 0."""
+    return tqdm(blocks, desc=description, unit=" blocks", disable=rank() != 0, leave=False)
 
 
 def evaluation_config(checkpoint: Checkpoint, assignments: Sequence[str]) -> Config:
@@ -147,11 +378,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     if int(os.environ.get("RANK", "0")) == 0:
-        print(
-            f"{metrics['checkpoint']} on {metrics['images']:,} {metrics['split']} images of {metrics['data']}: squared error "
-            f"{metrics['reconstruction']:.3f} per image, {metrics['reconstruction_per_pixel']:.6f} per pixel and channel\n"
-            f"pictures and metrics.json in {metrics['out']}"
-        )
+        print(summary(metrics))
+
+
+def summary(metrics: dict) -> str:
+    """The metrics as a person reads them."""
+    name = metrics["features"]["metric"]
+    lines = [
+        f"{metrics['checkpoint']} on {metrics['images']:,} {metrics['split']} images of {metrics['data']}: squared error "
+        f"{metrics['reconstruction']:.3f} per image, {metrics['reconstruction_per_pixel']:.6f} per pixel and channel",
+        f"against {metrics['reference_images']:,} {metrics['reference']} images, {metrics['features']['preprocessing']}:",
+    ]
+    columns = (name, "kid", "precision", "recall", "density", "coverage")
+    lines.append(f"{'':24}" + "".join(f"{column:>14}" for column in columns))
+    for which, numbers in metrics["sets"].items():
+        cells = (f"{numbers[column]:14.4g}" if column in numbers else f"{'':14}" for column in columns)
+        lines.append(f"{which:24}" + "".join(cells))
+    lines += [f"warning: {text}" for text in metrics["warnings"]]
+    return "\n".join([*lines, f"pictures, densities and metrics.json in {metrics['out']}"])
 
 
 if __name__ == "__main__":

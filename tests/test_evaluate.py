@@ -1,6 +1,7 @@
 """Judging a checkpoint, in this process; test_laws.py has it over ranks."""
 
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -17,10 +18,17 @@ from world_cases import configured
 
 import eae_dist
 from eae_dist import checkpoint as checkpoints
+from eae_dist import evaluate as evaluate_module
 from eae_dist.checkpoint import DamagedCheckpoint, open_checkpoint
 from eae_dist.config import Config
 from eae_dist.data.shards import ShardIndex
-from eae_dist.evaluate import evaluate, main
+from eae_dist.evaluate import evaluate, main, sample_seeds, spherical_middle
+from eae_dist.latent.densities import DENSITIES, load_density
+from eae_dist.latent.mixture import Mixture
+from eae_dist.latent.two_stage import TwoStage
+from eae_dist.metrics.comparison import compare
+from eae_dist.metrics.features import build_features
+from eae_dist.metrics.frechet import FeatureStats, frechet_distance
 from eae_dist.objectives import build_objective
 
 SHAPE = (1, 16, 16)
@@ -97,7 +105,10 @@ def test_metrics_and_pictures_are_written_into_the_run_folder(run):
     metrics = evaluate(run, [])
     folder = run / "evaluation"
     assert metrics.pop("out") == str(folder)
-    assert {file.name for file in folder.iterdir()} == PICTURES | {"metrics.json"}
+    densities = ("isotropic", "mvg", "gmm")
+    drawn = {f"samples-{name}.png" for name in densities}
+    assert {file.name for file in folder.iterdir()} == PICTURES | drawn | {"metrics.json", "densities"}
+    assert {file.name for file in (folder / "densities").iterdir()} == {f"{name}.safetensors" for name in densities}
     assert json.loads((folder / "metrics.json").read_text()) == metrics
     # Tiles of 16 pixels, a line of 1 between them and around: 100 samples by ten, 33 images beside their reconstructions
     # by ten, 16 pairs by eight steps.
@@ -226,3 +237,124 @@ def test_split_without_images_is_an_error(tmp_path):
 def test_settings_may_stand_before_and_after_options(run, tmp_path):
     main(["--ckpt", str(run), "evaluate.count=3", "--out", str(tmp_path / "out"), "evaluate.seed=1"])
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["images"] == 3
+
+
+SETS = {"reconstruction", "isotropic", "mvg", "gmm", "interpolation_linear", "interpolation_spherical"}
+
+
+def without_place(metrics: dict) -> dict:
+    return {key: value for key, value in metrics.items() if key != "out"}
+
+
+def test_distances_are_those_of_the_images_that_the_model_makes(run):
+    metrics = evaluate(run, ["evaluate.frechet=sqrtm"])
+    model, features = eae_dist.load(run), build_features("mnistcnn")
+    density = load_density("mvg", run / "evaluation" / "densities" / "mvg.safetensors")
+    with torch.no_grad():
+        drawn = model.decode(density.sample(sample_seeds(0, np.arange(33))).float())
+        generated, real = FeatureStats(), FeatureStats()
+        generated.add(features((drawn * 255).round().to(torch.uint8)))
+        real.add(features((drawn_images(33) * 255).round().to(torch.uint8)))
+    # 33 images in blocks of 16 or in one: float32 features differ by rounding, few pixels by one step of uint8.
+    assert metrics["sets"]["mvg"]["fd_mnistcnn64"] == pytest.approx(frechet_distance(real, generated, "sqrtm"), rel=1e-3)
+    assert metrics["sets"].keys() == SETS and metrics["features"]["metric"] == "fd_mnistcnn64"
+    assert any("33 samples for 64 features" in warning for warning in metrics["warnings"])
+
+
+def test_interrupted_evaluation_goes_on_and_ends_with_the_same_numbers(run, tmp_path, monkeypatch):
+    whole = evaluate(run, [], tmp_path / "whole")
+    compared = []
+
+    def break_off(*arguments):
+        compared.append(arguments[-1])
+        if len(compared) == 4:
+            raise KeyboardInterrupt
+        return compare(*arguments)
+
+    monkeypatch.setattr(evaluate_module, "compare", break_off)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(run, [], tmp_path / "broken")
+    monkeypatch.setattr(Mixture, "fit", None)  # not called again
+    again = evaluate(run, [], tmp_path / "broken")
+    assert len(compared) == 4 + 3  # six sets, three of them known, and the one that was broken off
+    assert without_place(again) == without_place(whole)
+    assert not (tmp_path / "broken" / ".progress.json").exists()
+
+
+def test_progress_of_other_settings_is_not_used(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate_module, "save_grids", lambda *_: (_ for _ in ()).throw(OSError("no space")))
+    with pytest.raises(OSError, match="no space"):
+        evaluate(run, [], tmp_path / "out")
+    monkeypatch.undo()
+    other = evaluate(run, ["evaluate.seed=1"], tmp_path / "out")
+    assert other["sets"]["isotropic"] != evaluate(run, [], tmp_path / "plain")["sets"]["isotropic"]
+
+
+def test_density_that_cannot_be_fitted_is_left_out_unless_it_was_asked_for(run):
+    metrics = evaluate(run, ["evaluate.components=50"])
+    assert metrics["sets"].keys() == SETS - {"gmm"}
+    assert "150" in metrics["densities"]["gmm"]["failed"] and any(text.startswith("gmm: ") for text in metrics["warnings"])
+    with pytest.raises(ValueError, match="evaluate.densities: gmm cannot be fitted: "):
+        evaluate(run, ["evaluate.components=50", "evaluate.densities=[gmm]"])
+
+
+def test_two_stage_vae_is_judged_through_its_second_stage(shards, tmp_path, monkeypatch):
+    monkeypatch.setitem(DENSITIES, "two_stage", lambda **options: TwoStage(width=16, epochs=2, **options))
+    run = save_run(tmp_path / "run", configured(shards, "two_stage_vae"))
+    plain = save_run(tmp_path / "plain", configured(shards, "two_stage_vae"))
+    through, direct = evaluate(run, []), evaluate(plain, ["evaluate.densities=[two_stage,isotropic]"])
+    assert through["sets"].keys() == SETS - {"isotropic", "mvg", "gmm"} | {"two_stage"}
+    assert through["sets"]["reconstruction"] == direct["sets"]["reconstruction"]
+    density = load_density("two_stage", run / "evaluation" / "densities" / "two_stage.safetensors")
+    latents = torch.randn(20, 5)
+    assert not torch.allclose(density.reconstruct(latents), latents, atol=0.1)  # two epochs: far from the identity
+
+
+def test_statistics_of_the_reference_are_taken_once(run, tmp_path, monkeypatch):
+    cache = f"evaluate.cache={tmp_path}/cache"
+    first = evaluate(run, [cache])
+    monkeypatch.setattr(evaluate_module, "describe", counted := Counted(evaluate_module.describe))
+    assert without_place(evaluate(run, [cache])) == without_place(first)
+    assert counted.calls == len(SETS)
+    evaluate(run, [cache, "evaluate.reference=validation"])
+    assert counted.calls == 2 * len(SETS) + 1
+    (kept, _) = sorted((tmp_path / "cache").iterdir())
+    os.replace(_, kept)
+    with pytest.raises(ValueError, match="was made from .* wanted .* remove it"):
+        [evaluate(run, [cache, f"evaluate.reference={split}"]) for split in ("test", "validation")]
+
+
+class Counted:
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+
+    def __call__(self, *arguments):
+        self.calls += 1
+        return self.function(*arguments)
+
+
+def test_function_that_only_the_checkpoint_names_is_not_run(shards, tmp_path):
+    run = save_run(tmp_path / "run", configured(shards, "ae", "evaluate.features=own_features:means"))
+    with pytest.raises(ValueError, match="own_features:means stands in the checkpoint; give it on the command line"):
+        evaluate(run, [])
+
+
+def test_images_whose_features_are_not_finite_are_an_error_that_counts_them(run, monkeypatch):
+    # A decoder of black images, and features that black images have none of.
+    monkeypatch.setattr(evaluate_module, "to_uint8", lambda images: torch.zeros(images.shape, dtype=torch.uint8))
+    extractor = build_features("mnistcnn")
+    forward = extractor.forward
+    extractor.forward = lambda x: torch.where(x.flatten(1).any(1, keepdim=True), forward(x), torch.nan)
+    monkeypatch.setattr(evaluate_module, "open_features", lambda *_: extractor)
+    with pytest.raises(ValueError, match="33 images of the set reconstruction have features that are not finite"):
+        evaluate(run, [])
+
+
+def test_middle_of_an_arc_lies_on_the_sphere_and_of_opposite_points_is_their_mean():
+    a, b = torch.randn(10, 7, dtype=torch.float64), torch.randn(10, 7, dtype=torch.float64)
+    a, b = 3 * a / a.norm(dim=1, keepdim=True), 3 * b / b.norm(dim=1, keepdim=True)
+    middle = spherical_middle(a, b)
+    torch.testing.assert_close(middle.norm(dim=1), torch.full((10,), 3.0, dtype=torch.float64))
+    torch.testing.assert_close((middle - a).norm(dim=1), (middle - b).norm(dim=1))
+    torch.testing.assert_close(spherical_middle(a, -a), torch.zeros_like(a))
+    torch.testing.assert_close(spherical_middle(a, a), a)

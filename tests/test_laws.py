@@ -182,8 +182,14 @@ def test_run_of_two_ranks_continues_on_another_number_of_ranks(world, ranks):
 
 @pytest.mark.parametrize("ranks", SEVERAL)
 def test_evaluation_is_the_same_number_on_any_number_of_ranks(world, ranks):
-    assert world(ranks)["evaluation"] == world(1)["evaluation"]
-    assert world(1)["evaluation"]["images"] == 33
+    one, several = dict(world(1)["evaluation"]), dict(world(ranks)["evaluation"])
+    assert one["images"] == one["reference_images"] == 33
+    sets, others = one.pop("sets"), several.pop("sets")
+    assert several == one
+    assert sets.keys() == {"reconstruction", "isotropic", "mvg", "gmm", "interpolation_linear", "interpolation_spherical"}
+    for name, numbers in sets.items():
+        assert others[name] == pytest.approx(numbers, rel=1e-9)
+        assert len({numbers["fd_mnistcnn64"], numbers["kid"], numbers["coverage"], numbers["density"]}) > 2
 
 
 @pytest.mark.parametrize("ranks", EVERY)

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from world_cases import BATCH, FLOAT32, OBJECTIVES, STEPS, configured, entropy_inputs
+from world_latent import CASES as LATENT_CASES
 from world_metrics import CASES as METRIC_CASES
 
 from eae_dist.data.stream import ShardStream
@@ -29,7 +30,7 @@ from eae_dist.report.metrics_log import TrainingDiverged
 from eae_dist.train import rehearse, rows_of_micro_batches, train, training_step, validate
 
 OUT, SHARDS, FOLDER = (Path(argument) for argument in sys.argv[1:4])
-CASES = dict(METRIC_CASES)
+CASES = LATENT_CASES | METRIC_CASES
 
 
 def case(function):
@@ -254,8 +255,13 @@ def run_of_two_ranks_continued():
 @case
 def evaluation():
     """Everything but the place of the checkpoint and of the pictures."""
-    metrics = evaluate(FOLDER / "straight-2", ["evaluate.batch=8"], FOLDER / f"evaluation-{world_size()}")
-    return {key: metrics[key] for key in ("images", "reconstruction", "reconstruction_per_pixel", "step")}
+    metrics = evaluate(
+        FOLDER / "straight-2",
+        ["evaluate.batch=8", f"evaluate.cache={FOLDER}/cache-{world_size()}"],
+        FOLDER / f"evaluation-{world_size()}",
+    )
+    names = ("images", "reconstruction", "reconstruction_per_pixel", "step", "sets", "densities", "warnings", "reference_images")
+    return {key: metrics[key] for key in names}
 
 
 @case

@@ -39,6 +39,9 @@ def configured(shards: Path, name: str, *settings: str) -> Config:
             "train.trackers=[]",
             "model.width=4",
             "model.latent_dim=5",
+            "evaluate.features=mnistcnn",
+            "evaluate.components=2",
+            f"evaluate.cache={shards}-cache",
             "evaluate.batch=16",  # three validation blocks: of four ranks one has none
             *OBJECTIVES[name],
             *settings,

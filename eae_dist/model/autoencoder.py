@@ -110,3 +110,8 @@ def to_unit(images: torch.Tensor, device: torch.device) -> torch.Tensor:
     """uint8 images of any memory format -> contiguous floating point in [0, 1] on the device."""
     images = images.to(device, non_blocking=True)
     return images.to(torch.get_default_dtype(), memory_format=torch.contiguous_format).div_(255)
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Floating point in [0, 1] -> uint8, rounded."""
+    return images.clamp(0, 1).mul(255).round().to(torch.uint8)

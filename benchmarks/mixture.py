@@ -1,0 +1,61 @@
+"""Expectation maximization of a Gaussian mixture against scikit-learn's, from the same start: time an iteration, CPU time.
+
+n latents in d dimensions, k components with full covariances, float64, one thread each.
+"""
+
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.mixture import GaussianMixture
+from threadpoolctl import threadpool_limits
+
+from benchmarks.table import Row, at_least, take_turns
+from eae_dist.latent.mixture import Mixture, Parameters
+
+N, D, K = 50_000, 64, 10
+FEW, MANY = 1, 5  # iterations; their difference leaves out what is done once
+ROUNDS = 5
+FASTER = 1.4
+
+
+def rows() -> Iterator[Row]:
+    generator = torch.Generator().manual_seed(0)
+    centers = torch.randn(K, D, generator=generator, dtype=torch.float64)
+    groups = torch.randint(K, (N,), generator=generator)
+    latents = centers[groups] + torch.randn(N, D, generator=generator, dtype=torch.float64)
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        turns = {
+            (fit, iterations): lambda fit=fit, iterations=iterations: fit(latents, iterations)
+            for fit in (ours, theirs)
+            for iterations in (FEW, MANY)
+        }
+        seconds = take_turns(turns, ROUNDS)
+    cpu, wall = ([iteration(seconds, fit, clock) for fit in (ours, theirs)] for clock in ("cpu", "wall"))
+    yield Row(
+        f"mixture, n = {N:,}, d = {D}, k = {K}, an iteration: scikit-learn",
+        *(f"{value:.3f} s" for value in cpu),
+        **at_least(FASTER, cpu[1] / cpu[0]),
+        beside=f"wall {wall[1] / wall[0]:.2f}x",
+    )
+
+
+def iteration(seconds: dict, fit, clock: str) -> float:
+    return (getattr(seconds[fit, MANY], clock) - getattr(seconds[fit, FEW], clock)) / (MANY - FEW)
+
+
+def ours(latents: torch.Tensor, iterations: int) -> None:
+    start = Parameters(torch.full((K,), 1 / K), latents[:K], torch.eye(D).repeat(K, 1, 1))
+    Mixture(K, start=start, tolerance=0, iterations=iterations).fit(latents)
+
+
+def theirs(latents: torch.Tensor, iterations: int) -> None:
+    start = {
+        "weights_init": np.full(K, 1 / K),
+        "means_init": latents[:K].numpy(),
+        "precisions_init": np.stack([np.eye(D)] * K),
+    }
+    GaussianMixture(K, tol=0, max_iter=iterations, **start).fit(latents.numpy())

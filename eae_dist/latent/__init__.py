@@ -1,0 +1,1 @@
+"""Densities of the latents: what is drawn from to generate."""

@@ -1,0 +1,171 @@
+"""The second stage of the two-stage VAE: a small VAE of the latents, whose own latent is drawn from N(0, I).
+
+Dai & Wipf 2019, with the networks and settings that the regularized autoencoders' authors (Ghosh et al. 2020) ran:
+
+    u = mu(x) + sigma(x) e,  log sigma = 5 tanh(.);   loss = mean over rows of  |x - x'|^2 / d  +  w KL(N(mu, sigma^2) || N(0, I))
+
+x: latents standardized per dimension, KL summed over the d dimensions of u [nats], w = kl_weight.
+
+Every rank trains the same network on all latents, gathered: a batch of 64 rows is too little work to share, a step's gradient
+would travel longer than it takes to compute, and an epoch of as many latents as do not fit in memory would take days on any
+number of ranks. So the result is the same on any number of ranks to the last bit, on processors of one kind.
+"""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from eae_dist.distributed import gather_rows, rank, sum_over_ranks
+from eae_dist.draws import derive_key, keyed_hash, normal, row_keys, uniform
+from eae_dist.latent.gaussian import NOISE, Seeds, check_state, float64, sample_keys
+from eae_dist.latent.rows import Rows
+
+WEIGHTS, SPLIT, ORDER, TRAINING, VALIDATION = range(5)  # streams of keys under the seed
+TILE = 1024  # rows at once through the trained network; fewer are filled up, so that a row is rounded alike among any others
+VALIDATION_SHARE = 0.1
+PATIENCE, FACTOR, IMPROVEMENT = 3, 0.5, 1e-4  # the learning rate is halved at the third epoch without so much improvement
+
+
+class SecondStage(nn.Module):
+    """Encoder d -> (mu, log sigma) and decoder d -> d, each with two hidden layers. The weights are Glorot's, from the seed."""
+
+    def __init__(self, d: int, width: int, seed: int = 0):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(d, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU())
+        self.mean, self.log_scale = nn.Linear(width, d), nn.Linear(width, d)
+        self.decoder = nn.Sequential(nn.Linear(d, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, d))
+        with torch.no_grad():
+            for number, parameter in enumerate(self.parameters()):
+                parameter.zero_()
+                if parameter.ndim == 2:
+                    rows = row_keys(derive_key(seed, WEIGHTS, number), np.arange(len(parameter)))
+                    spread = 2 * uniform(rows, parameter.shape[1]) - 1
+                    parameter.copy_(spread * math.sqrt(6 / sum(parameter.shape)))
+
+    def forward(self, x: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Per row, [b, d] x 2 -> mean squared error [b], KL [b]."""
+        hidden = self.encoder(x)
+        mean, log_scale = self.mean(hidden), 5 * torch.tanh(self.log_scale(hidden))
+        error = (self.decoder(mean + log_scale.exp() * noise) - x).square().mean(1)
+        return error, 0.5 * (mean.square() + (2 * log_scale).exp() - 1 - 2 * log_scale).sum(1)
+
+    def reconstruction(self, x: torch.Tensor) -> torch.Tensor:
+        """Through the mean of u, [b, d] -> [b, d]."""
+        return self.decoder(self.mean(self.encoder(x)))
+
+
+class TwoStage:
+    """Fits in the precision of the latents: float64 in float64, anything else in float32. `batch` counts latents."""
+
+    def __init__(
+        self,
+        *,
+        kl_weight: float = 1.5e-3,
+        width: int = 1024,
+        epochs: int = 100,
+        learning_rate: float = 1e-4,
+        batch: int = 64,
+        seed: int = 0,
+    ):
+        if min(width, epochs, batch) < 1:
+            raise ValueError(f"two_stage needs a width, epochs and a batch of at least 1, got {width=}, {epochs=}, {batch=}")
+        self.kl_weight, self.width, self.epochs = kl_weight, width, epochs
+        self.learning_rate, self.batch, self.seed = learning_rate, batch, seed
+
+    def fit(self, latents: torch.Tensor) -> None:
+        rows = Rows(latents)
+        if rows.n < 2:
+            raise ValueError(f"two_stage needs at least 2 latents, one to train on and one to validate with, got {rows.n}")
+        dtype = torch.float64 if latents.dtype == torch.float64 else torch.float32
+        center = rows.mean()
+        scale = rows.covariance(center).diagonal().sqrt()
+        scale = torch.where(scale > 0, scale, 1)  # a constant dimension is restored by the center
+        standardized = ((gather_rows(latents.detach()).double() - center) / scale).to(dtype)
+        self.center, self.scale = center.cpu(), scale.cpu()
+        network = SecondStage(rows.d, self.width, self.seed).to(standardized)
+        self.validation_loss, self.final_learning_rate = self._train(network, standardized)
+        with torch.no_grad():  # the first rank's, lest ranks on processors of several kinds go on with several networks
+            for parameter in network.parameters():
+                parameter.copy_(sum_over_ranks(parameter if rank() == 0 else torch.zeros_like(parameter)))
+        self.network = network.cpu()
+
+    def _train(self, network: SecondStage, x: torch.Tensor) -> tuple[float, float]:
+        """The last validation loss and learning rate."""
+        held_out = max(1, round(VALIDATION_SHARE * len(x)))
+        shuffled = keyed_order(derive_key(self.seed, SPLIT), np.arange(len(x)))
+        training, validation = shuffled[held_out:], shuffled[:held_out]
+        optimizer = torch.optim.Adam(network.parameters(), lr=self.learning_rate, eps=1e-7)
+        best, waited, step = math.inf, 0, 0
+        for epoch in range(self.epochs):
+            order = keyed_order(derive_key(self.seed, ORDER, epoch), training)
+            for batch in np.split(order, range(self.batch, len(order), self.batch)):
+                loss = self._losses(network, x, batch, derive_key(self.seed, TRAINING, step)).mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                step += 1
+            with torch.no_grad():
+                parts = np.split(validation, range(TILE, len(validation), TILE))
+                key = derive_key(self.seed, VALIDATION)  # the same noise every epoch: epochs are compared
+                found = float(torch.cat([self._losses(network, x, part, key) for part in parts]).mean())
+            if not math.isfinite(found):
+                raise ValueError(f"two_stage diverged: validation loss {found} after epoch {epoch + 1}; lower learning_rate")
+            best, waited = (found, 0) if found < best - IMPROVEMENT else (best, waited + 1)
+            if waited == PATIENCE:
+                waited = 0
+                for group in optimizer.param_groups:
+                    group["lr"] *= FACTOR
+        return found, optimizer.param_groups[0]["lr"]
+
+    def _losses(self, network: SecondStage, x: torch.Tensor, chosen: np.ndarray, key: int) -> torch.Tensor:
+        """Of the chosen rows, [b]; the noise depends on the key and the row's number alone."""
+        noise = normal(row_keys(key, chosen), x.shape[1]).to(x)
+        error, divergence = network(x[torch.from_numpy(chosen).to(x.device)], noise)
+        return error + self.kl_weight * divergence
+
+    def sample(self, seeds: Seeds) -> torch.Tensor:
+        u = normal(sample_keys(seeds, NOISE), len(self.center))
+        return self._through(self.network.decoder, u) * self.scale + self.center
+
+    def reconstruct(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents through the second stage, by the mean of u, [m, d] -> [m, d], on the CPU: what its reconstructions decode."""
+        x = (latents.detach().cpu().double() - self.center) / self.scale
+        return (self._through(self.network.reconstruction, x) * self.scale + self.center).to(latents.dtype)
+
+    @torch.no_grad()
+    def _through(self, function, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([function(tile)[:rows] for tile, rows in filled_tiles(x.to(self.network.mean.weight))] or [x]).double()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        own = {"center": self.center, "scale": self.scale}
+        outcome = {"validation_loss": self.validation_loss, "final_learning_rate": self.final_learning_rate}
+        network = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
+        return own | {name: float64(value) for name, value in outcome.items()} | network
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        names = [f"network.{name}" for name in SecondStage(1, 1).state_dict()]
+        check_state(state, ("center", "scale", "validation_loss", "final_learning_rate", *names))
+        weight = state["network.mean.weight"]
+        self.network = SecondStage(*weight.shape).to(weight.dtype)
+        self.network.load_state_dict({name: state[f"network.{name}"] for name in self.network.state_dict()})
+        self.center, self.scale = state["center"].double(), state["scale"].double()
+        self.validation_loss, self.final_learning_rate = float(state["validation_loss"]), float(state["final_learning_rate"])
+
+    def report(self) -> dict:
+        """The loss of the validation tenth at the end, and the learning rate that the plateaus have left."""
+        return {"validation_loss": self.validation_loss, "final_learning_rate": self.final_learning_rate}
+
+
+def keyed_order(key: int, rows: np.ndarray) -> np.ndarray:
+    """The rows in a random order that the key decides."""
+    return rows[np.argsort(keyed_hash(key, rows), kind="stable")]
+
+
+def filled_tiles(x: torch.Tensor) -> Iterator[tuple[torch.Tensor, int]]:
+    """Tiles of TILE rows, the last filled with zeros, and how many of its rows are meant."""
+    for tile in x.split(TILE) if len(x) else ():
+        yield F.pad(tile, (0, 0, 0, TILE - len(tile))), len(tile)
