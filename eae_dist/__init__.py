@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str):
     # Lazily, so that `import eae_dist` alone does not import torch.
     if name == "load":
-        from eae_dist.checkpoint import load
+        from eae_dist.generation import load
 
         return load
     raise AttributeError(f"module 'eae_dist' has no attribute {name!r}")

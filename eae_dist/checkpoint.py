@@ -16,8 +16,8 @@ import logging
 import os
 import platform
 import shutil
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO
@@ -27,10 +27,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import eae_dist
-from eae_dist.config import Config, changed_keys, read_config, save_config
+from eae_dist.config import Config, changed_keys, override, read_config, save_config
 from eae_dist.distributed import first_rank_first, from_first_rank
 from eae_dist.durable import fsync, sha256_of
-from eae_dist.model.autoencoder import Autoencoder
 from eae_dist.objectives import Objective, build_objective
 
 log = logging.getLogger("eae_dist")
@@ -174,13 +173,22 @@ def load_objective(checkpoint: Checkpoint, allow: Collection[str] = ()) -> Objec
     return objective.eval()
 
 
-def load(directory: str | Path, *, device: str | torch.device = "cpu", allow: Collection[str] = ()) -> Autoencoder:
-    """The trained autoencoder of a checkpoint folder or of a run folder (its latest), in eval mode.
+def evaluation_config(checkpoint: Checkpoint, assignments: Sequence[str]) -> Config:
+    """The checkpoint's configuration with evaluate.* and data.root changed; anything else that would change is a ValueError."""
+    config = override(checkpoint.config, assignments)
+    judged = replace(checkpoint.config, evaluate=config.evaluate, data=replace(checkpoint.config.data, root=config.data.root))
+    changed = changed_keys(judged, config, changeable=False) + changed_keys(judged, config, changeable=True)
+    if changed:
+        raise ValueError(
+            f"evaluation changes only evaluate.* and data.root; the checkpoint {checkpoint.path} has:\n  " + "\n  ".join(changed)
+        )
+    return config
 
-    `.encode(images)`: [b, c, h, w] in [0, 1] -> [b, d]; `.decode(latents)` back; `.image_shape`, `.latent_dim`.
-    allow: network classes outside eae_dist that the checkpoint may name.
-    """
-    return load_objective(open_checkpoint(directory), allow).autoencoder.to(device)
+
+def evaluation_folder(checkpoint: Checkpoint) -> Path:
+    """RUN/evaluation for a checkpoint in RUN/checkpoints, else a folder inside the checkpoint's parent."""
+    folder = checkpoint.path.parent
+    return (folder.parent if folder.name == "checkpoints" else folder) / "evaluation"
 
 
 def lock(run: Path) -> IO | None:

@@ -11,32 +11,29 @@ import argparse
 import hashlib
 import json
 import logging
-import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from torchvision.utils import make_grid
-from tqdm import tqdm
 
-from eae_dist.checkpoint import Checkpoint, load_objective, open_checkpoint, versions
-from eae_dist.config import Config, EvaluateConfig, changed_keys, override
-from eae_dist.data.order import lane_range
+from eae_dist.checkpoint import Checkpoint, evaluation_config, evaluation_folder, load_objective, open_checkpoint, versions
+from eae_dist.config import Config, EvaluateConfig
 from eae_dist.data.shards import ShardIndex
 from eae_dist.data.stream import walk
-from eae_dist.distributed import FirstRankFailed, first_rank_first, from_first_rank, gather_rows, rank, world_size
-from eae_dist.draws import derive_key, keyed_hash
+from eae_dist.distributed import first_rank_first, from_first_rank, gather_rows
 from eae_dist.durable import replace_file, sha256_of
+from eae_dist.generation import LatentsOf, decoded, interpolations, sample_seeds, watched
 from eae_dist.latent.densities import DENSITIES, Density, load_density, save_density
+from eae_dist.local_ranks import run_on_ranks
 from eae_dist.losses.terms import squared_error
 from eae_dist.metrics.comparison import ImageSet, compare, describe, filled
 from eae_dist.metrics.features import Extractor, build_features
 from eae_dist.metrics.frechet import warnings_about
-from eae_dist.model.autoencoder import Autoencoder, to_uint8, to_unit
+from eae_dist.model.autoencoder import Autoencoder, to_unit
 from eae_dist.report.grids import SAMPLES, draw_grids, grid_inputs, save_grids
 
 log = logging.getLogger("eae_dist")
@@ -264,52 +261,15 @@ def fit_densities(
     return fitted, done.densities
 
 
-LatentsOf = Callable[[np.ndarray], torch.Tensor]
-
-
 def latent_sets(fitted: dict[str, Density], latents: torch.Tensor, config: Config) -> dict[str, LatentsOf]:
-    """The sets of images to judge: functions from the numbers of images to what they are decoded from, [m, d].
-
-    Interpolations are mid-points between each image of the split and one other that the seed chooses.
-    """
-    n, seed = len(latents), config.evaluate.seed
-    shuffled = np.argsort(keyed_hash(derive_key(seed, 1), np.arange(n)), kind="stable")
-    partner = np.empty(n, dtype=np.int64)
-    partner[shuffled] = np.roll(shuffled, 1)  # along one cycle: nobody's partner is itself
+    """The sets of images to judge: functions from the numbers of images to what they are decoded from, [m, d]."""
+    seed = config.evaluate.seed
     through = fitted["two_stage"].reconstruct if config.objective.name == "two_stage_vae" else lambda z: z
 
     sets: dict[str, LatentsOf] = {"reconstruction": lambda numbers: through(latents[numbers])}
     for name, density in fitted.items():
         sets[name] = lambda numbers, density=density: density.sample(sample_seeds(seed, numbers))
-    sets["interpolation_linear"] = lambda numbers: (latents[numbers] + latents[partner[numbers]]) / 2
-    sets["interpolation_spherical"] = lambda numbers: spherical_middle(latents[numbers], latents[partner[numbers]])
-    return sets
-
-
-def sample_seeds(seed: int, numbers: np.ndarray) -> np.ndarray:
-    """The seed of each image of a set of samples, from the set's seed and the image's number."""
-    return keyed_hash(derive_key(seed, 0), np.asarray(numbers))
-
-
-def spherical_middle(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The points halfway along the great arcs, [m, d] x 2 -> [m, d] (Shoemake 1985); linear where the arc is degenerate."""
-    cosine = torch.nn.functional.cosine_similarity(a, b, dim=1).clamp(-1, 1)
-    half = torch.acos(cosine) / 2
-    weight = torch.sin(half) / torch.sin(2 * half)
-    weight = torch.where(weight.isfinite() & (cosine > -0.9999), weight, 0.5)[:, None]
-    return weight * (a + b)
-
-
-@torch.no_grad()
-def decoded(
-    autoencoder: Autoencoder, latents_of: LatentsOf, count: int, block: int, device: torch.device, name: str
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """This rank's blocks of the set's images: the number of the first, and uint8 [m, c, h, w]."""
-    start, stop = lane_range(-(-count // block), rank(), world_size())
-    for place in watched(range(start, stop), name):
-        numbers = np.arange(place * block, min((place + 1) * block, count))
-        z = filled(latents_of(numbers).to(device, torch.get_default_dtype()), block)
-        yield int(numbers[0]), to_uint8(autoencoder.decode(z))[: len(numbers)]
+    return sets | interpolations(latents, seed)
 
 
 @torch.no_grad()
@@ -320,42 +280,6 @@ def sample_grids(autoencoder: Autoencoder, fitted: dict[str, Density], settings:
     return {f"samples-{name}": make_grid(autoencoder.decode(z), nrow=10, padding=1) for name, z in latents.items()}
 
 
-def watched(blocks, description: str):
-    """The same blocks, with a progress bar on rank 0."""
-    return tqdm(blocks, desc=description, unit=" blocks", disable=rank() != 0, leave=False)
-
-
-def evaluation_config(checkpoint: Checkpoint, assignments: Sequence[str]) -> Config:
-    """The checkpoint's configuration with evaluate.* and data.root changed; anything else that would change is a ValueError."""
-    config = override(checkpoint.config, assignments)
-    judged = replace(checkpoint.config, evaluate=config.evaluate, data=replace(checkpoint.config.data, root=config.data.root))
-    changed = changed_keys(judged, config, changeable=False) + changed_keys(judged, config, changeable=True)
-    if changed:
-        raise ValueError(
-            f"evaluation changes only evaluate.* and data.root; the checkpoint {checkpoint.path} has:\n  " + "\n  ".join(changed)
-        )
-    return config
-
-
-def evaluation_folder(checkpoint: Checkpoint) -> Path:
-    """RUN/evaluation for a checkpoint in RUN/checkpoints, else a folder inside the checkpoint's parent."""
-    folder = checkpoint.path.parent
-    return (folder.parent if folder.name == "checkpoints" else folder) / "evaluation"
-
-
-def start_ranks(arguments: argparse.Namespace) -> None:
-    """Starts this command again on several local ranks, unless a launcher already made ranks or one is enough."""
-    gpus = torch.cuda.device_count()
-    count = arguments.nproc or gpus or 1
-    if 0 < gpus < count:
-        sys.exit(f"error: --nproc={count} wants a GPU each, there are {gpus}; lower --nproc")
-    if "RANK" in os.environ or count == 1:
-        return
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "-m", "eae_dist.evaluate"]
-    command = ["--ckpt", str(arguments.ckpt), *(["--out", str(arguments.out)] if arguments.out else []), *arguments.settings]
-    os.execv(sys.executable, [sys.executable, *launcher, *command])
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m eae_dist.evaluate", description=__doc__.split("\n")[0])
     parser.add_argument("--ckpt", type=Path, required=True, help="a checkpoint folder, or a run folder (its latest checkpoint)")
@@ -363,21 +287,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="where to write; default: RUN/evaluation")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="evaluate.* and data.root")
     arguments = parser.parse_intermixed_args(argv)
-    start_ranks(arguments)
-    PartialState(cpu=not torch.cuda.is_available())
-    if rank() == 0:
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        metrics = evaluate(arguments.ckpt, arguments.settings, arguments.out)
-    except FirstRankFailed:  # rank 0 says it
-        sys.exit(1)
-    except (ValueError, OSError) as error:
-        where = f" [rank {rank()}]" if world_size() > 1 else ""
-        sys.exit(f"error{where}: {error}")
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    if int(os.environ.get("RANK", "0")) == 0:
+    command = ["--ckpt", str(arguments.ckpt), *(["--out", str(arguments.out)] if arguments.out else []), *arguments.settings]
+    metrics = run_on_ranks(
+        "eae_dist.evaluate", arguments.nproc, command, lambda: evaluate(arguments.ckpt, arguments.settings, arguments.out)
+    )
+    if metrics is not None:
         print(summary(metrics))
 
 

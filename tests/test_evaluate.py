@@ -19,10 +19,12 @@ from world_cases import configured
 import eae_dist
 from eae_dist import checkpoint as checkpoints
 from eae_dist import evaluate as evaluate_module
+from eae_dist import generation
 from eae_dist.checkpoint import DamagedCheckpoint, open_checkpoint
 from eae_dist.config import Config
 from eae_dist.data.shards import ShardIndex
-from eae_dist.evaluate import evaluate, main, sample_seeds, spherical_middle
+from eae_dist.evaluate import evaluate, main
+from eae_dist.generation import sample_seeds, spherical_middle
 from eae_dist.latent.densities import DENSITIES, load_density
 from eae_dist.latent.mixture import Mixture
 from eae_dist.latent.two_stage import TwoStage
@@ -341,10 +343,10 @@ def test_function_that_only_the_checkpoint_names_is_not_run(shards, tmp_path):
 
 def test_images_whose_features_are_not_finite_are_an_error_that_counts_them(run, monkeypatch):
     # A decoder of black images, and features that black images have none of.
-    monkeypatch.setattr(evaluate_module, "to_uint8", lambda images: torch.zeros(images.shape, dtype=torch.uint8))
+    monkeypatch.setattr(generation, "to_uint8", lambda images: torch.zeros(images.shape, dtype=torch.uint8))
     extractor = build_features("mnistcnn")
     forward = extractor.forward
-    extractor.forward = lambda x: torch.where(x.flatten(1).any(1, keepdim=True), forward(x), torch.nan)
+    extractor.forward = lambda x: torch.where((x > 0).flatten(1).any(1, keepdim=True), forward(x), torch.nan)
     monkeypatch.setattr(evaluate_module, "open_features", lambda *_: extractor)
     with pytest.raises(ValueError, match="33 images of the set reconstruction have features that are not finite"):
         evaluate(run, [])

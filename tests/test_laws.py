@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from world_cases import BATCH, FLOAT32, OBJECTIVES, STEPS, configured, entropy_inputs
+from world_cases import BATCH, FLOAT32, OBJECTIVES, OF_THREE, STATEFUL, STEPS, configured, entropy_inputs
 
 from eae_dist.data.stream import ShardStream
 from eae_dist.losses.entropy import log_unit_ball_volume
@@ -16,6 +16,7 @@ from eae_dist.objectives import build_objective
 SEVERAL = (2, 3, 4)
 EVERY = (1, *SEVERAL)
 RUNS = (*OBJECTIVES, "clipped", "average_k")
+RUNS_AND_RANKS = [(name, ranks) for name in RUNS for ranks in SEVERAL if ranks != 3 or name not in OBJECTIVES or name in OF_THREE]
 
 
 def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -30,8 +31,7 @@ def largest_difference(a: dict, b: dict) -> tuple[float, str]:
     return max((relative_difference(a[name], b[name]), name) for name in a)
 
 
-@pytest.mark.parametrize("ranks", SEVERAL)
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(("name", "ranks"), RUNS_AND_RANKS)
 def test_loss_curve_and_weights_do_not_depend_on_the_number_of_ranks(world, ranks, name):
     one, several = (world(w)["training_in_float64"][name] for w in (1, ranks))
     assert one["losses"].shape[0] == STEPS
@@ -52,8 +52,7 @@ def test_float32_differs_between_numbers_of_ranks_by_rounding_only(world, ranks,
     assert relative_difference(several["losses"][:, 1], one["losses"][:, 1]) < 2e-2
 
 
-@pytest.mark.parametrize("ranks", SEVERAL)
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(("name", "ranks"), RUNS_AND_RANKS)
 def test_gradient_after_the_mean_over_ranks_is_that_of_the_global_loss(world, ranks, name):
     one, several = (world(w)["training_in_float64"][name] for w in (1, ranks))
     assert largest_difference(several["gradients"], one["gradients"]) < (1e-12, "")
@@ -165,8 +164,9 @@ def test_run_stopped_by_a_signal_to_one_rank_ends_with_the_same_bits(world, rank
     assert all(torch.equal(found["straight"][name], found["broken"][name]) for name in found["straight"])
 
 
-@pytest.mark.parametrize("ranks", (1, 2, 4))
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize(
+    ("name", "ranks"), [(name, ranks) for name in OBJECTIVES for ranks in (1, 2, 4) if ranks == 2 or name in STATEFUL]
+)
 def test_every_row_continues_from_a_checkpoint_with_the_same_bits(world, ranks, name):
     whole, parts = world(ranks)["every_row_interrupted"][name]
     assert whole.keys() == parts.keys()

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from world_cases import BATCH, FLOAT32, OBJECTIVES, STEPS, configured, entropy_inputs
+from world_cases import BATCH, FLOAT32, OBJECTIVES, OF_THREE, STATEFUL, STEPS, configured, entropy_inputs
 from world_latent import CASES as LATENT_CASES
 from world_metrics import CASES as METRIC_CASES
 
@@ -65,7 +65,7 @@ def run_steps(name: str, steps: int, *settings: str, workers: int = 0):
 def training_in_float64():
     torch.set_default_dtype(torch.float64)
     try:
-        return {name: run_steps(name, STEPS) for name in OBJECTIVES} | {
+        return {name: run_steps(name, STEPS) for name in (OF_THREE if world_size() == 3 else OBJECTIVES)} | {
             "clipped": run_steps("eae", STEPS, "train.clip_norm=0.05"),
             "average_k": run_steps("eae", STEPS, "objective.k=3", "objective.average_k=true"),
         }
@@ -226,7 +226,7 @@ def _signal_in_step(step: int) -> None:
 def every_row_interrupted():
     """For every row the weights after 6 steps at once, and after 3 and then, from the checkpoint, 3 more."""
     found = {}
-    for name in OBJECTIVES if world_size() != 3 else ():
+    for name in {1: STATEFUL, 2: OBJECTIVES, 3: (), 4: STATEFUL}[world_size()]:
         for run, lengths in {"whole": [6], "parts": [3, 6]}.items():
             run = f"{name}-{run}-{world_size()}"
             for length in lengths:

@@ -25,7 +25,10 @@ OBJECTIVES = {
     "two_stage_vae": ("objective.kl_weight=0.3",),
     "wae": ("objective.mmd_weight=0.5", "objective.input_noise=0.05"),
 }
-FLOAT32 = ("eae", "eae_linear", "eae_redrawn", "ae", "rae_gp", "vae", "wae")
+ENTROPIC = ("eae", "eae_linear", "eae_redrawn")
+OF_THREE = (*ENTROPIC, "ae")  # rows that are trained on three ranks too
+FLOAT32 = (*ENTROPIC, "ae", "rae_gp")
+STATEFUL = ("eae_redrawn", "rae_sn", "vae", "wae")  # with noise, draws or buffers of their own
 
 
 def configured(shards: Path, name: str, *settings: str) -> Config:

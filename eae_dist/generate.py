@@ -1,0 +1,69 @@
+"""Draws images from a trained model:
+
+    python -m eae_dist.generate --ckpt DIR [--density NAME] [--count N] [--nproc N] OUT [key=value ...]
+
+Writes OUT/000000.png ...; image i follows from (evaluate.seed, i) alone, on any number of ranks. Densities other than isotropic
+are those that `python -m eae_dist.evaluate` fitted.
+"""
+
+import argparse
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from PIL import Image
+
+from eae_dist.checkpoint import evaluation_config, open_checkpoint
+from eae_dist.durable import replace_file
+from eae_dist.generation import decoded, load, sample_seeds
+from eae_dist.local_ranks import run_on_ranks
+
+
+def generate(directory: Path, out: Path, density: str, count: int, assignments: Sequence[str]) -> None:
+    """Writes `count` images; call on every rank. Raises ValueError or OSError for what a user can set right."""
+    checkpoint = open_checkpoint(directory)
+    settings = evaluation_config(checkpoint, assignments).evaluate
+    if count < 1:
+        raise ValueError(f"--count={count} must be at least 1")
+    device = PartialState().device
+    named = [text.split("=", 1)[1] for text in assignments if text.startswith(("model.encoder=", "model.decoder="))]
+    model = load(directory, device=device, allow=named)
+    drawn_from = model.density(density)
+
+    def latents(numbers: np.ndarray) -> torch.Tensor:
+        return drawn_from.sample(sample_seeds(settings.seed, numbers))
+
+    out.mkdir(parents=True, exist_ok=True)
+    for first, images in decoded(model.autoencoder, latents, count, settings.batch, device, f"drawing from {density}"):
+        for number, pixels in enumerate(images.permute(0, 2, 3, 1).cpu().numpy(), start=first):
+            file = io.BytesIO()
+            Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(file, "png")
+            replace_file(out / f"{number:06d}.png", file.getvalue())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m eae_dist.generate", description=__doc__.split("\n")[0])
+    parser.add_argument("--ckpt", type=Path, required=True, help="a checkpoint folder, or a run folder (its latest checkpoint)")
+    parser.add_argument("--density", default="isotropic", help="isotropic, mvg, gmm or two_stage; default: isotropic")
+    parser.add_argument("--count", type=int, default=100, help="how many images; default: 100")
+    parser.add_argument("--nproc", type=int, help="local ranks; default: one per GPU, or one on a CPU")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder of the images")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="evaluate.seed and evaluate.batch")
+    arguments = parser.parse_intermixed_args(argv)
+    command = ["--ckpt", str(arguments.ckpt), "--density", arguments.density, "--count", str(arguments.count)]
+    command += [str(arguments.out), *arguments.settings]
+
+    def work() -> str:
+        generate(arguments.ckpt, arguments.out, arguments.density, arguments.count, arguments.settings)
+        return f"{arguments.count:,} draws from {arguments.density} in {arguments.out}"
+
+    said = run_on_ranks("eae_dist.generate", arguments.nproc, command, work)
+    if said is not None:
+        print(said)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Images from latents: a trained model with its densities, and which latent image i of a set is decoded from.
+
+Image i of a set of draws follows from (seed, i) alone, so it does not depend on the number of ranks or on how many are drawn.
+"""
+
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from eae_dist.checkpoint import evaluation_folder, load_objective, open_checkpoint
+from eae_dist.data.order import lane_range
+from eae_dist.distributed import rank, world_size
+from eae_dist.draws import derive_key, keyed_hash
+from eae_dist.latent.densities import DENSITIES, Density, load_density
+from eae_dist.metrics.comparison import filled
+from eae_dist.model.autoencoder import Autoencoder, to_uint8
+
+LatentsOf = Callable[[np.ndarray], torch.Tensor]
+
+
+class TrainedModel(nn.Module):
+    """A trained autoencoder in eval mode, and the densities that `eae_dist.evaluate` fitted to its latents.
+
+    `.image_shape` is (c, h, w), `.latent_dim` d. Images are floating point in [0, 1].
+    """
+
+    def __init__(self, autoencoder: Autoencoder, densities: Path, two_stage: bool = False):
+        super().__init__()
+        self.autoencoder, self._densities, self._two_stage = autoencoder.eval(), densities, two_stage
+        self.image_shape, self.latent_dim = autoencoder.image_shape, autoencoder.latent_dim
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """[b, c, h, w] -> [b, d]; of variational models the means."""
+        return self.autoencoder.encode(images)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """[b, d] -> [b, c, h, w]."""
+        return self.autoencoder.decode(latents)
+
+    def reconstruct(self, images: torch.Tensor) -> torch.Tensor:
+        """[b, c, h, w] -> [b, c, h, w]; of `two_stage_vae` through its second stage, which must have been fitted."""
+        latents = self.encode(images)
+        if self._two_stage:
+            latents = self.density("two_stage").reconstruct(latents).to(latents)
+        return self.decode(latents)
+
+    @torch.no_grad()
+    def sample(self, count: int, density: str = "isotropic", seed: int = 0) -> torch.Tensor:
+        """Decoded draws of a density, [count, c, h, w]: those that evaluate judged, for its seed."""
+        like = next(self.autoencoder.decoder.parameters())
+        return self.decode(self.density(density).sample(sample_seeds(seed, np.arange(count))).to(like))
+
+    def density(self, name: str) -> Density:
+        """The fitted density of that name; ValueError for an unknown one, FileNotFoundError for one that was not fitted."""
+        if name not in DENSITIES:
+            raise ValueError(f"the density {name} is unknown; it is one of {', '.join(DENSITIES)}")
+        path = self._densities / f"{name}.safetensors"
+        if path.is_file():
+            return load_density(name, path)
+        if name == "isotropic":  # N(0, I) whatever the latents are
+            density = DENSITIES[name]()
+            density.fit(torch.zeros(1, self.latent_dim))
+            return density
+        raise FileNotFoundError(
+            f"{path} does not exist: the density {name} was not fitted; "
+            f"run `python -m eae_dist.evaluate --ckpt {self._densities.parent.parent} evaluate.densities=[{name}]`"
+        )
+
+
+def load(directory: str | Path, *, device: str | torch.device = "cpu", allow: Collection[str] = ()) -> TrainedModel:
+    """The trained model of a checkpoint folder or of a run folder (its latest).
+
+    allow: network classes outside eae_dist that the checkpoint may name.
+    """
+    checkpoint = open_checkpoint(directory)
+    autoencoder = load_objective(checkpoint, allow).autoencoder.to(device)
+    densities = evaluation_folder(checkpoint) / "densities"
+    return TrainedModel(autoencoder, densities, checkpoint.config.objective.name == "two_stage_vae")
+
+
+def sample_seeds(seed: int, numbers: np.ndarray) -> np.ndarray:
+    """The seed of each image of a set of draws, from the set's seed and the image's number."""
+    return keyed_hash(derive_key(seed, 0), np.asarray(numbers))
+
+
+def interpolations(latents: torch.Tensor, seed: int) -> dict[str, LatentsOf]:
+    """Mid-points between each latent of [n, d] and one other that the seed chooses, linear and on the sphere."""
+    shuffled = np.argsort(keyed_hash(derive_key(seed, 1), np.arange(len(latents))), kind="stable")
+    partner = np.empty(len(latents), dtype=np.int64)
+    partner[shuffled] = np.roll(shuffled, 1)  # along one cycle: nobody's partner is itself
+    return {
+        "interpolation_linear": lambda numbers: (latents[numbers] + latents[partner[numbers]]) / 2,
+        "interpolation_spherical": lambda numbers: spherical_middle(latents[numbers], latents[partner[numbers]]),
+    }
+
+
+def spherical_middle(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The points halfway along the great arcs, [m, d] x 2 -> [m, d] (Shoemake 1985); linear where the arc is degenerate."""
+    cosine = torch.nn.functional.cosine_similarity(a, b, dim=1).clamp(-1, 1)
+    half = torch.acos(cosine) / 2
+    weight = torch.sin(half) / torch.sin(2 * half)
+    weight = torch.where(weight.isfinite() & (cosine > -0.9999), weight, 0.5)[:, None]
+    return weight * (a + b)
+
+
+@torch.no_grad()
+def decoded(
+    autoencoder: Autoencoder, latents_of: LatentsOf, count: int, block: int, device: torch.device, name: str
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """This rank's blocks of the set's images: the number of the first, and uint8 [m, c, h, w]."""
+    start, stop = lane_range(-(-count // block), rank(), world_size())
+    for place in watched(range(start, stop), name):
+        numbers = np.arange(place * block, min((place + 1) * block, count))
+        z = filled(latents_of(numbers).to(device, torch.get_default_dtype()), block)
+        yield int(numbers[0]), to_uint8(autoencoder.decode(z))[: len(numbers)]
+
+
+def watched(blocks, description: str):
+    """The same blocks, with a progress bar on rank 0."""
+    return tqdm(blocks, desc=description, unit=" blocks", disable=rank() != 0, leave=False)

@@ -1,0 +1,80 @@
+"""Images from a trained model: in Python and as files."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import torchrun
+from PIL import Image
+from test_evaluate import cpu, run, save_run  # noqa: F401  fixtures
+from world_cases import configured
+
+import eae_dist
+from eae_dist.evaluate import evaluate
+from eae_dist.generate import main
+from eae_dist.generation import sample_seeds
+from eae_dist.latent.densities import load_density
+
+
+def pixels(path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def test_model_reconstructs_and_samples_what_evaluation_judged(run):  # noqa: F811
+    evaluate(run, [])
+    model, x = eae_dist.load(run), torch.rand(5, 1, 16, 16)
+    torch.testing.assert_close(model.reconstruct(x), model.decode(model.encode(x)))
+    density = load_density("gmm", run / "evaluation" / "densities" / "gmm.safetensors")
+    drawn = model.sample(7, "gmm", seed=3)
+    torch.testing.assert_close(drawn, model.decode(density.sample(sample_seeds(3, np.arange(7))).float()))
+    assert drawn.shape == (7, 1, 16, 16) and not drawn.requires_grad
+    torch.testing.assert_close(model.sample(3, "gmm", seed=3), drawn[:3])
+    assert not torch.allclose(model.sample(7, "isotropic", seed=3), drawn)
+
+
+def test_isotropic_draws_need_no_evaluation_and_others_say_how_to_get_one(run):  # noqa: F811
+    model = eae_dist.load(run)
+    assert model.sample(2).shape == (2, 1, 16, 16)
+    with pytest.raises(FileNotFoundError, match=r"mvg was not fitted; run `python -m eae_dist.evaluate --ckpt .*run "):
+        model.sample(2, "mvg")
+    with pytest.raises(ValueError, match="the density gnn is unknown; it is one of isotropic, mvg, gmm, two_stage"):
+        model.sample(2, "gnn")
+
+
+def test_two_stage_model_reconstructs_through_its_second_stage(shards, tmp_path):
+    run = save_run(tmp_path / "run", configured(shards, "two_stage_vae"))  # noqa: F811
+    with pytest.raises(FileNotFoundError, match="the density two_stage was not fitted"):
+        eae_dist.load(run).reconstruct(torch.rand(2, 1, 16, 16))
+
+
+def test_images_are_those_of_their_numbers_on_any_number_of_ranks(run, tmp_path):  # noqa: F811
+    one, two = tmp_path / "one", tmp_path / "two"
+    main(["--ckpt", str(run), "--count", "40", str(one)])
+    done = torchrun(2, "-m", "eae_dist.generate", "--ckpt", str(run), "--count", "40", str(two))
+    assert done.returncode == 0 and "40 draws from isotropic" in done.stdout, done.stderr
+    names = [f"{number:06d}.png" for number in range(40)]
+    assert sorted(file.name for file in one.iterdir()) == sorted(file.name for file in two.iterdir()) == names
+    assert all((one / name).read_bytes() == (two / name).read_bytes() for name in names)
+    # As in Python: blocks of another size differ by rounding, a pixel by one step at most.
+    drawn = (eae_dist.load(run).sample(40)[:, 0] * 255).round().numpy()
+    assert max(np.abs(pixels(one / name) - drawn[i]).max() for i, name in enumerate(names)) <= 1
+
+
+def test_other_seeds_and_densities_give_other_images(run, tmp_path):  # noqa: F811
+    evaluate(run, [])
+    for folder, options in {"a": [], "b": ["evaluate.seed=1"], "c": ["--density", "mvg"]}.items():
+        main(["--ckpt", str(run), "--count", "2", str(tmp_path / folder), *options])
+    a, b, c = (pixels(tmp_path / folder / "000001.png") for folder in "abc")
+    assert (a != b).any() and (a != c).any() and (b != c).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--density", "gmm"], "error: .*the density gmm was not fitted"),
+        (["--count", "0"], "error: --count=0 must be at least 1"),
+        (["model.width=3"], "error: evaluation changes only evaluate"),
+    ],
+)
+def test_wrong_input_is_one_line(run, tmp_path, options, message):  # noqa: F811
+    with pytest.raises(SystemExit, match=message):
+        main(["--ckpt", str(run), str(tmp_path / "out"), *options])
