@@ -30,8 +30,9 @@ class TrainedModel(nn.Module):
 
     def __init__(self, autoencoder: Autoencoder, densities: Path, two_stage: bool = False):
         super().__init__()
-        self.autoencoder, self._densities, self._two_stage = autoencoder.eval(), densities, two_stage
+        self.autoencoder, self._densities, self._two_stage = autoencoder, densities, two_stage
         self.image_shape, self.latent_dim = autoencoder.image_shape, autoencoder.latent_dim
+        self.eval()
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """[b, c, h, w] -> [b, d]; of variational models the means."""

@@ -376,7 +376,7 @@ def test_network_code_that_a_checkpoint_names_is_imported_only_if_it_is_allowed(
     assert not (tmp_path / "imported").exists()
     model = eae_dist.load(tmp_path, allow=[name])
     assert (tmp_path / "imported").exists()
-    assert bits(model.state_dict()) == bits(objective.autoencoder.state_dict())
+    assert bits(model.autoencoder.state_dict()) == bits(objective.autoencoder.state_dict())
 
 
 def test_loaded_autoencoder_encodes_and_decodes_each_row_by_itself(tmp_path, write, trained):
@@ -394,7 +394,7 @@ def test_loaded_autoencoder_encodes_and_decodes_each_row_by_itself(tmp_path, wri
     with torch.no_grad():
         torch.testing.assert_close(model.encode(x[3:4]), latents[3:4], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(eae_dist.load(folder).encode(x), latents, rtol=0, atol=0)
-    assert bits(model.state_dict()) == bits(trained[0].autoencoder.state_dict())
+    assert bits(model.autoencoder.state_dict()) == bits(trained[0].autoencoder.state_dict())
 
 
 def opened(run: Path, config: Config = CONFIG, identity: dict = IDENTITY) -> Checkpoint | None:
