@@ -5,6 +5,7 @@ times, in the same order. W: ranks, b: this rank's rows, n: all rows.
 """
 
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -141,6 +142,26 @@ def first_rank_first() -> Iterator[bool]:
         raise failure
     if message is not None:
         raise FirstRankFailed(message)
+
+
+@contextmanager
+def ending_ranks(*known: type[Exception]) -> Iterator[None]:
+    """What a command runs in: leaves the process group at the end, and ends in one line for what a user can set right.
+
+    That is ValueError and OSError, said by the rank that met it, and the `known` errors that every rank meets, said by rank 0.
+    """
+    try:
+        yield
+    except FirstRankFailed:  # rank 0 says it
+        sys.exit(1)
+    except known as error:
+        sys.exit(f"error: {error}" if rank() == 0 else 1)
+    except (ValueError, OSError) as error:
+        where = f" [rank {rank()}]" if world_size() > 1 else ""
+        sys.exit(f"error{where}: {error}")
+    finally:
+        if _initialized():
+            dist.destroy_process_group()
 
 
 def barrier() -> None:

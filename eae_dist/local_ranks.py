@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from accelerate import PartialState
 
-from eae_dist.distributed import FirstRankFailed, rank, world_size
+from eae_dist.distributed import ending_ranks, rank
 
 Result = TypeVar("Result")
 
@@ -34,14 +34,6 @@ def run_on_ranks(module: str, nproc: int | None, command: Sequence[str], work: C
     first = rank() == 0
     if first:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
+    with ending_ranks():
         result = work()
-    except FirstRankFailed:  # rank 0 says it
-        sys.exit(1)
-    except (ValueError, OSError) as error:
-        where = f" [rank {rank()}]" if world_size() > 1 else ""
-        sys.exit(f"error{where}: {error}")
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
     return result if first else None

@@ -30,9 +30,9 @@ from eae_dist import checkpoint as checkpoints
 from eae_dist.config import Config, TrainConfig, flatten, load_config
 from eae_dist.data.stream import ShardStream, walk
 from eae_dist.distributed import (
-    FirstRankFailed,
     StopRequest,
     barrier,
+    ending_ranks,
     first_rank_first,
     gather_rows,
     rank,
@@ -399,17 +399,9 @@ def say(text: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    try:
+    with ending_ranks(metrics_log.TrainingDiverged):
         train(load_config(sys.argv[1:] if argv is None else argv))
         barrier()
-    except (FirstRankFailed, metrics_log.TrainingDiverged) as error:  # known to every rank, said by the first
-        sys.exit(f"error: {error}" if rank() == 0 else 1)
-    except (ValueError, OSError) as error:
-        where = f" [rank {rank()}]" if world_size() > 1 else ""
-        sys.exit(f"error{where}: {error}")
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
