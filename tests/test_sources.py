@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eae_dist.data import sources
+from eae_dist.data import files, sources
 from eae_dist.data.shards import ShardIndex
 from eae_dist.data.sources import SOURCES, SPLITS, Source, numbered, with_held_out_splits
 from eae_dist.data.stream import ShardStream, walk
@@ -439,7 +439,7 @@ def test_orientation_transparency_and_palettes_are_resolved(tmp_path):
     Image.fromarray(pixels).quantize(256).save(tmp_path / "palette.png")
     Image.fromarray(pixels).convert("CMYK").save(tmp_path / "cmyk.tif")
     (tmp_path / "bits.pbm").write_bytes(b"P1 3 2\n1 0 1\n0 1 0\n")
-    read = {path.stem: sources.read_image(str(path), None, None, None) for path in tmp_path.iterdir()}
+    read = {path.stem: files.read_image(str(path), None, None, None) for path in tmp_path.iterdir()}
     np.testing.assert_array_equal(read["turned"], pixels)
     assert (read["clear"] == 255).all()
     np.testing.assert_array_equal(read["palette"], np.array(Image.fromarray(pixels).quantize(256).convert("RGB")))
@@ -476,7 +476,7 @@ def test_every_bad_file_is_found_before_anything_is_written(tmp_path, capsys):
     assert all(word in error for word in (f"{len(bad)} of {len(bad) + 12}", "cut.jpg", "--skip-bad"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
-    _, reasons = sources.checked(sources.ImageFiles([str(path) for path in (tmp_path / "in").iterdir()]), 1)
+    _, reasons = files.checked(files.ImageFiles([str(path) for path in (tmp_path / "in").iterdir()]), 1)
     assert {Path(path).name for path in reasons} == bad
     reason = {Path(path).name: why for path, why in reasons.items()}
     assert reason["readme.txt"] == reason["empty.png"] == reason["script.eps"] == "not an image"
@@ -534,7 +534,7 @@ def test_a_folder_that_links_back_to_itself_is_an_error(tmp_path, capsys):
 
 def test_keys_are_unique_paths_without_dots_in_the_name():
     names = ["a/x.png", "a/x.jpg", "a/v1.2 final.png", "a.b/x.png", "a/x-2.png", "no\udcffutf.png"]
-    keys = sources.keys_of(names)
+    keys = files.keys_of(names)
     assert keys == ["a/x", "a/x-2", "a/v1_2 final", "a.b/x", "a/x-2-2", "no?utf"]
 
 

@@ -7,49 +7,21 @@ else a part of train, drawn by class and always the same.
 
 import gzip
 import math
-import os
 import zipfile
 import zlib
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
-from tqdm import tqdm
 
-from eae_dist.data.indexing import image_channels
-from eae_dist.data.processes import run_tasks
+from eae_dist.data.files import ImageFiles, checked, files_under, how_read, keys_of, left_out
 
 SPLITS = ("train", "validation", "test")
 SPLIT_SEED = 0  # of the samples that are held out: a split is the same for everyone, whatever the order of the shards
 CACHE = Path.home() / ".cache" / "eae_dist"
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # not EPS, for which Pillow runs a program
 SPLIT_FOLDERS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
 PAD_TO_32 = "zero-padded from 28x28 to 32x32"
-
-
-@dataclass(frozen=True)
-class ImageFiles:
-    """Image files as a sequence of uint8 [h, w] (gray) or [h, w, 3], each read when it is asked for.
-
-    crop: the center crop x crop pixels are taken first. size: then the image, cut to its central square, is resized to
-    size x size. channels: 1 gray, 3 RGB, None as the file is.
-    """
-
-    paths: list[str]
-    crop: int | None = None
-    size: int | None = None
-    channels: int | None = None
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, i: "int | np.ndarray") -> "np.ndarray | ImageFiles":
-        if isinstance(i, np.ndarray):
-            return replace(self, paths=[self.paths[row] for row in i])
-        return read_image(self.paths[i], self.crop, self.size, self.channels)
 
 
 @dataclass(frozen=True)
@@ -196,7 +168,7 @@ def imagefolder(
     has_splits = (path / "train").is_dir()
     if has_splits and (path / "val").is_dir() and (path / "validation").is_dir():
         raise ValueError(f"{path} has both val/ and validation/; keep one")
-    strays = [name for name in names if has_splits and _first(name) not in SPLIT_FOLDERS]
+    strays = [name for name in names if has_splits and Path(name).parts[0] not in SPLIT_FOLDERS]
     inside = sorted(set(names) - set(strays))
     shapes, bad = checked(ImageFiles([str(path / name) for name in inside], crop, size, channels), workers)
     bad |= {str(path / name): "outside of train/, validation/ and test/" for name in strays}
@@ -219,7 +191,7 @@ def imagefolder(
     samples = Samples(files, labels, keys_of(names))
     rows: dict[str, list[int]] = {}
     for row, name in enumerate(names):
-        rows.setdefault(SPLIT_FOLDERS[_first(name)] if has_splits else "train", []).append(row)
+        rows.setdefault(SPLIT_FOLDERS[Path(name).parts[0]] if has_splits else "train", []).append(row)
     splits, how = with_held_out_splits({split: samples[np.array(here)] for split, here in rows.items()})
     if hidden:
         notes += (f"{hidden:,} hidden files were not looked at",)
@@ -401,125 +373,3 @@ def checked_arrays(images: np.ndarray, labels: np.ndarray | None, where: str) ->
     if labels.min() < -1 or labels.max() >= 2**31:
         raise ValueError(f"{where}labels has values from {labels.min()} to {labels.max()}; wanted 0, 1, ..., or -1 for none")
     return images, labels.reshape(n)
-
-
-# Files
-
-
-def read_image(path: str, crop: int | None, size: int | None, channels: int | None) -> np.ndarray:
-    """One image file as `ImageFiles` says, uint8 [h, w] or [h, w, 3]. Raises ValueError with the reason for a bad file."""
-    if not os.path.isfile(path):  # a pipe would be waited for
-        raise ValueError("not a regular file" if os.path.lexists(path) else "missing")
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            depth = image_channels(image)
-            image = ImageOps.exif_transpose(image)
-            if image.has_transparency_data:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            image = image.convert("L" if (channels or depth) == 1 else "RGB")
-            if crop is not None:
-                if min(image.size) < crop:
-                    raise ValueError(f"{image.width}x{image.height} is smaller than the crop of {crop}")
-                image = center_crop(image, crop)
-            if size is not None:
-                image = center_crop(image, min(image.size)).resize((size, size), Image.Resampling.BILINEAR)
-            return np.array(image)
-    except Image.UnidentifiedImageError as error:
-        raise ValueError("not an image") from error
-    except Exception as error:  # what Pillow raises for a damaged file is of many kinds
-        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
-
-
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
-
-
-def how_read(files: ImageFiles) -> str:
-    """What `read_image` does with each file, for the index."""
-    steps = ["EXIF orientation applied", "transparency on white", "RGB" if files.channels == 3 else "gray (L)"]
-    if files.crop:
-        steps.append(f"center crop {files.crop}x{files.crop}")
-    if files.size:
-        steps += [] if files.crop else ["center crop to the shorter side"]
-        steps.append(f"resized to {files.size}x{files.size} (Pillow bilinear, antialiased)")
-    return ", ".join(steps)
-
-
-def files_under(path: Path) -> tuple[list[str], int]:
-    """Every file under a folder, relative and sorted; and the number of hidden ones (.name), which are not among them."""
-    if not path.is_dir():
-        raise NotADirectoryError(f"{path} is not a folder; give a folder of images")
-    names, hidden, seen = [], 0, set()
-    for folder, _, files in os.walk(path, onerror=_raise, followlinks=True):
-        if (real := os.path.realpath(folder)) in seen:
-            raise ValueError(f"{folder} is a link to {real}, which is in {path} already; remove the link")
-        seen.add(real)
-        for file in files:
-            name = os.path.relpath(os.path.join(folder, file), path)
-            if any(part.startswith(".") for part in Path(name).parts):
-                hidden += 1
-            else:
-                names.append(name)
-    return sorted(names), hidden
-
-
-def _raise(error: OSError):
-    raise error
-
-
-def _first(name: str) -> str:
-    return Path(name).parts[0]
-
-
-def checked(files: ImageFiles, workers: int) -> tuple[list[tuple[int, ...]], dict[str, str]]:
-    """Reads every file once: the shapes of the good ones in their order, and path -> reason for the bad ones."""
-    chunk = 64
-    chunks = (files[np.arange(start, min(start + chunk, len(files)))] for start in range(0, len(files), chunk))
-    shapes, bad = [], {}
-    with (
-        closing(run_tasks(_shapes_or_reasons, chunks, min(workers, -(-len(files) // chunk) or 1))) as results,
-        tqdm(total=len(files), desc="checking", unit=" images", disable=None) as progress,
-    ):
-        for result in results:
-            shapes += [shape for _, shape in result if not isinstance(shape, str)]
-            bad |= {path: reason for path, reason in result if isinstance(reason, str)}
-            progress.update(len(result))
-    return shapes, bad
-
-
-def _shapes_or_reasons(files: ImageFiles) -> list[tuple[str, "tuple[int, ...] | str"]]:
-    found = []
-    for i, path in enumerate(files.paths):
-        try:
-            found.append((path, files[i].shape))
-        except ValueError as error:
-            found.append((path, str(error)))
-    return found
-
-
-def left_out(bad: dict[str, str], total: int, skip_bad: bool) -> tuple[str, ...]:
-    """A sentence on the bad files, none without any. Raises ValueError with it unless they may be skipped."""
-    if not bad:
-        return ()
-    several = "; ".join(f"{path} ({reason})" for path, reason in sorted(bad.items())[:5])
-    said = f"{len(bad):,} of {total:,} files are not usable images: {several}{'; ...' if len(bad) > 5 else ''}"
-    if not skip_bad:
-        raise ValueError(f"{said}; repair or remove them, or leave them out with --skip-bad")
-    return (f"left out: {said}",)
-
-
-def keys_of(names: list[str]) -> list[str]:
-    """Keys of files: the path without extension, its dots replaced, since a key ends at the first; -2, -3, ... if taken."""
-    taken: set[str] = set()
-    keys = []
-    for name in names:
-        folder, base = os.path.split(os.path.splitext(name)[0])
-        plain = os.path.join(folder, base.replace(".", "_")).encode(errors="replace").decode()
-        key, number = plain, 1
-        while key in taken:
-            number += 1
-            key = f"{plain}-{number}"
-        taken.add(key)
-        keys.append(key)
-    return keys

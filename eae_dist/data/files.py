@@ -1,0 +1,152 @@
+"""Image files as they lie in folders: found, read to uint8 pixels, and what is wrong with the bad ones."""
+
+import os
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from eae_dist.data.indexing import image_channels
+from eae_dist.data.processes import run_tasks
+
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # not EPS, for which Pillow runs a program
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Image files as a sequence of uint8 [h, w] (gray) or [h, w, 3], each read when it is asked for.
+
+    crop: the center crop x crop pixels are taken first. size: then the image, cut to its central square, is resized to
+    size x size. channels: 1 gray, 3 RGB, None as the file is.
+    """
+
+    paths: list[str]
+    crop: int | None = None
+    size: int | None = None
+    channels: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: "int | np.ndarray") -> "np.ndarray | ImageFiles":
+        if isinstance(i, np.ndarray):
+            return replace(self, paths=[self.paths[row] for row in i])
+        return read_image(self.paths[i], self.crop, self.size, self.channels)
+
+
+def read_image(path: str, crop: int | None, size: int | None, channels: int | None) -> np.ndarray:
+    """One image file as `ImageFiles` says, uint8 [h, w] or [h, w, 3]. Raises ValueError with the reason for a bad file."""
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise ValueError("not a regular file" if os.path.lexists(path) else "missing")
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            depth = image_channels(image)
+            image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            image = image.convert("L" if (channels or depth) == 1 else "RGB")
+            if crop is not None:
+                if min(image.size) < crop:
+                    raise ValueError(f"{image.width}x{image.height} is smaller than the crop of {crop}")
+                image = center_crop(image, crop)
+            if size is not None:
+                image = center_crop(image, min(image.size)).resize((size, size), Image.Resampling.BILINEAR)
+            return np.array(image)
+    except Image.UnidentifiedImageError as error:
+        raise ValueError("not an image") from error
+    except Exception as error:  # what Pillow raises for a damaged file is of many kinds
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def how_read(files: ImageFiles) -> str:
+    """What `read_image` does with each file, for the index."""
+    steps = ["EXIF orientation applied", "transparency on white", "RGB" if files.channels == 3 else "gray (L)"]
+    if files.crop:
+        steps.append(f"center crop {files.crop}x{files.crop}")
+    if files.size:
+        steps += [] if files.crop else ["center crop to the shorter side"]
+        steps.append(f"resized to {files.size}x{files.size} (Pillow bilinear, antialiased)")
+    return ", ".join(steps)
+
+
+def files_under(path: Path) -> tuple[list[str], int]:
+    """Every file under a folder, relative and sorted; and the number of hidden ones (.name), which are not among them."""
+    if not path.is_dir():
+        raise NotADirectoryError(f"{path} is not a folder; give a folder of images")
+    names, hidden, seen = [], 0, set()
+    for folder, _, files in os.walk(path, onerror=_raise, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            raise ValueError(f"{folder} is a link to {real}, which is in {path} already; remove the link")
+        seen.add(real)
+        for file in files:
+            name = os.path.relpath(os.path.join(folder, file), path)
+            if any(part.startswith(".") for part in Path(name).parts):
+                hidden += 1
+            else:
+                names.append(name)
+    return sorted(names), hidden
+
+
+def _raise(error: OSError):
+    raise error
+
+
+def checked(files: ImageFiles, workers: int) -> tuple[list[tuple[int, ...]], dict[str, str]]:
+    """Reads every file once: the shapes of the good ones in their order, and path -> reason for the bad ones."""
+    chunk = 64
+    chunks = (files[np.arange(start, min(start + chunk, len(files)))] for start in range(0, len(files), chunk))
+    shapes, bad = [], {}
+    with (
+        closing(run_tasks(_shapes_or_reasons, chunks, min(workers, -(-len(files) // chunk) or 1))) as results,
+        tqdm(total=len(files), desc="checking", unit=" images", disable=None) as progress,
+    ):
+        for result in results:
+            shapes += [shape for _, shape in result if not isinstance(shape, str)]
+            bad |= {path: reason for path, reason in result if isinstance(reason, str)}
+            progress.update(len(result))
+    return shapes, bad
+
+
+def _shapes_or_reasons(files: ImageFiles) -> list[tuple[str, "tuple[int, ...] | str"]]:
+    found = []
+    for i, path in enumerate(files.paths):
+        try:
+            found.append((path, files[i].shape))
+        except ValueError as error:
+            found.append((path, str(error)))
+    return found
+
+
+def left_out(bad: dict[str, str], total: int, skip_bad: bool) -> tuple[str, ...]:
+    """A sentence on the bad files, none without any. Raises ValueError with it unless they may be skipped."""
+    if not bad:
+        return ()
+    several = "; ".join(f"{path} ({reason})" for path, reason in sorted(bad.items())[:5])
+    said = f"{len(bad):,} of {total:,} files are not usable images: {several}{'; ...' if len(bad) > 5 else ''}"
+    if not skip_bad:
+        raise ValueError(f"{said}; repair or remove them, or leave them out with --skip-bad")
+    return (f"left out: {said}",)
+
+
+def keys_of(names: list[str]) -> list[str]:
+    """Keys of files: the path without extension, its dots replaced, since a key ends at the first; -2, -3, ... if taken."""
+    taken: set[str] = set()
+    keys = []
+    for name in names:
+        folder, base = os.path.split(os.path.splitext(name)[0])
+        plain = os.path.join(folder, base.replace(".", "_")).encode(errors="replace").decode()
+        key, number = plain, 1
+        while key in taken:
+            number += 1
+            key = f"{plain}-{number}"
+        taken.add(key)
+        keys.append(key)
+    return keys
