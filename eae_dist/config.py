@@ -169,6 +169,8 @@ class EvaluateConfig:
     second_stage_weight: float = changeable(1.5e-3)
     """Weight of the divergence in the second stage of two_stage; the official values are 1.5e-3 for MNIST, 1e-3 for CIFAR-10
     and 2e-3 for CelebA."""
+    second_stage_epochs: int = changeable(100)
+    """Passes over the training latents in the second stage of two_stage, as officially."""
     features: str | None = changeable(None)
     """Whose features images are compared by: inception (the distance is fid), efflite0, mnistcnn, fashioncnn or
     package.module:function of your own, named on the command line. Default: mnistcnn for MNIST, fashioncnn for Fashion-MNIST,
@@ -390,6 +392,7 @@ def _check_values(config: Config) -> None:
         "evaluate.count": config.evaluate.count,
         "evaluate.components": config.evaluate.components,
         "evaluate.second_stage_weight": config.evaluate.second_stage_weight,
+        "evaluate.second_stage_epochs": config.evaluate.second_stage_epochs,
         "evaluate.neighbor_images": config.evaluate.neighbor_images,
     }
     for key, value in positive.items():

@@ -1,6 +1,7 @@
-"""Judges a checkpoint on a split it was not trained on:
+"""Judges a checkpoint on a split it was not trained on, or a folder of images beside a folder of real ones:
 
     python -m eae_dist.evaluate --ckpt DIR [--nproc N] [--out DIR] [key=value ...]
+    python -m eae_dist.evaluate --images REAL GENERATED [--nproc N] [--out DIR] [key=value ...]
 
 Alone it uses all local GPUs, or N CPU ranks; under accelerate or torchrun it joins their ranks. The numbers do not
 depend on how many ranks there are, and a run that was killed goes on where it was. Writes metrics.json, the fitted densities
@@ -21,7 +22,8 @@ from accelerate import PartialState
 from torchvision.utils import make_grid
 
 from eae_dist.checkpoint import Checkpoint, evaluation_config, evaluation_folder, load_objective, open_checkpoint, versions
-from eae_dist.config import Config, EvaluateConfig
+from eae_dist.config import Config, EvaluateConfig, load_config
+from eae_dist.data.files import walk_images
 from eae_dist.data.shards import ShardIndex
 from eae_dist.data.stream import walk
 from eae_dist.distributed import first_rank_first, from_first_rank, gather_rows
@@ -31,7 +33,7 @@ from eae_dist.latent.densities import DENSITIES, Density, load_density, save_den
 from eae_dist.local_ranks import run_on_ranks
 from eae_dist.losses.terms import squared_error
 from eae_dist.metrics.comparison import ImageSet, compare, describe, filled
-from eae_dist.metrics.features import Extractor, build_features
+from eae_dist.metrics.features import CLASSIFIERS, Extractor, build_features
 from eae_dist.metrics.frechet import warnings_about
 from eae_dist.model.autoencoder import Autoencoder, to_unit
 from eae_dist.report.grids import SAMPLES, draw_grids, grid_inputs, save_grids
@@ -64,9 +66,10 @@ def evaluate(directory: Path, assignments: Sequence[str], out: Path | None = Non
         "split": settings.split,
         "reference": settings.reference,
         "features": extractor.record(),
+        "settings": asdict(settings),
         "versions": versions(),
     }
-    done = Progress(out, {**judged, "model": sha256_of(checkpoint.path / "model.safetensors"), "settings": asdict(settings)})
+    done = Progress(out, {**judged, "model": sha256_of(checkpoint.path / "model.safetensors")})
 
     # The real images' features, the latents of the split, the densities of the training latents.
     real = reference_images(config, index, extractor, device)
@@ -102,6 +105,44 @@ def evaluate(directory: Path, assignments: Sequence[str], out: Path | None = Non
             replace_file(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
             done.remove()
     return metrics | {"out": str(out)}
+
+
+def evaluate_folders(real: Path, generated: Path, assignments: Sequence[str], out: Path | None = None) -> dict:
+    """The distances of one folder's images from another's, by evaluate.* alone; written to out/metrics.json if there is an out.
+
+    Call on every rank. Raises ValueError or OSError for other settings, folders without images, broken files and features that
+    are not there.
+    """
+    if other := [text for text in assignments if not text.startswith("evaluate.")]:
+        raise ValueError(f"{other[0]}: two folders of images are judged by evaluate.* alone")
+    settings, device = load_config(assignments).evaluate, PartialState().device
+    extractor = build_features(
+        settings.features or "efflite0", weights=settings.inception_weights, preprocessing=settings.preprocessing
+    ).to(device)
+    channels = 1 if settings.features in CLASSIFIERS else 3  # networks for color see gray as three equal channels
+    described = []
+    for folder in (real, generated):
+        blocks = walk_images(folder, settings.batch, channels=channels, count=settings.count)
+        what = f"the images of {folder}"
+        described.append(
+            describe(watched(blocks, str(folder)), extractor, settings.batch, settings.neighbor_images, device, what)
+        )
+    numbers, warnings = compare(*described, extractor.metric, settings.frechet, f"the images of {generated}")
+    metrics = {
+        "real": str(real),
+        "generated": str(generated),
+        "reference_images": described[0].stats.count,
+        "features": extractor.record(),
+        "settings": asdict(settings),
+        "versions": versions(),
+        "sets": {"generated": numbers},
+        "warnings": warnings_about(described[0].stats, f"the images of {real}") + warnings,
+    }
+    with first_rank_first() as mine:
+        if mine and out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            replace_file(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    return metrics
 
 
 OF_IMAGES = ("reconstruction", "interpolation_linear", "interpolation_spherical")
@@ -236,7 +277,11 @@ def fit_densities(
     names = settings.densities or (["two_stage"] if config.objective.name == "two_stage_vae" else ["isotropic", "mvg", "gmm"])
     options = {
         "gmm": {"components": settings.components, "seed": settings.seed},
-        "two_stage": {"kl_weight": settings.second_stage_weight, "seed": settings.seed},
+        "two_stage": {
+            "kl_weight": settings.second_stage_weight,
+            "epochs": settings.second_stage_epochs,
+            "seed": settings.seed,
+        },
     }
     folder, latents, fitted = done.path.parent / "densities", None, {}
     for name in names:
@@ -282,34 +327,55 @@ def sample_grids(autoencoder: Autoencoder, fitted: dict[str, Density], settings:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m eae_dist.evaluate", description=__doc__.split("\n")[0])
-    parser.add_argument("--ckpt", type=Path, required=True, help="a checkpoint folder, or a run folder (its latest checkpoint)")
+    judged = parser.add_mutually_exclusive_group(required=True)
+    judged.add_argument("--ckpt", type=Path, help="a checkpoint folder, or a run folder (its latest checkpoint)")
+    judged.add_argument("--images", type=Path, nargs=2, metavar=("REAL", "GENERATED"), help="two folders of images, no model")
     parser.add_argument("--nproc", type=int, help="local ranks; default: one per GPU, or one on a CPU")
-    parser.add_argument("--out", type=Path, help="where to write; default: RUN/evaluation")
+    parser.add_argument("--out", type=Path, help="where to write; default: RUN/evaluation, for --images nowhere")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="evaluate.* and data.root")
     arguments = parser.parse_intermixed_args(argv)
-    command = ["--ckpt", str(arguments.ckpt), *(["--out", str(arguments.out)] if arguments.out else []), *arguments.settings]
-    metrics = run_on_ranks(
-        "eae_dist.evaluate", arguments.nproc, command, lambda: evaluate(arguments.ckpt, arguments.settings, arguments.out)
-    )
-    if metrics is not None:
-        print(summary(metrics))
+    settings, out = arguments.settings, arguments.out
+
+    def work() -> str:
+        if arguments.images:
+            return summary_of_folders(evaluate_folders(*arguments.images, settings, out))
+        return summary(evaluate(arguments.ckpt, settings, out))
+
+    command = ["--images", *map(str, arguments.images)] if arguments.images else ["--ckpt", str(arguments.ckpt)]
+    said = run_on_ranks("eae_dist.evaluate", arguments.nproc, [*command, *(["--out", str(out)] if out else []), *settings], work)
+    if said is not None:
+        print(said)
 
 
 def summary(metrics: dict) -> str:
-    """The metrics as a person reads them."""
-    name = metrics["features"]["metric"]
+    """The metrics of a checkpoint as a person reads them."""
     lines = [
         f"{metrics['checkpoint']} on {metrics['images']:,} {metrics['split']} images of {metrics['data']}: squared error "
         f"{metrics['reconstruction']:.3f} per image, {metrics['reconstruction_per_pixel']:.6f} per pixel and channel",
         f"against {metrics['reference_images']:,} {metrics['reference']} images, {metrics['features']['preprocessing']}:",
+        *summary_of_sets(metrics),
     ]
-    columns = (name, "kid", "precision", "recall", "density", "coverage")
-    lines.append(f"{'':24}" + "".join(f"{column:>14}" for column in columns))
+    return "\n".join([*lines, f"pictures, densities and metrics.json in {metrics['out']}"])
+
+
+def summary_of_folders(metrics: dict) -> str:
+    return "\n".join(
+        [
+            f"{metrics['sets']['generated']['images']:,} images of {metrics['generated']} against "
+            f"{metrics['reference_images']:,} of {metrics['real']}, {metrics['features']['preprocessing']}:",
+            *summary_of_sets(metrics),
+        ]
+    )
+
+
+def summary_of_sets(metrics: dict) -> list[str]:
+    """A line for each set of images, and the warnings."""
+    columns = (metrics["features"]["metric"], "kid", "precision", "recall", "density", "coverage")
+    lines = [f"{'':24}" + "".join(f"{column:>14}" for column in columns)]
     for which, numbers in metrics["sets"].items():
         cells = (f"{numbers[column]:14.4g}" if column in numbers else f"{'':14}" for column in columns)
         lines.append(f"{which:24}" + "".join(cells))
-    lines += [f"warning: {text}" for text in metrics["warnings"]]
-    return "\n".join([*lines, f"pictures, densities and metrics.json in {metrics['out']}"])
+    return lines + [f"warning: {text}" for text in metrics["warnings"]]
 
 
 if __name__ == "__main__":

@@ -1,17 +1,22 @@
-"""Commands that start their own ranks: all local GPUs, or as many CPU ranks as --nproc says.
+"""Processes on this machine: commands that start their own ranks, and commands that run side by side.
 
-Under a launcher (torchrun, accelerate, srun) they join its ranks.
+A command takes all local GPUs, or as many CPU ranks as --nproc says. Under a launcher (torchrun, accelerate, srun) it joins the
+launcher's ranks.
 """
 
 import logging
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from queue import SimpleQueue
 from typing import TypeVar
 
 import torch
 from accelerate import PartialState
 
+from eae_dist.data.processes import available_cores
 from eae_dist.distributed import ending_ranks, rank
 
 Result = TypeVar("Result")
@@ -28,8 +33,7 @@ def run_on_ranks(module: str, nproc: int | None, command: Sequence[str], work: C
     if 0 < gpus < count:
         sys.exit(f"error: --nproc={count} wants a GPU each, there are {gpus}; lower --nproc")
     if "RANK" not in os.environ and count > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "-m", module]
-        os.execv(sys.executable, [sys.executable, *launcher, *command])
+        os.execv(sys.executable, launched(module, count, command))
     PartialState(cpu=not torch.cuda.is_available())
     first = rank() == 0
     if first:
@@ -37,3 +41,67 @@ def run_on_ranks(module: str, nproc: int | None, command: Sequence[str], work: C
     with ending_ranks():
         result = work()
     return result if first else None
+
+
+def launched(module: str, ranks: int, command: Sequence[str]) -> list[str]:
+    """The command line of `python -m module command` on so many local ranks."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    return [sys.executable, *torchrun, "-m", module, *command]
+
+
+class CommandFailed(RuntimeError):
+    """A command ended with an error; the text is its own last word, and where the rest lies."""
+
+
+class SideBySide:
+    """Runs commands of this package, at most `jobs` at a time, each on its share of the local GPUs or of the CPU's cores.
+
+    nproc: ranks of each. Raises ValueError if there are fewer GPUs than these want. `call` may be called from `jobs` threads.
+    """
+
+    def __init__(self, jobs: int, nproc: int | None):
+        if jobs < 1 or (nproc is not None and nproc < 1):
+            raise ValueError(f"--jobs={jobs} and --nproc={nproc} must be at least 1")
+        gpus = []
+        if torch.cuda.is_available():
+            named = os.environ.get("CUDA_VISIBLE_DEVICES")
+            gpus = named.split(",") if named else [str(gpu) for gpu in range(torch.cuda.device_count())]
+        self.jobs, self.ranks = jobs, nproc or len(gpus) // jobs or 1
+        if gpus and jobs * self.ranks > len(gpus):
+            raise ValueError(
+                f"--jobs={jobs} with {self.ranks} rank(s) each wants {jobs * self.ranks} GPUs, there are {len(gpus)}"
+            )
+        threads = str(max(available_cores() // (jobs * self.ranks), 1))
+        self._environments: SimpleQueue[dict[str, str]] = SimpleQueue()
+        for job in range(jobs):
+            environment = {"OMP_NUM_THREADS": threads, **os.environ}
+            if gpus:
+                environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[job * self.ranks : (job + 1) * self.ranks])
+            self._environments.put(environment)
+        self._running: set[subprocess.Popen] = set()
+        self._stopped = False
+
+    def call(self, module: str, command: Sequence[str], output: Path) -> None:
+        """Runs `python -m module command` to its end, its output going into a file. Raises CommandFailed."""
+        environment = self._environments.get()
+        try:
+            if self._stopped:
+                raise CommandFailed("not started: the whole was stopped")
+            with open(output, "w") as file:
+                line = launched(module, self.ranks, command)
+                process = subprocess.Popen(line, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+                self._running.add(process)
+                status = process.wait()
+                self._running.discard(process)
+        finally:
+            self._environments.put(environment)
+        if status != 0:
+            said = [text for text in output.read_text(errors="replace").splitlines() if text.strip()] or ["it said nothing"]
+            last = next((text for text in reversed(said) if text.startswith("error")), said[-1])
+            raise CommandFailed(f"{module.rpartition('.')[2]} ended with status {status}: {last} (all of it: {output})")
+
+    def stop(self) -> None:
+        """Asks what runs to end (training saves first), and starts nothing more."""
+        self._stopped = True
+        for process in list(self._running):
+            process.terminate()

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from eae_dist import checkpoint as checkpoints
 from eae_dist.config import Config, TrainConfig, flatten, load_config
+from eae_dist.data.shards import ShardIndex
 from eae_dist.data.stream import ShardStream, walk
 from eae_dist.distributed import (
     StopRequest,
@@ -89,8 +90,8 @@ def train(config: Config) -> None:
     stream.start_step = step
     batch_images = config.train.global_batch
     epoch_images = stream.samples
-    last_step = math.ceil(config.train.epochs * epoch_images / batch_images)
-    if step >= last_step:
+    end = last_step(config, stream.index)
+    if step >= end:
         return say(f"{run} is finished: {step * batch_images:,} images; raise train.epochs={config.train.epochs:g} to go on")
     every = {
         "log": config.train.log_every or 10 * batch_images,
@@ -106,10 +107,10 @@ def train(config: Config) -> None:
     if accelerator.is_main_process:
         images = next(walk(config.data.root, config.data.validation or config.data.split, 64, rank=0, world=1))["image"]
         inputs = grid_inputs(to_unit(images, accelerator.device), config.model.latent_dim, config.train.seed)
-    describe(config, objective, stream, step, last_step, batch_rows)
+    describe(config, objective, stream, step, end, batch_rows)
 
     progress = tqdm(
-        total=last_step * batch_images,
+        total=end * batch_images,
         initial=step * batch_images,
         unit=" images",
         unit_scale=True,
@@ -119,7 +120,7 @@ def train(config: Config) -> None:
     window: list[torch.Tensor] = []  # the terms of every step since the last line of the log
     with progress, StopRequest(config.train.timeout) as stop, closing(iter(stream)) as batches:
         started = time.perf_counter()
-        while step < last_step:
+        while step < end:
             # One step on B images.
             stop.start_asking()
             if config.train.schedule == "exponential":
@@ -134,7 +135,7 @@ def train(config: Config) -> None:
             step += 1
             progress.update(batch_images)
             stopping = stop.asked()
-            due = {what for what, images in every.items() if step == last_step or crossed(step, batch_images, images)}
+            due = {what for what, images in every.items() if step == end or crossed(step, batch_images, images)}
             if stopping:
                 due.add("save")
             if not due:
@@ -190,9 +191,14 @@ def train(config: Config) -> None:
     for tracker in accelerator.trackers:
         tracker.finish()
     if stopping:
-        say(f"stopped by a signal at step {step} of {last_step}; saved in {run}/checkpoints/latest, the same command goes on")
+        say(f"stopped by a signal at step {step} of {end}; saved in {run}/checkpoints/latest, the same command goes on")
     else:
         say(f"finished {run}: samples in {run}/samples, numbers in {run}/metrics.jsonl, weights in {run}/checkpoints/latest")
+
+
+def last_step(config: Config, index: ShardIndex) -> int:
+    """The step with which a run ends."""
+    return math.ceil(config.train.epochs * index.split(config.data.split).samples / config.train.global_batch)
 
 
 def start_accelerator(config: TrainConfig) -> Accelerator:
@@ -351,13 +357,13 @@ def entropy_reference(config: Config, rows: int, device: torch.device) -> float:
     return gaussian_reference(rows, objective.map_dim or config.model.latent_dim, **options)
 
 
-def describe(config: Config, objective: Objective, stream: ShardStream, step: int, last_step: int, batch_rows: list[int]) -> None:
+def describe(config: Config, objective: Objective, stream: ShardStream, step: int, end: int, batch_rows: list[int]) -> None:
     """Says what is about to run and what the settings mean."""
     batch, parameters = config.train.global_batch, sum(p.numel() for p in objective.parameters())
     shape = "x".join(map(str, stream.index.image_shape))
     say(
         f"{config.objective.name} on {stream.index.name}: {stream.samples:,} images {shape}, {parameters:,} parameters, "
-        f"latent {config.model.latent_dim}, batch {batch} over {world_size()} rank(s), steps {step} to {last_step}, "
+        f"latent {config.model.latent_dim}, batch {batch} over {world_size()} rank(s), steps {step} to {end}, "
         f"run folder {config.train.output}"
     )
     say(f"loss = {objective.formula()}")

@@ -333,7 +333,7 @@ def test_saved_configuration_is_replaced_whole_or_not_at_all(tmp_path, monkeypat
 
 
 ROWS = sorted((ROOT / "configs").glob("*/*.yaml"))
-SHAPES = {"mnist": (1, 32, 32), "cifar10": (3, 32, 32), "celeba": (3, 64, 64)}
+SHAPES = {"mnist5k": (1, 32, 32), "mnist": (1, 32, 32), "cifar10": (3, 32, 32), "celeba": (3, 64, 64)}
 
 
 @pytest.mark.parametrize("path", ROWS, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -346,5 +346,5 @@ def test_every_row_of_a_data_set_loads_with_it_and_says_its_command(path):
     assert command in path.read_text()
 
 
-def test_every_paper_s_data_set_has_every_row():
+def test_every_data_set_with_rows_has_every_row():
     assert {(path.parent.name, path.stem) for path in ROWS} == {(data, name) for data in SHAPES for name in OBJECTIVES}

@@ -23,13 +23,13 @@ from eae_dist import generation
 from eae_dist.checkpoint import DamagedCheckpoint, open_checkpoint
 from eae_dist.config import Config
 from eae_dist.data.shards import ShardIndex
-from eae_dist.evaluate import evaluate, main
+from eae_dist.evaluate import evaluate, evaluate_folders, main
 from eae_dist.generation import sample_seeds, spherical_middle
 from eae_dist.latent.densities import DENSITIES, load_density
 from eae_dist.latent.mixture import Mixture
 from eae_dist.latent.two_stage import TwoStage
 from eae_dist.metrics.comparison import compare
-from eae_dist.metrics.features import build_features
+from eae_dist.metrics.features import FEATURES, Extractor, build_features
 from eae_dist.metrics.frechet import FeatureStats, frechet_distance
 from eae_dist.objectives import build_objective
 
@@ -301,10 +301,11 @@ def test_density_that_cannot_be_fitted_is_left_out_unless_it_was_asked_for(run):
 
 
 def test_two_stage_vae_is_judged_through_its_second_stage(shards, tmp_path, monkeypatch):
-    monkeypatch.setitem(DENSITIES, "two_stage", lambda **options: TwoStage(width=16, epochs=2, **options))
+    monkeypatch.setitem(DENSITIES, "two_stage", lambda **options: TwoStage(width=16, **options))
     run = save_run(tmp_path / "run", configured(shards, "two_stage_vae"))
     plain = save_run(tmp_path / "plain", configured(shards, "two_stage_vae"))
-    through, direct = evaluate(run, []), evaluate(plain, ["evaluate.densities=[two_stage,isotropic]"])
+    short = "evaluate.second_stage_epochs=2"
+    through, direct = evaluate(run, [short]), evaluate(plain, [short, "evaluate.densities=[two_stage,isotropic]"])
     assert through["sets"].keys() == SETS - {"isotropic", "mvg", "gmm"} | {"two_stage"}
     assert through["sets"]["reconstruction"] == direct["sets"]["reconstruction"]
     density = load_density("two_stage", run / "evaluation" / "densities" / "two_stage.safetensors")
@@ -350,6 +351,80 @@ def test_images_whose_features_are_not_finite_are_an_error_that_counts_them(run,
     monkeypatch.setattr(evaluate_module, "open_features", lambda *_: extractor)
     with pytest.raises(ValueError, match="33 images of the set reconstruction have features that are not finite"):
         evaluate(run, [])
+
+
+# Two folders of images
+
+
+@pytest.fixture
+def folders(tmp_path) -> tuple[Path, Path]:
+    """33 and 20 gray images of 16x16, the second lot partly those of the first; in sub-folders and beside other files."""
+    for name, numbers in {"real": range(33), "generated": range(20, 40)}.items():
+        (tmp_path / name / "inner").mkdir(parents=True)
+        for number in numbers:
+            place = tmp_path / name / ("inner" if number % 2 else ".")
+            Image.fromarray(image_of(number)[..., 0]).save(place / f"{number:03d}.png")
+        (tmp_path / name / "list.txt").write_text("not an image")
+    return tmp_path / "real", tmp_path / "generated"
+
+
+def folder_stats(numbers) -> FeatureStats:
+    stats = FeatureStats()
+    images = np.stack([image_of(number) for number in numbers])
+    stats.add(build_features("mnistcnn")(torch.from_numpy(images).permute(0, 3, 1, 2)))
+    return stats
+
+
+def test_folders_are_judged_by_all_their_images(folders, tmp_path, capsys):
+    out = tmp_path / "out"
+    main(["--images", *map(str, folders), "--out", str(out), "evaluate.features=mnistcnn", "evaluate.batch=8"])
+    metrics = json.loads((out / "metrics.json").read_text())
+    numbers = metrics["sets"]["generated"]
+    assert (numbers["images"], metrics["reference_images"]) == (20, 33)
+    # Blocks of 8 or all at once: float32 features differ by rounding.
+    expected = frechet_distance(folder_stats(range(33)), folder_stats(range(20, 40)))
+    assert numbers["fd_mnistcnn64"] == pytest.approx(expected, rel=1e-4) and expected > 0.5
+    assert f"20 images of {folders[1]} against 33 of {folders[0]}, v/255" in capsys.readouterr().out
+    first = evaluate_folders(*folders, ["evaluate.features=mnistcnn", "evaluate.count=7"])
+    assert (first["sets"]["generated"]["images"], first["reference_images"]) == (7, 7)
+
+
+def test_folders_are_seen_in_color_by_networks_for_color(folders, monkeypatch):
+    seen = []
+    monkeypatch.setitem(FEATURES, "efflite0", lambda: Seen(seen))
+    evaluate_folders(*folders, [])
+    assert {images.shape[1:] for images in seen} == {(3, 16, 16)} and sum(map(len, seen)) >= 53
+    assert all((images[:, :1] == images).all() for images in seen)  # gray: three equal channels
+
+
+class Seen(Extractor):
+    """Features of nothing, which keeps what it saw."""
+
+    def __init__(self, seen: list):
+        numbers = torch.arange(1.0, 9.0)
+        super().__init__(lambda x: x.float().mean((1, 2, 3))[:, None] * numbers, lambda x: seen.append(x) or x, **NAMELESS)
+
+
+NAMELESS = {"metric": "fd", "dimensions": 8, "sha256": None, "preprocessing": "none"}
+
+
+def test_wrong_folders_are_one_line(folders, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (odd := tmp_path / "odd").mkdir()
+    Image.new("L", (16, 16)).save(odd / "a.png")
+    Image.new("L", (16, 8)).save(odd / "b.png")
+    (broken := tmp_path / "broken").mkdir()
+    (broken / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    for generated, message in {
+        tmp_path / "nowhere": "nowhere is not a folder",
+        tmp_path / "empty": r"empty holds no image files \(.bmp",
+        odd: r"odd: a.png is 16x16, b.png is 16x8 \(width x height\); all must have one size",
+        broken: "a.png is not a usable image: ",
+    }.items():
+        with pytest.raises(SystemExit, match=f"error: .*{message}"):
+            main(["--images", str(folders[0]), str(generated), "evaluate.features=mnistcnn"])
+    with pytest.raises(SystemExit, match="data.root=x: two folders of images are judged by evaluate"):
+        main(["--images", *map(str, folders), "data.root=x"])
 
 
 def test_middle_of_an_arc_lies_on_the_sphere_and_of_opposite_points_is_their_mean():

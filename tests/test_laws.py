@@ -180,16 +180,30 @@ def test_run_of_two_ranks_continues_on_another_number_of_ranks(world, ranks):
     assert largest_difference(other, two) < (1e-4, "")
 
 
+BETWEEN = ("interpolation_linear", "interpolation_spherical")
+
+
 @pytest.mark.parametrize("ranks", SEVERAL)
 def test_evaluation_is_the_same_number_on_any_number_of_ranks(world, ranks):
     one, several = dict(world(1)["evaluation"]), dict(world(ranks)["evaluation"])
     assert one["images"] == one["reference_images"] == 33
     sets, others = one.pop("sets"), several.pop("sets")
     assert several == one
-    assert sets.keys() == {"reconstruction", "isotropic", "mvg", "gmm", "interpolation_linear", "interpolation_spherical"}
+    assert sets.keys() == {"reconstruction", "isotropic", "mvg", "gmm", *BETWEEN}
     for name, numbers in sets.items():
         assert others[name] == pytest.approx(numbers, rel=1e-9)
         assert len({numbers["fd_mnistcnn64"], numbers["kid"], numbers["coverage"], numbers["density"]}) > 2
+
+
+@pytest.mark.parametrize("ranks", SEVERAL)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_row_is_evaluated_to_the_same_bits_on_any_number_of_ranks(world, name, ranks):
+    one, several = (dict(world(count)["evaluation_of_every_row"][name]) for count in (1, ranks))
+    sets, others = one.pop("sets", {}), several.pop("sets", {})
+    assert all(others[images] == pytest.approx(numbers, rel=1e-9) for images, numbers in sets.items())
+    assert sets.keys() == ({"reconstruction", "two_stage", *BETWEEN} if name == "two_stage_vae" else set())
+    assert one["latents"].shape == (33, 5) and one["images"].shape == (33, 1, 16, 16) and one["images"].unique().numel() > 10
+    assert all(torch.equal(one[what], several[what]) for what in ("errors", "latents", "images"))
 
 
 @pytest.mark.parametrize("ranks", EVERY)

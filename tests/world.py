@@ -19,10 +19,12 @@ from world_cases import BATCH, FLOAT32, OBJECTIVES, OF_THREE, STATEFUL, STEPS, c
 from world_latent import CASES as LATENT_CASES
 from world_metrics import CASES as METRIC_CASES
 
+from eae_dist import checkpoint as checkpoints
 from eae_dist.data.stream import ShardStream
 from eae_dist.distributed import barrier, gather_rows, rank, sum_over_ranks, world_size
 from eae_dist.draws import derive_key
-from eae_dist.evaluate import evaluate
+from eae_dist.evaluate import evaluate, reconstructed
+from eae_dist.generation import decoded
 from eae_dist.losses.entropy import entropy_terms, gaussian_reference, knn_entropy
 from eae_dist.model.norm import GlobalBatchNorm
 from eae_dist.objectives import build_objective
@@ -262,6 +264,29 @@ def evaluation():
     )
     names = ("images", "reconstruction", "reconstruction_per_pixel", "step", "sets", "densities", "warnings", "reference_images")
     return {key: metrics[key] for key in names}
+
+
+@case
+def evaluation_of_every_row():
+    """Errors, latents and decoded draws of each row's first weights, and all numbers of the one that has a second stage."""
+    found, shape, cpu = {}, (1, 16, 16), torch.device("cpu")
+    for name in OBJECTIVES:
+        config = configured(SHARDS, name, "evaluate.batch=8", "evaluate.second_stage_epochs=1")
+        objective = build_objective(config.model, config.objective, shape, 0).eval()
+        with torch.no_grad():
+            for parameter in objective.parameters():  # as they are drawn all images come out alike
+                parameter.mul_(4)
+        errors, latents = reconstructed(objective.autoencoder, config, cpu)
+        drawn = decoded(objective.autoencoder, lambda numbers, z=latents: z[numbers], len(latents), 8, cpu, name)
+        images = gather_rows(torch.cat([torch.zeros(0, *shape, dtype=torch.uint8), *(block for _, block in drawn)]))
+        found[name] = {"errors": errors, "latents": latents, "images": images}
+        if name == "two_stage_vae":
+            run = FOLDER / f"second-stage-{world_size()}"
+            if rank() == 0:
+                checkpoints.save(run, config, objective.state_dict(), {}, {"step": 1, "image_shape": list(shape)})
+            barrier()
+            found[name]["sets"] = evaluate(run, [])["sets"]
+    return found
 
 
 @case

@@ -1,17 +1,24 @@
 """Image files as they lie in folders: found, read to uint8 pixels, and what is wrong with the bad ones."""
 
 import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from eae_dist.data.indexing import image_channels
-from eae_dist.data.processes import run_tasks
+from eae_dist.data.order import lane_range
+from eae_dist.data.processes import available_cores, run_tasks
+from eae_dist.distributed import rank, world_size
 
+ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # not EPS, for which Pillow runs a program
 
 
@@ -59,6 +66,45 @@ def read_image(path: str, crop: int | None, size: int | None, channels: int | No
         raise ValueError("not an image") from error
     except Exception as error:  # what Pillow raises for a damaged file is of many kinds
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def walk_images(folder: Path, batch: int, *, channels: int, count: int | None = None) -> Iterator[tuple[int, torch.Tensor]]:
+    """The first `count` images of a folder (default: all) in the order of their names, this rank's run of whole blocks of
+    `batch`: the number of the block's first, and uint8 [m, channels, h, w].
+
+    Files with other endings than ENDINGS are not images. Raises ValueError that names a broken file, or one of another size.
+    """
+    names = [name for name in files_under(folder)[0] if name.lower().endswith(ENDINGS)][:count]
+    if not names:
+        raise ValueError(f"{folder} holds no image files ({', '.join(ENDINGS)})")
+    files = ImageFiles([str(folder / name) for name in names], channels=channels)
+
+    def read(number: int) -> torch.Tensor:
+        try:
+            pixels = files[number]
+        except ValueError as error:
+            raise ValueError(f"{files.paths[number]} is not a usable image: {error}") from error
+        return torch.from_numpy(pixels).reshape(*pixels.shape[:2], channels).permute(2, 0, 1)
+
+    shape = read(0).shape
+
+    def stacked(first: int, images: Iterator[torch.Tensor]) -> tuple[int, torch.Tensor]:
+        images = list(images)
+        for number, image in enumerate(images, start=first):
+            if image.shape != shape:
+                one, other = (f"{name} is {s[2]}x{s[1]}" for name, s in ((names[0], shape), (names[number], image.shape)))
+                raise ValueError(f"{folder}: {one}, {other} (width x height); all must have one size")
+        return first, torch.stack(images)
+
+    start, stop = lane_range(-(-len(names) // batch), rank(), world_size())
+    with ThreadPoolExecutor(max(available_cores() // world_size(), 1)) as pool:
+        ahead: deque = deque()
+        for first in range(start * batch, min(stop * batch, len(names)), batch):
+            ahead.append((first, pool.map(read, range(first, min(first + batch, len(names))))))
+            if len(ahead) > 2:
+                yield stacked(*ahead.popleft())
+        while ahead:
+            yield stacked(*ahead.popleft())
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:

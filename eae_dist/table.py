@@ -1,0 +1,228 @@
+"""The paper's table on one data set: trains and judges every row of it, and prints it as the paper does.
+
+    python -m eae_dist.table CONFIG.yaml [--only ROW ...] [--seeds N] [--jobs N] [--nproc N] [--out DIR] [key=value ...]
+
+CONFIG.yaml holds the data set's settings, the folder CONFIG/ beside it one file for each row. What is finished is left as it is
+and what was broken off goes on, so the same command finishes a table that was interrupted. Writes table.md, table.csv, table.tex
+and figure.png.
+"""
+
+import argparse
+import json
+import logging
+import math
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from eae_dist import checkpoint as checkpoints
+from eae_dist.config import Config, changed_keys, load_config, read_config, save_config
+from eae_dist.data.shards import ShardIndex
+from eae_dist.durable import replace_file
+from eae_dist.local_ranks import CommandFailed, SideBySide
+from eae_dist.objectives import OBJECTIVES, resolve
+from eae_dist.report.figure import save_figure
+from eae_dist.report.table import Results, as_csv, as_latex, as_markdown
+from eae_dist.train import last_step
+
+log = logging.getLogger("eae_dist")
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One row of the table with one seed. `arguments`: of eae_dist.train; `config`: what they resolve to."""
+
+    row: str
+    seed: int
+    folder: Path
+    arguments: tuple[str, ...]
+    config: Config
+    index: ShardIndex
+
+
+def table(
+    config: Path, only: Sequence[str], seeds: int, side_by_side: SideBySide, out: Path, settings: Sequence[str]
+) -> list[str]:
+    """Trains, judges and writes the table into `out`; returns the failures, a line each.
+
+    only: rows, all if empty. Raises ValueError or OSError for what a user can set right.
+    """
+    files = row_files(config, only)
+    order = sorted(files, key="two_stage_vae".__eq__)  # last: it waits for the VAE's weights
+    runs = [planned(config, files[row], row, seed, out, settings) for seed in range(seeds) for row in order]
+    failures = finish_all(runs, side_by_side, out / "logs")
+
+    found = {run: metrics for run in runs if (metrics := judged(run)) is not None}
+    if found:
+        results = Results([(run.row, metrics) for run, metrics in found.items()])
+        replace_file(out / "table.md", as_markdown(results))
+        replace_file(out / "table.csv", as_csv(results))
+        replace_file(out / "table.tex", as_latex(results))
+        shown: dict[str, Path] = {}
+        for run in found:
+            shown.setdefault(run.row, chosen(run))
+        own = [name for part in ("encoder", "decoder") if (name := getattr(runs[0].config.model, part))]
+        settings = runs[0].config
+        save_figure(shown, settings.data.root, settings.evaluate.split, settings.evaluate.seed, out / "figure.png", allow=own)
+    return failures
+
+
+def row_files(config: Path, only: Sequence[str]) -> dict[str, Path]:
+    """The file of each row, or of those in `only`, in the folder beside the data set's file, in the table's order."""
+    folder = config.with_suffix("")
+    if not config.is_file():
+        raise FileNotFoundError(f"{config}: there is no such configuration file; wanted is a data set's, as configs/mnist5k.yaml")
+    files = {row: folder / f"{row}.yaml" for row in OBJECTIVES if (folder / f"{row}.yaml").is_file()}
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no file of a row, such as {folder}/eae.yaml; copy those of configs/mnist5k")
+    if missing := [row for row in only if row not in files]:
+        raise ValueError(f"--only {' '.join(missing)}: no such row in {folder}, which has {', '.join(files)}")
+    return {row: file for row, file in files.items() if row in (only or files)}
+
+
+def planned(config: Path, file: Path, row: str, seed: int, out: Path, settings: Sequence[str]) -> Run:
+    """The run of a row with a seed. Raises ValueError for settings that are the table's own."""
+    folder = out / "runs" / f"{row}-{seed}"
+    if own := [text for text in settings if text.startswith(("train.output=", "train.seed=", "objective.name="))]:
+        raise ValueError(f"{own[0]}: the table sets this itself; give --out, --seeds or --only")
+    arguments = ("--config", str(config), str(file), *settings, f"train.output={folder}", f"train.seed={seed}")
+    loaded = load_config(arguments)
+    if loaded.objective.name != row:
+        raise ValueError(f"{file}: objective.name={loaded.objective.name}, but the file's name says {row}")
+    index = ShardIndex.load(loaded.data.root)
+    return Run(row, seed, folder, arguments, resolve(loaded, index.image_shape), index)
+
+
+def finish_all(runs: Sequence[Run], side_by_side: SideBySide, logs: Path) -> list[str]:
+    """Brings every run to its end, several at a time; the failures, a line each, which do not stop the others."""
+    failures, started = [], time.monotonic()
+    logs.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(side_by_side.jobs) as pool:
+        futures: dict[Run, Future] = {}
+        for run in runs:
+            vae = next((other for other in futures if (other.row, other.seed) == ("vae", run.seed)), None)
+            futures[run] = pool.submit(finish, run, vae, futures.get(vae), side_by_side, logs)
+        try:
+            for run, future in futures.items():
+                try:
+                    said = future.result()
+                except (CommandFailed, ValueError, OSError) as error:
+                    said = str(error)
+                    failures.append(f"{run.row}, seed {run.seed}: {error}")
+                log.info("[%s] %s, seed %d: %s", clock(time.monotonic() - started), run.row, run.seed, said)
+        except BaseException:
+            side_by_side.stop()
+            pool.shutdown(cancel_futures=True)
+            raise
+    return failures
+
+
+def finish(run: Run, vae: Run | None, vae_ends: Future | None, side_by_side: SideBySide, logs: Path) -> str:
+    """Brings one run to its end; says what that took."""
+    if judged(run) is not None:
+        return "is finished"
+    if (taken := steps_taken(run)) > (wanted := last_step(run.config, run.index)):
+        raise ValueError(f"{run.folder} was trained for {taken} steps, wanted are {wanted}; take another --out")
+    started = time.monotonic()
+    if not trained(run):
+        if run.row == "two_stage_vae" and vae is not None and vae_ends.exception() is None and same_training(run, vae):
+            adopt(run, vae)
+        else:
+            side_by_side.call("eae_dist.train", run.arguments, logs / f"{run.row}-{run.seed}-train.log")
+    training = clock(time.monotonic() - started)
+    command = ["--ckpt", str(chosen(run))]
+    for key, value in asdict(run.config.evaluate).items():
+        command.append(f"evaluate.{key}={value if isinstance(value, str) else json.dumps(value)}")
+    command += [f"model.{part}={name}" for part in ("encoder", "decoder") if (name := getattr(run.config.model, part))]
+    side_by_side.call("eae_dist.evaluate", command, logs / f"{run.row}-{run.seed}-evaluate.log")
+    return f"trained in {training}, judged after {clock(time.monotonic() - started)}"
+
+
+def trained(run: Run) -> bool:
+    """Whether the run's folder holds the end of this training."""
+    config = run.folder / "checkpoints" / "latest" / "config.yaml"
+    return steps_taken(run) == last_step(run.config, run.index) and not changed_keys(
+        read_config(config), run.config, changeable=False
+    )
+
+
+def steps_taken(run: Run) -> int:
+    state = run.folder / "checkpoints" / "latest" / "state.json"
+    return json.loads(state.read_text())["step"] if state.is_file() else 0
+
+
+def chosen(run: Run) -> Path:
+    """The checkpoint that is judged: the one with the lowest validation loss, or the last where nothing is validated."""
+    best = run.folder / "checkpoints" / "best"
+    return (best if best.exists() else run.folder / "checkpoints" / "latest").resolve()
+
+
+def judged(run: Run) -> dict | None:
+    """The metrics of the run, if it is trained and they are those of its checkpoint under the present settings."""
+    path = run.folder / "evaluation" / "metrics.json"
+    if not path.is_file() or not trained(run):
+        return None
+    metrics = json.loads(path.read_text())
+    found = Path(metrics["checkpoint"]).name, metrics.get("settings"), metrics["index_sha256"]
+    same = found == (chosen(run).name, asdict(run.config.evaluate), run.index.sha256)
+    return metrics if same else None
+
+
+def same_training(run: Run, vae: Run) -> bool:
+    """Whether two runs have the same weights: a two-stage VAE is a VAE until its second stage."""
+    return not changed_keys(vae.config, renamed(run.config, "vae"), changeable=False)
+
+
+def renamed(config: Config, objective: str) -> Config:
+    return replace(config, objective=replace(config.objective, name=objective))
+
+
+def adopt(run: Run, vae: Run) -> None:
+    """Takes over the other run's best and last checkpoint."""
+    for path in sorted({chosen(vae), (vae.folder / "checkpoints" / "latest").resolve()}):
+        found = checkpoints.open_checkpoint(path)
+        checkpoints.save(run.folder, run.config, found.model_state(), found.optimizer_state(), found.state)
+        checkpoints.mark_best(run.folder, found.state["best_step"])
+    save_config(run.config, run.folder / "config.yaml")
+
+
+def clock(seconds: float) -> str:
+    minutes, seconds = divmod(math.floor(seconds), 60)
+    return f"{minutes}:{seconds:02d}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m eae_dist.table", description=__doc__.split("\n")[0])
+    parser.add_argument("config", type=Path, metavar="CONFIG.yaml", help="a data set's file, beside the folder of its rows")
+    parser.add_argument("--only", nargs="+", default=[], metavar="ROW", help="a table of these rows alone; default: all")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each row; from 2 on, mean ± deviation")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, sharing the GPUs or cores; default: 1")
+    parser.add_argument("--nproc", type=int, help="ranks of a run; default: all GPUs of a job, or one on a CPU")
+    parser.add_argument("--out", type=Path, help="folder of the table and its runs; default: runs/NAME-table")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of every row")
+    arguments = parser.parse_intermixed_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    out = arguments.out or Path("runs") / f"{arguments.config.stem}-table"
+    try:
+        if arguments.seeds < 1:
+            raise ValueError(f"--seeds={arguments.seeds} must be at least 1")
+        side_by_side = SideBySide(arguments.jobs, arguments.nproc)
+        failures = table(arguments.config, arguments.only, arguments.seeds, side_by_side, out, arguments.settings)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on")
+    if (out / "table.md").is_file():
+        print((out / "table.md").read_text())
+        print(f"table.md, table.csv, table.tex and figure.png in {out}")
+    if failures:
+        sys.exit("\n".join(["error: not in the table:", *failures]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,326 @@
+"""The table: what it runs, what it leaves as it is, and what it prints."""
+
+import csv
+import json
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, rank_environment
+from PIL import Image
+from test_evaluate import cpu, run  # noqa: F401  fixtures
+
+import eae_dist
+from eae_dist import checkpoint as checkpoints
+from eae_dist.config import load_config, save_config
+from eae_dist.data.shards import ShardIndex
+from eae_dist.latent.densities import save_density
+from eae_dist.latent.two_stage import TwoStage
+from eae_dist.local_ranks import CommandFailed, SideBySide
+from eae_dist.objectives import OBJECTIVES, build_objective, resolve
+from eae_dist.report.figure import COLUMNS, KINDS, density_of_samples, figure, pictures
+from eae_dist.report.table import BLOCKS, MODELS, Results, as_csv, as_latex, as_markdown
+from eae_dist.table import main, table
+from eae_dist.train import last_step
+
+ROWS = ("vae", "two_stage_vae", "rae", "eae")
+
+
+@pytest.fixture
+def configs(shards, tmp_path) -> Path:
+    """A data set's file with four rows beside it: two steps a run on the tests' small images."""
+    path = tmp_path / "configs" / "tiny.yaml"
+    (path.parent / "tiny").mkdir(parents=True)
+    path.write_text(
+        f"data:\n  root: {shards}\nmodel:\n  width: 4\n  latent_dim: 5\n"
+        f"train:\n  global_batch: 26\n  epochs: 0.3\n  trackers: []\n  device: cpu\n"
+        f"evaluate:\n  features: mnistcnn\n  components: 2\n  second_stage_epochs: 1\n  cache: {tmp_path}/cache\n"
+    )
+    for row in ROWS:
+        (path.parent / "tiny" / f"{row}.yaml").write_text(f"objective:\n  name: {row}\n")
+    return path
+
+
+class Here:
+    """Stands for SideBySide: saves a checkpoint of the last step instead of training, and numbers instead of evaluating."""
+
+    def __init__(self, jobs: int = 1, fails: tuple[str, ...] = ()):
+        self.jobs, self.fails, self.trained, self.judged = jobs, fails, [], []
+
+    def call(self, module: str, command, output: Path) -> None:
+        (self.evaluate if module == "eae_dist.evaluate" else self.train)(command)
+
+    def train(self, command) -> None:
+        config = load_config(command)
+        if config.objective.name in self.fails:
+            raise CommandFailed("train ended with status 1: error: loss is nan")
+        index = ShardIndex.load(config.data.root)
+        config, end = resolve(config, index.image_shape), last_step(config, index)
+        objective = build_objective(config.model, config.objective, index.image_shape, config.train.seed)
+        folder = Path(config.train.output)
+        state = {"step": end, "best_step": end, "image_shape": list(index.image_shape)}
+        checkpoints.save(folder, config, objective.state_dict(), {}, state)
+        checkpoints.mark_best(folder, end)
+        save_config(config, folder / "config.yaml")
+        self.trained.append(folder.name)
+
+    def evaluate(self, command) -> None:
+        checkpoint = checkpoints.open_checkpoint(command[1])
+        config = checkpoints.evaluation_config(checkpoint, command[2:])
+        ((_, metrics),) = evaluations(rows=(config.objective.name,))
+        metrics |= {"checkpoint": str(checkpoint.path), "settings": asdict(config.evaluate)}
+        metrics |= {"index_sha256": ShardIndex.load(config.data.root).sha256, "reference_images": config.evaluate.count or 33}
+        folder = checkpoints.evaluation_folder(checkpoint)
+        folder.mkdir(exist_ok=True)
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+        if config.objective.name == "two_stage_vae":
+            density = TwoStage(width=4, epochs=1)
+            density.fit(torch.randn(20, 5))
+            save_density(density, folder / "densities" / "two_stage.safetensors")
+        self.judged.append(folder.parent.name)
+
+
+def test_table_runs_what_is_missing_and_leaves_what_is_finished(configs, tmp_path):
+    out, here = tmp_path / "out", Here()
+    assert table(configs, ["eae", "rae"], 2, here, out, []) == []
+    assert here.trained == ["rae-0", "eae-0", "rae-1", "eae-1"] == here.judged
+    before = {name: (out / name).read_bytes() for name in ("table.md", "table.csv", "table.tex", "figure.png")}
+
+    assert table(configs, ["eae", "rae"], 2, again := Here(), out, []) == []
+    assert again.trained == again.judged == []
+    assert {name: (out / name).read_bytes() for name in before} == before
+
+    # Another setting of the evaluation judges again; a third seed trains that alone; one that lost its numbers is judged.
+    assert table(configs, ["eae"], 1, judge := Here(), out, ["evaluate.count=20"]) == []
+    assert (judge.trained, judge.judged) == ([], ["eae-0"])
+    (out / "runs" / "eae-1" / "evaluation" / "metrics.json").unlink()
+    assert table(configs, ["eae"], 3, more := Here(), out, ["evaluate.count=20"]) == []
+    assert (more.trained, more.judged) == (["eae-2"], ["eae-1", "eae-2"])
+    assert (out / "table.md").read_text().count("20 images of each kind") == 1
+
+
+def test_two_stage_vae_takes_over_the_vae_of_its_seed(configs, tmp_path):
+    out, here = tmp_path / "out", Here(jobs=2)
+    assert table(configs, [], 1, here, out, []) == []
+    assert sorted(here.trained) == ["eae-0", "rae-0", "vae-0"] and len(here.judged) == len(ROWS)
+    one, other = (checkpoints.open_checkpoint(out / "runs" / f"{row}-0") for row in ("vae", "two_stage_vae"))
+    assert other.config.objective.name == "two_stage_vae" and one.state["step"] == other.state["step"]
+    states = one.model_state(), other.model_state()
+    assert states[0].keys() == states[1].keys() and all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    # Its isotropic draws are those of its second stage; it has no mixture.
+    lines = {line["model"] + line["images"] for line in csv.DictReader((out / "table.csv").read_text().splitlines())}
+    assert "two_stage_vaetwo_stage" in lines and "two_stage_vaegmm" not in lines and "vaegmm" in lines
+
+    (configs.parent / "tiny" / "two_stage_vae.yaml").write_text("objective:\n  name: two_stage_vae\n  kl_weight: 0.5\n")
+    assert table(configs, ["vae", "two_stage_vae"], 1, other := Here(), tmp_path / "own", []) == []
+    assert other.trained == ["vae-0", "two_stage_vae-0"]  # of other settings: trained for itself
+
+
+def test_run_that_fails_is_named_and_the_others_are_in_the_table(configs, tmp_path):
+    failures = table(configs, ["rae", "eae"], 1, Here(fails=("rae",)), tmp_path / "out", [])
+    assert failures == ["rae, seed 0: train ended with status 1: error: loss is nan"]
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "| EAE |" in text and "RAE" not in text
+
+
+def test_run_that_was_trained_for_longer_is_refused(configs, tmp_path):
+    table(configs, ["eae"], 1, Here(), tmp_path / "out", ["train.epochs=0.6"])
+    (failure,) = table(configs, ["eae"], 1, Here(), tmp_path / "out", [])
+    assert "was trained for 4 steps, wanted are 2; take another --out" in failure
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.yaml"], "nowhere.yaml: there is no such configuration file"),
+        (["{configs}", "--only", "ae"], "--only ae: no such row in .*tiny, which has vae, two_stage_vae, rae, eae"),
+        (["{configs}", "--seeds", "0"], "--seeds=0 must be at least 1"),
+        (["{configs}", "--jobs", "0"], "--jobs=0 and --nproc=None must be at least 1"),
+        (["{configs}", "train.seed=3"], "train.seed=3: the table sets this itself; give --out, --seeds or --only"),
+        (["{configs}", "objective.kl_weight=0.2"], "objective.kl_weight=0.2 means nothing to objective.name=rae"),
+        (["{configs}", "data.root=nowhere"], "nowhere"),
+        (["{alone}"], "alone holds no file of a row, such as .*alone/eae.yaml; copy those of configs/mnist5k"),
+        (["{wrong}"], "eae.yaml: objective.name=ae, but the file's name says eae"),
+    ],
+)
+def test_wrong_input_is_one_line(configs, tmp_path, arguments, message):
+    alone, wrong = tmp_path / "alone.yaml", tmp_path / "wrong.yaml"
+    for path in (alone, wrong):
+        path.write_text(configs.read_text())
+    (tmp_path / "wrong").mkdir()
+    (tmp_path / "wrong" / "eae.yaml").write_text("objective:\n  name: ae\n")
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+        main([text.format(configs=configs, alone=alone, wrong=wrong) for text in arguments] + ["--out", str(tmp_path / "out")])
+
+
+def test_command_trains_and_judges_a_row_in_processes_of_its_own(configs, tmp_path):
+    command = [sys.executable, "-m", "eae_dist.table", str(configs), "--only", "rae", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, env=rank_environment(), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "rae, seed 0: trained in 0:" in done.stderr and "| RAE |" in done.stdout
+    metrics = json.loads((tmp_path / "out" / "runs" / "rae-0" / "evaluation" / "metrics.json").read_text())
+    assert metrics["step"] == 2 and metrics["settings"]["components"] == 2
+    assert f"{metrics['sets']['gmm']['fd_mnistcnn64']:.2f}" in done.stdout
+
+
+# Commands side by side
+
+
+def test_failed_command_says_its_own_error_and_where_the_rest_lies(tmp_path):
+    with pytest.raises(CommandFailed, match=r"pack ended with status 2: error: .*nowhere.* \(all of it: .*log\)"):
+        SideBySide(1, None).call("eae_dist.pack", ["--verify", "nowhere"], tmp_path / "log")
+
+
+WAIT = "import time; time.sleep(600)"
+
+
+def test_commands_are_ended_and_none_is_started_after_a_stop(tmp_path):
+    side_by_side, failures = SideBySide(2, 1), []
+
+    def sleep():
+        try:
+            side_by_side.call(
+                "timeit", ["-n", "1", "-s", "import time; print(1, flush=True)", "time.sleep(600)"], tmp_path / "log"
+            )
+        except CommandFailed as error:
+            failures.append(str(error))
+
+    thread = threading.Thread(target=sleep)
+    thread.start()
+    while not ((tmp_path / "log").is_file() and (tmp_path / "log").read_text()):
+        time.sleep(0.01)
+    side_by_side.stop()
+    thread.join(timeout=60)
+    assert len(failures) == 1 and "ended with status -15" in failures[0]
+    sleep()
+    assert "not started" in failures[1]
+
+
+def test_gpus_are_shared_out_among_jobs(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7,8")
+    side_by_side = SideBySide(2, None)
+    environments = [side_by_side._environments.get() for _ in range(2)]
+    assert side_by_side.ranks == 2
+    assert [environment["CUDA_VISIBLE_DEVICES"] for environment in environments] == ["4,5", "6,7"]
+    with pytest.raises(ValueError, match=r"--jobs=3 with 2 rank\(s\) each wants 6 GPUs, there are 5"):
+        SideBySide(3, 2)
+
+
+# What is printed
+
+
+def evaluations(rows=tuple(OBJECTIVES), seeds: int = 1, data: str = "mnist5k") -> list[tuple[str, dict]]:
+    """Metrics as evaluate writes them: the distance tells row, set of images and seed."""
+    found = []
+    for seed in range(seeds):
+        for number, row in enumerate(rows):
+            own = ("two_stage",) if row == "two_stage_vae" else ("isotropic", "mvg", "gmm")
+            names = ("reconstruction", *own, "interpolation_linear", "interpolation_spherical")
+            sets = {name: {"fd_x": 100.0 * place + number + 2 * seed, "kid": 0.5 + number} for place, name in enumerate(names)}
+            metrics = {"data": data, "index_sha256": "a", "split": "test", "reference": "test", "reference_images": 1000}
+            metrics |= {"features": {"metric": "fd_x", "preprocessing": "v/255"}, "sets": sets, "warnings": []}
+            found.append((row, metrics | {"reconstruction": 11.5}))
+    return found
+
+
+def markdown_cells(text: str) -> list[list[str]]:
+    return [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")]
+
+
+@pytest.mark.parametrize(("data", "cells"), [("cifar10", 46), ("celeba", 45)])
+def test_every_number_of_the_paper_stands_beside_ours(data, cells):
+    # 23 lines of a distance and a reconstruction, one distance not there; of CIFAR-10 one more, of the linear map.
+    text = as_markdown(Results(evaluations(data=data)))
+    ours = {(block, line[0]): line[1:] for block, lines in blocks_of(text).items() for line in lines}
+    found = 0
+    for line in csv.DictReader((ROOT / "eae_dist" / "report" / "paper_table1.csv").read_text().splitlines()):
+        block = {"isotropic": "Isotropic", "mvg": "MVG", "gmm": "GMM"}[line["density"]]
+        distance, theirs, reconstruction, theirs_too = ours[block, line["model"]]
+        assert [theirs, theirs_too] == [line[f"{data}_fid"], line[f"{data}_reconstruction"]]
+        assert (distance == "N/A") == (not theirs) and float(reconstruction) >= 0
+        found += bool(theirs) + bool(theirs_too)
+    found += ours["Isotropic", "EAE, linear map"][1] == ("84.53" if data == "cifar10" else None)
+    assert found == cells
+
+
+def blocks_of(text: str) -> dict[str, list[list[str]]]:
+    """The lines of the paper's three blocks, by their head."""
+    blocks: dict[str, list[list[str]]] = {}
+    for line in markdown_cells(text):
+        if line[0] in ("Isotropic", "MVG", "GMM") or line[0] == "":
+            blocks[line[0]] = lines = []
+        elif line[0] != "---":
+            lines.append(line)
+    return blocks
+
+
+def test_table_on_other_data_has_no_column_of_the_paper_s_and_every_cell_of_ours():
+    text = as_markdown(Results(evaluations()))
+    blocks = blocks_of(text)
+    assert {len(line) for block in ("Isotropic", "MVG", "GMM") for line in blocks[block]} == {3}
+    assert [line[0] for line in blocks[""]] == list(MODELS.values())
+    eae = next(line for line in blocks[""] if line[0] == "EAE")
+    assert eae[1:] == ["10.00", "110.00", "210.00", "310.00", "410.00", "510.00", "11.50"]
+    two_stage = next(line for line in blocks[""] if line[0] == "2SVAE")
+    assert two_stage[2:5] == ["103.00", "-", "-"]  # the draws of its second stage
+    assert ["2SVAE", "N/A", "3.00"] in blocks["GMM"]
+
+
+def test_numbers_over_seeds_are_mean_and_sample_deviation_and_the_lowest_is_bold():
+    text = as_markdown(Results(evaluations(rows=("rae", "ae", "eae"), seeds=3)))
+    assert "| RAE | **202.00 ± 2.00** | **2.00 ± 2.00** |" in text and "| AE | 203.00 ± 2.00 | 3.00 ± 2.00 |" in text
+    assert "mean ± standard deviation over 3 seeds" in text
+
+
+def test_csv_has_every_measure_of_every_set():
+    lines = list(csv.DictReader(as_csv(Results(evaluations(seeds=2, data="celeba"))).splitlines()))
+    assert len(lines) == (11 * 6 + 4) * 2
+    line = next(one for one in lines if (one["model"], one["images"], one["measure"]) == ("eae", "gmm", "fd_x"))
+    assert (float(line["mean"]), line["seeds"], line["paper_fid"]) == (311.0, "2", "39.76")
+    assert float(line["std"]) == pytest.approx(2**0.5)
+    assert next(one for one in lines if one["measure"] == "kid")["paper_fid"] == ""
+
+
+def test_latex_has_as_many_cells_a_line_as_columns_and_no_bare_special_character():
+    text = as_latex(Results(evaluations(seeds=2)))
+    lines = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert {line.count("&") for line in lines} == {2} and text.count("{lrr}") == 1
+    assert len(lines) == 3 + sum(map(len, BLOCKS.values()))
+    assert r"fd\_x" in text and "_x" not in text.split("\n", 1)[1].replace(r"\_x", "") and r"$\pm$" in text and "**" not in text
+
+
+def test_evaluations_that_do_not_compare_are_refused():
+    one, (row, other) = evaluations(rows=("rae",)), evaluations(rows=("eae",))[0]
+    for key, value in {"index_sha256": "b", "reference_images": 10, "features": {"metric": "fid"}}.items():
+        with pytest.raises(ValueError, match=f"{key} differs between evaluations \\(rae, eae\\); they do not compare"):
+            Results([*one, (row, other | {key: value})])
+
+
+def test_figure_has_a_row_of_three_kinds_for_every_model_under_the_ground_truth():
+    white, black = torch.full((COLUMNS, 1, 32, 32), 255, dtype=torch.uint8), torch.zeros(COLUMNS, 1, 32, 32, dtype=torch.uint8)
+    picture = figure([("ground truth", [black]), ("EAE", [black, white, black]), ("AE + GMM", [black, white[:0], black])])
+    width = (picture.width - 130) // len(KINDS)
+
+    def color(row: int, kind: int) -> int:
+        return picture.convert("L").getpixel((130 + kind * width + 5, 2 * 13 + row * 66 + 20))
+
+    assert [[color(row, kind) for kind in range(3)] for row in range(3)] == [[0, 255, 255], [0, 255, 0], [0, 255, 0]]
+    assert isinstance(picture, Image.Image) and picture.height == 2 * 13 + 3 * 66
+
+
+@pytest.mark.parametrize("row", OBJECTIVES)
+def test_samples_of_a_model_are_of_what_it_is_trained_for(row):
+    from_normal = ("vae", "cv_vae", "wae", "eae", "eae_linear")
+    assert density_of_samples(row) == ("two_stage" if row == "two_stage_vae" else "isotropic" if row in from_normal else "gmm")
+
+
+def test_kinds_that_cannot_be_drawn_are_left_white(run):  # noqa: F811
+    model, images = eae_dist.load(run), torch.zeros(1, 1, 16, 16, dtype=torch.uint8)
+    assert [len(part) for part in pictures(model, images, "gmm", seed=0)] == [1, 0, 0]  # no mixture, no second image
+    assert [len(part) for part in pictures(model, images.expand(6, -1, -1, -1), "isotropic", seed=0)] == [6, 6, 6]
