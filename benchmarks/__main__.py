@@ -1,6 +1,6 @@
 """Runs benchmarks, all or the named ones, and prints a markdown table:
 
-    python -m benchmarks [entropy] [stream] [training] [mixture]
+    python -m benchmarks [entropy] [stream] [training] [mixture] [peer] [judging]
 
 Competitors take turns in one process, one thread each, and the medians are compared. "CPU" is time on a processor of all
 threads of a process, user and system, which other work on the machine stretches far less than it does wall time.
@@ -12,10 +12,17 @@ import sys
 
 import torch
 
-from benchmarks import entropy, mixture, stream, training
+from benchmarks import entropy, judging, mixture, peer, stream, training
 from benchmarks.table import HEADER
 
-BENCHMARKS = {"entropy": entropy.rows, "stream": stream.rows, "training": training.rows, "mixture": mixture.rows}
+BENCHMARKS = {
+    "entropy": entropy.rows,
+    "stream": stream.rows,
+    "training": training.rows,
+    "mixture": mixture.rows,
+    "peer": peer.rows,
+    "judging": judging.rows,
+}
 
 
 def main() -> None:

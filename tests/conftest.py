@@ -11,8 +11,10 @@ import pytest
 import torch
 import webdataset as wds
 from PIL import Image
+from torch import nn
 
 from eae_dist.data.indexing import build_index
+from eae_dist.metrics import features
 
 torch.set_num_threads(1)  # the tests' tensors are small; on a busy machine threads that wait for each other crawl
 ROOT = Path(__file__).parent.parent
@@ -74,7 +76,37 @@ def torchrun(ranks: int, *command: str, timeout: float = 300) -> subprocess.Comp
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory, shards):
+def fid_case(tmp_path_factory) -> Path:
+    """Weights in the layout of pytorch-fid's file, where torch's hub would keep them under this folder, and images in a/ and b/.
+
+    They are random, but with features that differ. As initialized the features would be 1e-8 and every distance 0: so the
+    convolutions keep the scale, and the batch norms of the first layers take their statistics from some images.
+    """
+    torch.manual_seed(0)
+    network = features.inception_layout()
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight)
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = None
+    stem = nn.Sequential(network.Conv2d_1a_3x3, network.Conv2d_2a_3x3, network.Conv2d_2b_3x3).train()
+    pixels = np.stack([image_of(number, (3, 32, 32)) for number in range(500, 524)])
+    with torch.no_grad():
+        stem(features.PREPROCESSING["pytorch-fid"][0](torch.from_numpy(pixels).permute(0, 3, 1, 2)))
+    folder = tmp_path_factory.mktemp("fid")
+    (weights := folder / "hub" / "checkpoints" / features.INCEPTION_FILE).parent.mkdir(parents=True)
+    torch.save(network.state_dict(), weights)
+    for name, start, noise in (("a", 0, 0), ("b", 1000, 12)):
+        (folder / name).mkdir()
+        rng = np.random.default_rng(start)
+        for number in range(start, start + 80):
+            pixels = image_of(number, (3, 32, 32)) + noise * rng.standard_normal((32, 32, 3))
+            Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8)).save(folder / name / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory, shards, fid_case):
     """world(W): what the cases of tests/world.py returned on rank 0 of W ranks; launched once a session and W."""
     results, folder = {}, tmp_path_factory.mktemp("world")
 
@@ -83,7 +115,7 @@ def world(tmp_path_factory, shards):
             if ranks != 2:
                 results_of(2)  # its run folder is what the others continue
             out = folder / f"world-{ranks}.pt"
-            done = torchrun(ranks, "tests/world.py", str(out), str(shards), str(folder))
+            done = torchrun(ranks, "tests/world.py", str(out), str(shards), str(folder), str(fid_case))
             assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
             results[ranks] = torch.load(out, weights_only=True)
         return results[ranks]

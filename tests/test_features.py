@@ -1,16 +1,14 @@
 """The feature networks, their names and preprocessing, and equality with pytorch-fid's own command."""
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import image_of, rank_environment, write_shards
+from conftest import image_of, write_shards
 from PIL import Image
-from torch import nn
 from world_metrics import stats_of
 
 from eae_dist.metrics import classifier, features
@@ -211,27 +209,9 @@ def test_clean_preprocessing_is_pillows():
     assert torch.equal(got[1, 2], (torch.from_numpy(np.array(plane)).clamp(0, 255) - 128) / 128)
 
 
-@pytest.fixture(scope="session")
-def inception_weights(tmp_path_factory) -> Path:
-    """Weights in the layout of pytorch-fid's file, where torch's hub would keep them, random but with features that differ.
-
-    As initialized the features would be 1e-8 and every distance 0: the convolutions keep the scale, and the batch norms of the
-    first layers take their statistics from some images.
-    """
-    torch.manual_seed(0)
-    full = features.inception_layout()
-    for layer in full.modules():
-        if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight)
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.momentum = None
-    stem = nn.Sequential(full.Conv2d_1a_3x3, full.Conv2d_2a_3x3, full.Conv2d_2b_3x3).train()
-    with torch.no_grad():
-        stem(PREPROCESSING["pytorch-fid"][0](images(500, 24, (3, 32, 32))))
-    path = tmp_path_factory.mktemp("torch") / "hub" / "checkpoints" / INCEPTION_FILE
-    path.parent.mkdir(parents=True)
-    torch.save(full.state_dict(), path)
-    return path
+@pytest.fixture
+def inception_weights(fid_case) -> Path:
+    return fid_case / "hub" / "checkpoints" / INCEPTION_FILE
 
 
 @pytest.mark.parametrize("dimensions", [64, 2048])
@@ -263,52 +243,3 @@ def test_only_the_well_known_weights_and_preprocessing_are_called_fid(inception_
         "sha256": found.sha256,
         "preprocessing": "pytorch-fid: bilinear to 299x299 without antialiasing, 2 v/255 - 1",
     }
-
-
-def test_distance_equals_that_of_pytorch_fids_command(inception_weights, tmp_path):
-    """From the same PNG files and weights, ours in uneven shards, shuffled and in batches of another size."""
-    for folder, start, noise in (("a", 0, 0), ("b", 1000, 12)):
-        (tmp_path / folder).mkdir()
-        rng = np.random.default_rng(start)
-        for number in range(start, start + 80):
-            pixels = image_of(number, (3, 32, 32)) + noise * rng.standard_normal((32, 32, 3))
-            Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8)).save(tmp_path / folder / f"{number}.png")
-    command = [
-        sys.executable,
-        "-m",
-        "pytorch_fid",
-        "a",
-        "b",
-        "--device",
-        "cpu",
-        "--num-workers",
-        "0",
-        "--dims",
-        "64",
-        "--batch-size",
-        "10",
-    ]
-    done = subprocess.run(
-        command,
-        cwd=tmp_path,
-        env=rank_environment() | {"TORCH_HOME": str(inception_weights.parents[2])},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    theirs = float(re.search(r"FID:\s+(\S+)", done.stdout).group(1))
-
-    extractor, stats = inception(inception_weights, dimensions=64), []
-    for folder in ("a", "b"):
-        paths = sorted((tmp_path / folder).iterdir())
-        pixels = torch.from_numpy(np.stack([np.asarray(Image.open(path)) for path in paths])).permute(0, 3, 1, 2)
-        shuffled = pixels[torch.randperm(80, generator=torch.Generator().manual_seed(1))]
-        shards = [stats_of(torch.cat([extractor(batch) for batch in shard.split(12)])) for shard in shuffled.split([40, 13, 27])]
-        for other in shards[1:]:
-            shards[0].merge(other)
-        stats.append(shards[0])
-    assert theirs > 0.01
-    for root in ("svd", "sqrtm"):
-        # 1e-3 is what comparing with published numbers needs; rounding to the grid moves it by 3e-6 at so few images.
-        assert frechet_distance(*stats, root=root) == pytest.approx(theirs, abs=1e-5)

@@ -220,9 +220,13 @@ def svd_root_trace(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def _factor(covariance: torch.Tensor) -> torch.Tensor:
-    """A [f, rank] with A A^T = covariance, without the directions that are rounding."""
+    """A [f, rank] with A A^T = covariance: Cholesky's where it has full rank, else without the directions that are rounding."""
+    rounding = len(covariance) * torch.finfo(covariance.dtype).eps
+    lower, failed = torch.linalg.cholesky_ex(covariance)
+    if not failed and lower.diagonal().min().square() > rounding * covariance.diagonal().max():
+        return lower
     values, vectors = torch.linalg.eigh(covariance)
-    keep = values > len(values) * torch.finfo(values.dtype).eps * values.max()
+    keep = values > rounding * values.max()
     return vectors[:, keep] * values[keep].sqrt() if values.max() > 0 else vectors[:, :0]
 
 

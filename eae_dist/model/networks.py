@@ -75,6 +75,7 @@ class ConvEncoder(nn.Module):
         self.apply(initialize)
         for head in self.head.weight.split(latent_dim) if heads > 1 else ():
             nn.init.xavier_uniform_(head)  # each as the layer of its own that it is
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = 2 * x - 1 if self.centered_input else x
@@ -98,6 +99,7 @@ class ConvDecoder(nn.Module):
             self.layers.append(nn.ReLU(inplace=True))
         self.layers.append(SameConvTranspose2d(sizes[-1], channels, family.kernel, family.last_stride))
         self.apply(initialize)
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         logits = self.layers(self.dense(z))
