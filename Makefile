@@ -23,12 +23,13 @@ train: $(INSTALLED) $(SHARDS)
 	@echo "numbers:  $(RUN)/evaluation/metrics.json, $(RUN)/metrics.jsonl, and: $(BIN)/tensorboard --logdir $(RUN)"
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 bench: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -e '.[bench]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks
 
 setup: $(INSTALLED)

@@ -241,5 +241,5 @@ def test_only_the_well_known_weights_and_preprocessing_are_called_fid(inception_
         "metric": found.metric,
         "dimensions": 2048,
         "sha256": found.sha256,
-        "preprocessing": "pytorch-fid: bilinear to 299x299 without antialiasing, 2 v/255 - 1",
+        "preprocessing": "pytorch-fid: gray as three equal channels, bilinear to 299x299 without antialiasing, 2 v/255 - 1",
     }

@@ -24,6 +24,7 @@ INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_
 INCEPTION_SIDE = 299  # pixels
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 LITE0_SIDE = 128  # pixels; 224, which it was trained on, takes five times as long
+GRAY = "gray as three equal channels"
 WEIGHTS = Path(__file__).parent / "weights"
 CLASSIFIERS = {
     "mnistcnn": "4a07c35b934a5e2b00eabb92ed25fef11e22596f592b458f2baf73b643a0023a",
@@ -204,9 +205,9 @@ def clean_preprocessing(images: torch.Tensor) -> torch.Tensor:
 
 
 PREPROCESSING = {
-    "pytorch-fid": (pytorch_fid_preprocessing, "bilinear to 299x299 without antialiasing, 2 v/255 - 1"),
-    "tf1": (tf1_preprocessing, "TensorFlow 1's bilinear to 299x299 without antialiasing, (v - 128)/128"),
-    "clean": (clean_preprocessing, "Pillow's bicubic to 299x299 with antialiasing, (v - 128)/128"),
+    "pytorch-fid": (pytorch_fid_preprocessing, f"{GRAY}, bilinear to 299x299 without antialiasing, 2 v/255 - 1"),
+    "tf1": (tf1_preprocessing, f"{GRAY}, TensorFlow 1's bilinear to 299x299 without antialiasing, (v - 128)/128"),
+    "clean": (clean_preprocessing, f"{GRAY}, Pillow's bicubic to 299x299 with antialiasing, (v - 128)/128"),
 }
 
 
@@ -227,7 +228,7 @@ def efflite0() -> Extractor:
         metric="fd_efflite0_1280",
         dimensions=1280,
         sha256=LITE0_SHA256,
-        preprocessing=f"bilinear to {LITE0_SIDE}x{LITE0_SIDE} with antialiasing, (v - 127)/128",
+        preprocessing=f"{GRAY}, bilinear to {LITE0_SIDE}x{LITE0_SIDE} with antialiasing, (v - 127)/128",
     )
 
 
