@@ -48,6 +48,7 @@ class Checkpoint:
     path: Path
     config: Config
     state: dict
+    model_sha256: str
 
     def model_state(self) -> dict[str, torch.Tensor]:
         return load_file(self.path / "model.safetensors")
@@ -128,7 +129,8 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
             raise DamagedCheckpoint(f"checkpoint {path} is damaged: {name} is missing")
         if sha256_of(path / name) != manifest.get(name):
             raise DamagedCheckpoint(f"checkpoint {path} is damaged: {name} does not match its checksum")
-    return Checkpoint(path, read_config(path / "config.yaml"), json.loads((path / "state.json").read_text()))
+    state = json.loads((path / "state.json").read_text())
+    return Checkpoint(path, read_config(path / "config.yaml"), state, manifest["model.safetensors"])
 
 
 def newest_intact(run: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -171,6 +173,11 @@ def load_objective(checkpoint: Checkpoint, allow: Collection[str] = ()) -> Objec
     objective = build_objective(config.model, config.objective, checkpoint.state["image_shape"], config.train.seed)
     objective.load_state_dict(checkpoint.model_state())
     return objective.eval()
+
+
+def named_networks(assignments: Sequence[str]) -> list[str]:
+    """The network classes that a command line names, and so allows."""
+    return [text.split("=", 1)[1] for text in assignments if text.startswith(("model.encoder=", "model.decoder="))]
 
 
 def evaluation_config(checkpoint: Checkpoint, assignments: Sequence[str]) -> Config:

@@ -12,7 +12,7 @@ import argparse
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,18 +21,27 @@ import torch
 from accelerate import PartialState
 from torchvision.utils import make_grid
 
-from eae_dist.checkpoint import Checkpoint, evaluation_config, evaluation_folder, load_objective, open_checkpoint, versions
+from eae_dist.checkpoint import (
+    Checkpoint,
+    evaluation_config,
+    evaluation_folder,
+    load_objective,
+    named_networks,
+    open_checkpoint,
+    versions,
+)
 from eae_dist.config import Config, EvaluateConfig, load_config
 from eae_dist.data.files import walk_images
+from eae_dist.data.order import filled
 from eae_dist.data.shards import ShardIndex
 from eae_dist.data.stream import walk
-from eae_dist.distributed import first_rank_first, from_first_rank, gather_rows
-from eae_dist.durable import replace_file, sha256_of
+from eae_dist.distributed import first_rank_first, from_first_rank, gather_objects, gather_rows
+from eae_dist.durable import replace_file
 from eae_dist.generation import LatentsOf, decoded, interpolations, sample_seeds, watched
 from eae_dist.latent.densities import DENSITIES, Density, load_density, save_density
 from eae_dist.local_ranks import run_on_ranks
 from eae_dist.losses.terms import squared_error
-from eae_dist.metrics.comparison import ImageSet, compare, describe, filled
+from eae_dist.metrics.comparison import ImageSet, compare, describe
 from eae_dist.metrics.features import CLASSIFIERS, Extractor, build_features
 from eae_dist.metrics.frechet import warnings_about
 from eae_dist.model.autoencoder import Autoencoder, to_unit
@@ -52,14 +61,15 @@ def evaluate(directory: Path, assignments: Sequence[str], out: Path | None = Non
     config = evaluation_config(checkpoint, assignments)
     settings = config.evaluate
     index = open_data(checkpoint, config)
+    densities = density_names(config)
     device = PartialState().device
-    named = [text.split("=", 1)[1] for text in assignments if text.startswith(("model.encoder=", "model.decoder="))]
-    autoencoder = load_objective(checkpoint, allow=named).autoencoder.to(device)
+    autoencoder = load_objective(checkpoint, named_networks(assignments)).autoencoder.to(device)
     extractor = open_features(settings, index, assignments).to(device)
     out = out or evaluation_folder(checkpoint)
     judged = {
         "checkpoint": str(checkpoint.path),
         "step": checkpoint.state["step"],
+        "model_sha256": checkpoint.model_sha256,
         "objective": config.objective.name,
         "data": index.name,
         "index_sha256": index.sha256,
@@ -69,21 +79,21 @@ def evaluate(directory: Path, assignments: Sequence[str], out: Path | None = Non
         "settings": asdict(settings),
         "versions": versions(),
     }
-    done = Progress(out, {**judged, "model": sha256_of(checkpoint.path / "model.safetensors")})
+    done = Progress(out, judged)
 
-    # The real images' features, the latents of the split, the densities of the training latents.
+    # The real images' features, the densities of the training latents, the latents of the split.
     real = reference_images(config, index, extractor, device)
-    errors, latents = reconstructed(autoencoder, config, device)
-    fitted, reports = fit_densities(autoencoder, config, done, device)
+    fitted, reports = fit_densities(autoencoder, config, densities, done, device)
+    through = fitted["two_stage"].reconstruct if config.objective.name == "two_stage_vae" else lambda latents: latents
+    errors, latents = reconstructed(autoencoder, config, device, through)
 
     # Every set of images in turn: made, described by its features, compared with the real ones.
     sets, warnings = {}, warnings_about(real.stats, f"the split {settings.reference}")
-    for name, latents_of in latent_sets(fitted, latents, config).items():
+    for name, (latents_of, count) in latent_sets(fitted, latents, through, real.stats.count, settings.seed).items():
         if name not in done.sets:
-            count = len(latents) if name in OF_IMAGES else real.stats.count
-            images = decoded(autoencoder, latents_of, count, settings.batch, device, name)
-            described = describe(images, extractor, settings.batch, settings.neighbor_images, device, f"the set {name}")
-            done.record(name, compare(real, described, extractor.metric, settings.frechet, f"the set {name}"))
+            images, what = decoded(autoencoder, latents_of, count, settings.batch, device, name), f"the set {name}"
+            described = describe(images, extractor, settings.batch, settings.neighbor_images, device, what)
+            done.record(name, compare(real, described, extractor.metric, settings.frechet, device, what))
         sets[name], doubts = done.sets[name]
         warnings += doubts
 
@@ -127,7 +137,7 @@ def evaluate_folders(real: Path, generated: Path, assignments: Sequence[str], ou
         described.append(
             describe(watched(blocks, str(folder)), extractor, settings.batch, settings.neighbor_images, device, what)
         )
-    numbers, warnings = compare(*described, extractor.metric, settings.frechet, f"the images of {generated}")
+    numbers, warnings = compare(*described, extractor.metric, settings.frechet, device, f"the images of {generated}")
     metrics = {
         "real": str(real),
         "generated": str(generated),
@@ -145,9 +155,6 @@ def evaluate_folders(real: Path, generated: Path, assignments: Sequence[str], ou
     return metrics
 
 
-OF_IMAGES = ("reconstruction", "interpolation_linear", "interpolation_spherical")
-
-
 def open_data(checkpoint: Checkpoint, config: Config) -> ShardIndex:
     """The index of the data; ValueError if it does not fit the checkpoint or a split is missing or empty."""
     index = ShardIndex.load(config.data.root)
@@ -160,6 +167,16 @@ def open_data(checkpoint: Checkpoint, config: Config) -> ShardIndex:
         if index.split(split).samples == 0:
             raise ValueError(f"evaluate.{key}={split} of {config.data.root} holds no images")
     return index
+
+
+def density_names(config: Config) -> list[str]:
+    """What evaluate.densities says, or the objective's own; a two-stage VAE cannot do without its second stage."""
+    second_stage = ["two_stage"] if config.objective.name == "two_stage_vae" else []
+    names = config.evaluate.densities or second_stage or ["isotropic", "mvg", "gmm"]
+    for name in names:
+        if name not in DENSITIES:
+            raise ValueError(f"evaluate.densities: {name} is unknown; it is one of {', '.join(DENSITIES)}")
+    return list(dict.fromkeys([*second_stage, *names]))
 
 
 def open_features(settings: EvaluateConfig, index: ShardIndex, assignments: Sequence[str]) -> Extractor:
@@ -175,12 +192,14 @@ class Progress:
     """What of an evaluation is done: evaluation/.progress.json, which counts only under the same key."""
 
     def __init__(self, folder: Path, key: dict):
-        self.path, self.key, self.sets, self.densities = folder / ".progress.json", json.dumps(key, sort_keys=True), {}, {}
+        self.path, self.key, self.sets, self.densities = folder / ".progress.json", json.loads(json.dumps(key)), {}, {}
         with first_rank_first() as mine:
             if mine:
                 folder.mkdir(parents=True, exist_ok=True)
                 found = json.loads(self.path.read_text()) if self.path.is_file() else {}
-                if found.get("key") == self.key:
+                if found and found["key"] != self.key:  # its densities are about to be written over
+                    self.remove()
+                elif found:
                     self.sets, self.densities = found["sets"], found["densities"]
                     log.info("going on with an evaluation that was interrupted: %s", ", ".join(self.sets) or "densities")
         self.sets, self.densities = from_first_rank((self.sets, self.densities))
@@ -215,15 +234,14 @@ def reference_images(config: Config, index: ShardIndex, extractor: Extractor, de
         "block": settings.batch,
         "features": extractor.record(),
         "dtype": "float32",
+        "device": device.type,
+        "torch": torch.__version__,
     }
     key = json.dumps(moved_by, sort_keys=True)
     path = Path(settings.cache).expanduser() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
-    cached = None
-    if extractor.sha256 is not None:  # the weights of a user's function are unknown
-        with first_rank_first() as mine:
-            cached = path.is_file() if mine else None
-        if from_first_rank(cached):
-            return ImageSet.from_file(path, key)
+    # The weights of a user's function are unknown; a cache may lie on some of the machines only.
+    if extractor.sha256 is not None and all(gather_objects(path.is_file())):
+        return ImageSet.from_file(path, key)
     blocks = walk(config.data.root, settings.reference, settings.batch, count=settings.count)
     images = ((int(batch["number"][0]), batch["image"]) for batch in watched(blocks, f"features of {settings.reference}"))
     described = describe(images, extractor, settings.batch, settings.neighbor_images, device, f"the split {settings.reference}")
@@ -238,8 +256,12 @@ def reference_images(config: Config, index: ShardIndex, extractor: Extractor, de
 
 
 @torch.no_grad()
-def reconstructed(autoencoder: Autoencoder, config: Config, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def reconstructed(
+    autoencoder: Autoencoder, config: Config, device: torch.device, through: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Squared errors and latents of the split in order, float64 [n] and float32 [n, d], on every rank.
+
+    through: what a latent passes before it is decoded, [b, d] -> [b, d].
 
     A row's float32 result can depend on how many rows share its batch, so ranks take whole blocks of evaluate.batch and the
     last block is filled up: the same bits on any number of ranks.
@@ -250,7 +272,7 @@ def reconstructed(autoencoder: Autoencoder, config: Config, device: torch.device
     for batch in watched(walk(config.data.root, split, block, count=config.evaluate.count), f"reconstructing {split}"):
         images = filled(to_unit(batch["image"], device), block)
         z = autoencoder.encode(images)
-        error = squared_error(autoencoder.decode(z), images)
+        error = squared_error(autoencoder.decode(through(z.cpu()).to(z)), images)
         errors.append(error[: len(batch["image"])].double())
         latents.append(z[: len(batch["image"])])
     return gather_rows(torch.cat(errors)).cpu(), gather_rows(torch.cat(latents)).cpu()
@@ -267,14 +289,13 @@ def training_latents(autoencoder: Autoencoder, config: Config, device: torch.dev
 
 
 def fit_densities(
-    autoencoder: Autoencoder, config: Config, done: Progress, device: torch.device
+    autoencoder: Autoencoder, config: Config, names: Sequence[str], done: Progress, device: torch.device
 ) -> tuple[dict[str, Density], dict[str, dict]]:
-    """The densities of evaluate.densities, fitted to the training latents or read back, and how each fit went.
+    """The densities, fitted to the training latents or read back, and how each fit went.
 
-    One that cannot be fitted is an error where evaluate.densities names it, else left out and reported.
+    One that cannot be fitted is an error where it was asked for or a two-stage VAE needs it, else left out and reported.
     """
-    settings = config.evaluate
-    names = settings.densities or (["two_stage"] if config.objective.name == "two_stage_vae" else ["isotropic", "mvg", "gmm"])
+    settings, model = config.evaluate, done.key["model_sha256"]
     options = {
         "gmm": {"components": settings.components, "seed": settings.seed},
         "two_stage": {
@@ -285,41 +306,40 @@ def fit_densities(
     }
     folder, latents, fitted = done.path.parent / "densities", None, {}
     for name in names:
-        if name not in DENSITIES:
-            raise ValueError(f"evaluate.densities: {name} is unknown; it is one of {', '.join(DENSITIES)}")
-        density = DENSITIES[name](**options.get(name, {}))
+        density, path = DENSITIES[name](**options.get(name, {})), folder / f"{name}.safetensors"
         if name not in done.densities:
             latents = training_latents(autoencoder, config, device) if latents is None else latents
             try:
                 density.fit(latents)
-                with first_rank_first() as mine:
-                    if mine:
-                        save_density(density, folder / f"{name}.safetensors")
                 report = density.report()
             except ValueError as error:  # known to every rank
-                if settings.densities:
+                if settings.densities or name == "two_stage":
                     raise ValueError(f"evaluate.densities: {name} cannot be fitted: {error}") from error
                 report = {"failed": str(error)}
+            with first_rank_first() as mine:
+                if mine and "failed" in report:
+                    path.unlink(missing_ok=True)
+                elif mine:
+                    save_density(density, path, model)
             done.record_density(name, report)
         if "failed" not in done.densities[name]:
-            fitted[name] = load_density(name, folder / f"{name}.safetensors")
+            fitted[name] = load_density(name, path, model)
     return fitted, done.densities
 
 
-def latent_sets(fitted: dict[str, Density], latents: torch.Tensor, config: Config) -> dict[str, LatentsOf]:
-    """The sets of images to judge: functions from the numbers of images to what they are decoded from, [m, d]."""
-    seed = config.evaluate.seed
-    through = fitted["two_stage"].reconstruct if config.objective.name == "two_stage_vae" else lambda z: z
-
-    sets: dict[str, LatentsOf] = {"reconstruction": lambda numbers: through(latents[numbers])}
+def latent_sets(
+    fitted: dict[str, Density], latents: torch.Tensor, through: Callable, draws: int, seed: int
+) -> dict[str, tuple[LatentsOf, int]]:
+    """The sets of images to judge: a function from the numbers of images to what they are decoded from, and how many."""
+    sets: dict[str, tuple[LatentsOf, int]] = {"reconstruction": (lambda numbers: through(latents[numbers]), len(latents))}
     for name, density in fitted.items():
-        sets[name] = lambda numbers, density=density: density.sample(sample_seeds(seed, numbers))
-    return sets | interpolations(latents, seed)
+        sets[name] = (lambda numbers, density=density: density.sample(sample_seeds(seed, numbers)), draws)
+    return sets | {name: (latents_of, len(latents)) for name, latents_of in interpolations(latents, seed).items()}
 
 
 @torch.no_grad()
 def sample_grids(autoencoder: Autoencoder, fitted: dict[str, Density], settings: EvaluateConfig, device: torch.device) -> dict:
-    """A picture of the first draws of each density but the isotropic, whose draws every run's pictures show."""
+    """A picture of the first draws of each density."""
     seeds = sample_seeds(settings.seed, np.arange(SAMPLES))
     latents = {name: density.sample(seeds).to(device, torch.get_default_dtype()) for name, density in fitted.items()}
     return {f"samples-{name}": make_grid(autoencoder.decode(z), nrow=10, padding=1) for name, z in latents.items()}

@@ -16,9 +16,10 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 
-from eae_dist.checkpoint import evaluation_config, open_checkpoint
+from eae_dist.checkpoint import evaluation_config, named_networks, open_checkpoint
+from eae_dist.distributed import first_rank_first
 from eae_dist.durable import replace_file
-from eae_dist.generation import decoded, load, sample_seeds
+from eae_dist.generation import decoded, sample_seeds, trained_model
 from eae_dist.local_ranks import run_on_ranks
 
 
@@ -29,14 +30,17 @@ def generate(directory: Path, out: Path, density: str, count: int, assignments: 
     if count < 1:
         raise ValueError(f"--count={count} must be at least 1")
     device = PartialState().device
-    named = [text.split("=", 1)[1] for text in assignments if text.startswith(("model.encoder=", "model.decoder="))]
-    model = load(directory, device=device, allow=named)
+    model = trained_model(checkpoint, device, named_networks(assignments))
     drawn_from = model.density(density)
 
     def latents(numbers: np.ndarray) -> torch.Tensor:
         return drawn_from.sample(sample_seeds(settings.seed, numbers))
 
-    out.mkdir(parents=True, exist_ok=True)
+    with first_rank_first() as mine:
+        if mine:
+            out.mkdir(parents=True, exist_ok=True)
+            if any(out.iterdir()):
+                raise ValueError(f"{out} is not empty, and images of two sets must not mix; take another folder")
     for first, images in decoded(model.autoencoder, latents, count, settings.batch, device, f"drawing from {density}"):
         for number, pixels in enumerate(images.permute(0, 2, 3, 1).cpu().numpy(), start=first):
             file = io.BytesIO()

@@ -11,12 +11,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from eae_dist.checkpoint import evaluation_folder, load_objective, open_checkpoint
-from eae_dist.data.order import lane_range
+from eae_dist.checkpoint import Checkpoint, evaluation_folder, load_objective, open_checkpoint
+from eae_dist.data.order import filled, lane_range, permutation
 from eae_dist.distributed import rank, world_size
 from eae_dist.draws import derive_key, keyed_hash
 from eae_dist.latent.densities import DENSITIES, Density, load_density
-from eae_dist.metrics.comparison import filled
 from eae_dist.model.autoencoder import Autoencoder, to_uint8
 
 LatentsOf = Callable[[np.ndarray], torch.Tensor]
@@ -28,9 +27,10 @@ class TrainedModel(nn.Module):
     `.image_shape` is (c, h, w), `.latent_dim` d. Images are floating point in [0, 1].
     """
 
-    def __init__(self, autoencoder: Autoencoder, densities: Path, two_stage: bool = False):
+    def __init__(self, autoencoder: Autoencoder, checkpoint: Checkpoint):
         super().__init__()
-        self.autoencoder, self._densities, self._two_stage = autoencoder, densities, two_stage
+        self.autoencoder, self._checkpoint = autoencoder, checkpoint
+        self._two_stage = checkpoint.config.objective.name == "two_stage_vae"
         self.image_shape, self.latent_dim = autoencoder.image_shape, autoencoder.latent_dim
         self.eval()
 
@@ -51,25 +51,27 @@ class TrainedModel(nn.Module):
 
     @torch.no_grad()
     def sample(self, count: int, density: str = "isotropic", seed: int = 0) -> torch.Tensor:
-        """Decoded draws of a density, [count, c, h, w]: those that evaluate judged, for its seed."""
+        """Decoded draws of a density, [count, c, h, w]: for evaluate.seed those that evaluate judged, to rounding."""
         like = next(self.autoencoder.decoder.parameters())
         return self.decode(self.density(density).sample(sample_seeds(seed, np.arange(count))).to(like))
 
     def density(self, name: str) -> Density:
-        """The fitted density of that name; ValueError for an unknown one, FileNotFoundError for one that was not fitted."""
+        """The fitted density of that name. ValueError for an unknown one and one that was fitted to other weights,
+        FileNotFoundError for one that was not fitted."""
         if name not in DENSITIES:
             raise ValueError(f"the density {name} is unknown; it is one of {', '.join(DENSITIES)}")
-        path = self._densities / f"{name}.safetensors"
-        if path.is_file():
-            return load_density(name, path)
         if name == "isotropic":  # N(0, I) whatever the latents are
             density = DENSITIES[name]()
             density.fit(torch.zeros(1, self.latent_dim))
             return density
-        raise FileNotFoundError(
-            f"{path} does not exist: the density {name} was not fitted; "
-            f"run `python -m eae_dist.evaluate --ckpt {self._densities.parent.parent} evaluate.densities=[{name}]`"
-        )
+        path = evaluation_folder(self._checkpoint) / "densities" / f"{name}.safetensors"
+        advice = f"run `python -m eae_dist.evaluate --ckpt {self._checkpoint.path} evaluate.densities=[{name}]`"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist: the density {name} was not fitted; {advice}")
+        try:
+            return load_density(name, path, self._checkpoint.model_sha256)
+        except ValueError as error:
+            raise ValueError(f"{error}; {advice}") from error
 
 
 def load(directory: str | Path, *, device: str | torch.device = "cpu", allow: Collection[str] = ()) -> TrainedModel:
@@ -77,10 +79,12 @@ def load(directory: str | Path, *, device: str | torch.device = "cpu", allow: Co
 
     allow: network classes outside eae_dist that the checkpoint may name.
     """
-    checkpoint = open_checkpoint(directory)
-    autoencoder = load_objective(checkpoint, allow).autoencoder.to(device)
-    densities = evaluation_folder(checkpoint) / "densities"
-    return TrainedModel(autoencoder, densities, checkpoint.config.objective.name == "two_stage_vae")
+    return trained_model(open_checkpoint(directory), device, allow)
+
+
+def trained_model(checkpoint: Checkpoint, device: str | torch.device, allow: Collection[str]) -> TrainedModel:
+    """As `load`, of a checkpoint that is open."""
+    return TrainedModel(load_objective(checkpoint, allow).autoencoder.to(device), checkpoint)
 
 
 def sample_seeds(seed: int, numbers: np.ndarray) -> np.ndarray:
@@ -90,7 +94,7 @@ def sample_seeds(seed: int, numbers: np.ndarray) -> np.ndarray:
 
 def interpolations(latents: torch.Tensor, seed: int) -> dict[str, LatentsOf]:
     """Mid-points between each latent of [n, d] and one other that the seed chooses, linear and on the sphere."""
-    shuffled = np.argsort(keyed_hash(derive_key(seed, 1), np.arange(len(latents))), kind="stable")
+    shuffled = permutation(len(latents), derive_key(seed, 1))
     partner = np.empty(len(latents), dtype=np.int64)
     partner[shuffled] = np.roll(shuffled, 1)  # along one cycle: nobody's partner is itself
     return {
@@ -112,12 +116,18 @@ def spherical_middle(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def decoded(
     autoencoder: Autoencoder, latents_of: LatentsOf, count: int, block: int, device: torch.device, name: str
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """This rank's blocks of the set's images: the number of the first, and uint8 [m, c, h, w]."""
+    """This rank's blocks of the set's images: the number of the first, and uint8 [m, c, h, w].
+
+    Raises ValueError, on the rank that meets them, for pixels that are not finite.
+    """
     start, stop = lane_range(-(-count // block), rank(), world_size())
     for place in watched(range(start, stop), name):
         numbers = np.arange(place * block, min((place + 1) * block, count))
         z = filled(latents_of(numbers).to(device, torch.get_default_dtype()), block)
-        yield int(numbers[0]), to_uint8(autoencoder.decode(z))[: len(numbers)]
+        images = autoencoder.decode(z)[: len(numbers)]
+        if broken := int((~images.isfinite()).flatten(1).any(1).sum()):  # as uint8 they would be black
+            raise ValueError(f"{name}: the decoder made pixels that are not finite numbers, in {broken} of {len(images)} images")
+        yield int(numbers[0]), to_uint8(images)
 
 
 def watched(blocks, description: str):

@@ -1,6 +1,6 @@
 """Processes on this machine: commands that start their own ranks, and commands that run side by side.
 
-A command takes all local GPUs, or as many CPU ranks as --nproc says. Under a launcher (torchrun, accelerate, srun) it joins the
+A command takes all local GPUs, or as many CPU ranks as --nproc says. Under a launcher (torchrun, accelerate) it joins the
 launcher's ranks.
 """
 
@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Lock
 from typing import TypeVar
 
 import torch
@@ -29,6 +30,8 @@ def run_on_ranks(module: str, nproc: int | None, command: Sequence[str], work: C
     a user can set right (ValueError, OSError) ends the process with one line.
     """
     gpus = torch.cuda.device_count()
+    if nproc is not None and nproc < 1:
+        sys.exit(f"error: --nproc={nproc} must be at least 1")
     count = nproc or gpus or 1
     if 0 < gpus < count:
         sys.exit(f"error: --nproc={count} wants a GPU each, there are {gpus}; lower --nproc")
@@ -56,10 +59,13 @@ class CommandFailed(RuntimeError):
 class SideBySide:
     """Runs commands of this package, at most `jobs` at a time, each on its share of the local GPUs or of the CPU's cores.
 
-    nproc: ranks of each. Raises ValueError if there are fewer GPUs than these want. `call` may be called from `jobs` threads.
+    nproc: ranks of each. `call` may be called from `jobs` threads. Raises ValueError under a launcher, and if there are fewer
+    GPUs than these want.
     """
 
     def __init__(self, jobs: int, nproc: int | None):
+        if "RANK" in os.environ:
+            raise ValueError("this command starts its own ranks; call it without a launcher")
         if jobs < 1 or (nproc is not None and nproc < 1):
             raise ValueError(f"--jobs={jobs} and --nproc={nproc} must be at least 1")
         gpus = []
@@ -78,6 +84,7 @@ class SideBySide:
             if gpus:
                 environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[job * self.ranks : (job + 1) * self.ranks])
             self._environments.put(environment)
+        self._lock = Lock()
         self._running: set[subprocess.Popen] = set()
         self._stopped = False
 
@@ -85,14 +92,16 @@ class SideBySide:
         """Runs `python -m module command` to its end, its output going into a file. Raises CommandFailed."""
         environment = self._environments.get()
         try:
-            if self._stopped:
-                raise CommandFailed("not started: the whole was stopped")
             with open(output, "w") as file:
                 line = launched(module, self.ranks, command)
-                process = subprocess.Popen(line, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
-                self._running.add(process)
+                with self._lock:
+                    if self._stopped:
+                        raise CommandFailed("not started: the whole was stopped")
+                    process = subprocess.Popen(line, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+                    self._running.add(process)
                 status = process.wait()
-                self._running.discard(process)
+                with self._lock:
+                    self._running.discard(process)
         finally:
             self._environments.put(environment)
         if status != 0:
@@ -102,6 +111,7 @@ class SideBySide:
 
     def stop(self) -> None:
         """Asks what runs to end (training saves first), and starts nothing more."""
-        self._stopped = True
-        for process in list(self._running):
-            process.terminate()
+        with self._lock:
+            self._stopped = True
+            for process in self._running:
+                process.terminate()

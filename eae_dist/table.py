@@ -46,8 +46,8 @@ class Run:
 
 def table(
     config: Path, only: Sequence[str], seeds: int, side_by_side: SideBySide, out: Path, settings: Sequence[str]
-) -> list[str]:
-    """Trains, judges and writes the table into `out`; returns the failures, a line each.
+) -> tuple[str | None, list[str]]:
+    """Trains, judges and writes the table into `out`; returns it as markdown, None without any row, and the failures.
 
     only: rows, all if empty. Raises ValueError or OSError for what a user can set right.
     """
@@ -57,18 +57,18 @@ def table(
     failures = finish_all(runs, side_by_side, out / "logs")
 
     found = {run: metrics for run in runs if (metrics := judged(run)) is not None}
-    if found:
-        results = Results([(run.row, metrics) for run, metrics in found.items()])
-        replace_file(out / "table.md", as_markdown(results))
-        replace_file(out / "table.csv", as_csv(results))
-        replace_file(out / "table.tex", as_latex(results))
-        shown: dict[str, Path] = {}
-        for run in found:
-            shown.setdefault(run.row, chosen(run))
-        own = [name for part in ("encoder", "decoder") if (name := getattr(runs[0].config.model, part))]
-        settings = runs[0].config
-        save_figure(shown, settings.data.root, settings.evaluate.split, settings.evaluate.seed, out / "figure.png", allow=own)
-    return failures
+    if not found:
+        return None, failures
+    results = Results([(run.row, metrics) for run, metrics in found.items()])
+    text = as_markdown(results)
+    for name, content in {"table.md": text, "table.csv": as_csv(results), "table.tex": as_latex(results)}.items():
+        replace_file(out / name, content)
+    models: dict[str, Path] = {}
+    for run in found:
+        models.setdefault(run.row, chosen(run))
+    data, judging, allow = runs[0].config.data, runs[0].config.evaluate, own_networks(runs[0]).values()
+    save_figure(models, data.root, judging.split, judging.seed, out / "figure.png", allow)
+    return text, failures
 
 
 def row_files(config: Path, only: Sequence[str]) -> dict[str, Path]:
@@ -133,26 +133,35 @@ def finish(run: Run, vae: Run | None, vae_ends: Future | None, side_by_side: Sid
             adopt(run, vae)
         else:
             side_by_side.call("eae_dist.train", run.arguments, logs / f"{run.row}-{run.seed}-train.log")
+        if not trained(run):
+            raise CommandFailed(f"training was stopped after {steps_taken(run)} of {wanted} steps; the same command goes on")
     training = clock(time.monotonic() - started)
-    command = ["--ckpt", str(chosen(run))]
+    command = ["--ckpt", str(chosen(run)), f"data.root={run.config.data.root}"]
     for key, value in asdict(run.config.evaluate).items():
         command.append(f"evaluate.{key}={value if isinstance(value, str) else json.dumps(value)}")
-    command += [f"model.{part}={name}" for part in ("encoder", "decoder") if (name := getattr(run.config.model, part))]
+    command += [f"model.{part}={name}" for part, name in own_networks(run).items()]
     side_by_side.call("eae_dist.evaluate", command, logs / f"{run.row}-{run.seed}-evaluate.log")
+    if judged(run) is None:
+        raise CommandFailed(f"{run.folder}/evaluation holds no metrics of the checkpoint {chosen(run)}")
     return f"trained in {training}, judged after {clock(time.monotonic() - started)}"
 
 
 def trained(run: Run) -> bool:
     """Whether the run's folder holds the end of this training."""
     config = run.folder / "checkpoints" / "latest" / "config.yaml"
-    return steps_taken(run) == last_step(run.config, run.index) and not changed_keys(
-        read_config(config), run.config, changeable=False
-    )
+    if steps_taken(run) != last_step(run.config, run.index) or changed_keys(read_config(config), run.config, changeable=False):
+        return False
+    return state_of(run)["stream"]["index_sha256"] == run.index.sha256
 
 
 def steps_taken(run: Run) -> int:
-    state = run.folder / "checkpoints" / "latest" / "state.json"
-    return json.loads(state.read_text())["step"] if state.is_file() else 0
+    return state_of(run).get("step", 0)
+
+
+def state_of(run: Run) -> dict:
+    """What the last checkpoint says of itself; empty without one."""
+    path = run.folder / "checkpoints" / "latest" / "state.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def chosen(run: Run) -> Path:
@@ -167,18 +176,15 @@ def judged(run: Run) -> dict | None:
     if not path.is_file() or not trained(run):
         return None
     metrics = json.loads(path.read_text())
-    found = Path(metrics["checkpoint"]).name, metrics.get("settings"), metrics["index_sha256"]
-    same = found == (chosen(run).name, asdict(run.config.evaluate), run.index.sha256)
-    return metrics if same else None
+    weights = json.loads((chosen(run) / "manifest.json").read_text())["model.safetensors"]
+    wanted = {"model_sha256": weights, "settings": asdict(run.config.evaluate), "index_sha256": run.index.sha256}
+    return metrics if all(metrics.get(key) == value for key, value in wanted.items()) else None
 
 
 def same_training(run: Run, vae: Run) -> bool:
     """Whether two runs have the same weights: a two-stage VAE is a VAE until its second stage."""
-    return not changed_keys(vae.config, renamed(run.config, "vae"), changeable=False)
-
-
-def renamed(config: Config, objective: str) -> Config:
-    return replace(config, objective=replace(config.objective, name=objective))
+    as_vae = replace(run.config, objective=replace(run.config.objective, name="vae"), evaluate=vae.config.evaluate)
+    return replace(as_vae, train=replace(as_vae.train, output=vae.config.train.output)) == vae.config
 
 
 def adopt(run: Run, vae: Run) -> None:
@@ -190,9 +196,18 @@ def adopt(run: Run, vae: Run) -> None:
     save_config(run.config, run.folder / "config.yaml")
 
 
+def own_networks(run: Run) -> dict[str, str]:
+    """The network classes of the user's own, by part."""
+    return {part: name for part in ("encoder", "decoder") if (name := getattr(run.config.model, part))}
+
+
 def clock(seconds: float) -> str:
     minutes, seconds = divmod(math.floor(seconds), 60)
     return f"{minutes}:{seconds:02d}"
+
+
+def interrupt(*_) -> None:
+    raise KeyboardInterrupt
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -206,19 +221,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of every row")
     arguments = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    signal.signal(signal.SIGTERM, interrupt)
     out = arguments.out or Path("runs") / f"{arguments.config.stem}-table"
     try:
         if arguments.seeds < 1:
             raise ValueError(f"--seeds={arguments.seeds} must be at least 1")
         side_by_side = SideBySide(arguments.jobs, arguments.nproc)
-        failures = table(arguments.config, arguments.only, arguments.seeds, side_by_side, out, arguments.settings)
+        text, failures = table(arguments.config, arguments.only, arguments.seeds, side_by_side, out, arguments.settings)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on")
-    if (out / "table.md").is_file():
-        print((out / "table.md").read_text())
+    if text is not None:
+        print(text)
         print(f"table.md, table.csv, table.tex and figure.png in {out}")
     if failures:
         sys.exit("\n".join(["error: not in the table:", *failures]))

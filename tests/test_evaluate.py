@@ -25,12 +25,13 @@ from eae_dist.config import Config
 from eae_dist.data.shards import ShardIndex
 from eae_dist.evaluate import evaluate, evaluate_folders, main
 from eae_dist.generation import sample_seeds, spherical_middle
-from eae_dist.latent.densities import DENSITIES, load_density
+from eae_dist.latent.densities import DENSITIES
 from eae_dist.latent.mixture import Mixture
 from eae_dist.latent.two_stage import TwoStage
 from eae_dist.metrics.comparison import compare
 from eae_dist.metrics.features import FEATURES, Extractor, build_features
 from eae_dist.metrics.frechet import FeatureStats, frechet_distance
+from eae_dist.model.autoencoder import Autoencoder
 from eae_dist.objectives import build_objective
 
 SHAPE = (1, 16, 16)
@@ -251,7 +252,7 @@ def without_place(metrics: dict) -> dict:
 def test_distances_are_those_of_the_images_that_the_model_makes(run):
     metrics = evaluate(run, ["evaluate.frechet=sqrtm"])
     model, features = eae_dist.load(run), build_features("mnistcnn")
-    density = load_density("mvg", run / "evaluation" / "densities" / "mvg.safetensors")
+    density = eae_dist.load(run).density("mvg")
     with torch.no_grad():
         drawn = model.decode(density.sample(sample_seeds(0, np.arange(33))).float())
         generated, real = FeatureStats(), FeatureStats()
@@ -300,6 +301,33 @@ def test_density_that_cannot_be_fitted_is_left_out_unless_it_was_asked_for(run):
         evaluate(run, ["evaluate.components=50", "evaluate.densities=[gmm]"])
 
 
+def test_two_stage_vae_is_never_judged_without_its_second_stage(shards, tmp_path, monkeypatch):
+    monkeypatch.setitem(DENSITIES, "two_stage", lambda **options: TwoStage(width=4, **options))
+    run = save_run(tmp_path / "run", configured(shards, "two_stage_vae"))
+    metrics = evaluate(run, ["evaluate.densities=[mvg]", "evaluate.second_stage_epochs=1"])
+    assert {"two_stage", "mvg"} <= metrics["sets"].keys()
+    monkeypatch.setattr(TwoStage, "fit", refuse)
+    with pytest.raises(ValueError, match="two_stage cannot be fitted: no latents"):
+        evaluate(run, ["evaluate.seed=1"])
+
+
+def refuse(*_):
+    raise ValueError("no latents")
+
+
+def test_density_that_fails_leaves_no_older_one_behind(run):
+    evaluate(run, [])
+    assert (gmm := run / "evaluation" / "densities" / "gmm.safetensors").is_file()
+    evaluate(run, ["evaluate.components=50"])
+    assert not gmm.exists()
+
+
+def test_unknown_density_is_refused_before_anything_is_computed(run, monkeypatch):
+    monkeypatch.setattr(evaluate_module, "reference_images", None)
+    with pytest.raises(ValueError, match="evaluate.densities: mgv is unknown; it is one of isotropic"):
+        evaluate(run, ["evaluate.densities=[gmm,mgv]"])
+
+
 def test_two_stage_vae_is_judged_through_its_second_stage(shards, tmp_path, monkeypatch):
     monkeypatch.setitem(DENSITIES, "two_stage", lambda **options: TwoStage(width=16, **options))
     run = save_run(tmp_path / "run", configured(shards, "two_stage_vae"))
@@ -308,7 +336,7 @@ def test_two_stage_vae_is_judged_through_its_second_stage(shards, tmp_path, monk
     through, direct = evaluate(run, [short]), evaluate(plain, [short, "evaluate.densities=[two_stage,isotropic]"])
     assert through["sets"].keys() == SETS - {"isotropic", "mvg", "gmm"} | {"two_stage"}
     assert through["sets"]["reconstruction"] == direct["sets"]["reconstruction"]
-    density = load_density("two_stage", run / "evaluation" / "densities" / "two_stage.safetensors")
+    density = eae_dist.load(run).density("two_stage")
     latents = torch.randn(20, 5)
     assert not torch.allclose(density.reconstruct(latents), latents, atol=0.1)  # two epochs: far from the identity
 
@@ -342,6 +370,13 @@ def test_function_that_only_the_checkpoint_names_is_not_run(shards, tmp_path):
         evaluate(run, [])
 
 
+def test_pixels_that_are_not_finite_are_an_error_and_not_black(run, monkeypatch):
+    decode = Autoencoder.decode
+    monkeypatch.setattr(Autoencoder, "decode", lambda self, z: torch.where(z[:, :1, None, None] > 0, decode(self, z), torch.nan))
+    with pytest.raises(ValueError, match=r"reconstruction: the decoder made pixels that are not finite numbers, in \d+ of 16"):
+        evaluate(run, [])
+
+
 def test_images_whose_features_are_not_finite_are_an_error_that_counts_them(run, monkeypatch):
     # A decoder of black images, and features that black images have none of.
     monkeypatch.setattr(generation, "to_uint8", lambda images: torch.zeros(images.shape, dtype=torch.uint8))
@@ -349,7 +384,7 @@ def test_images_whose_features_are_not_finite_are_an_error_that_counts_them(run,
     forward = extractor.forward
     extractor.forward = lambda x: torch.where((x > 0).flatten(1).any(1, keepdim=True), forward(x), torch.nan)
     monkeypatch.setattr(evaluate_module, "open_features", lambda *_: extractor)
-    with pytest.raises(ValueError, match="33 images of the set reconstruction have features that are not finite"):
+    with pytest.raises(ValueError, match="features of 33 images of the set reconstruction are not finite numbers"):
         evaluate(run, [])
 
 

@@ -9,10 +9,12 @@ from test_evaluate import cpu, run, save_run  # noqa: F401  fixtures
 from world_cases import configured
 
 import eae_dist
+from eae_dist import checkpoint as checkpoints
+from eae_dist.checkpoint import open_checkpoint
 from eae_dist.evaluate import evaluate
 from eae_dist.generate import main
 from eae_dist.generation import sample_seeds
-from eae_dist.latent.densities import load_density
+from eae_dist.objectives import build_objective
 
 
 def pixels(path) -> np.ndarray:
@@ -23,7 +25,7 @@ def test_model_reconstructs_and_samples_what_evaluation_judged(run):  # noqa: F8
     evaluate(run, [])
     model, x = eae_dist.load(run), torch.rand(5, 1, 16, 16)
     torch.testing.assert_close(model.reconstruct(x), model.decode(model.encode(x)))
-    density = load_density("gmm", run / "evaluation" / "densities" / "gmm.safetensors")
+    density = model.density("gmm")
     drawn = model.sample(7, "gmm", seed=3)
     torch.testing.assert_close(drawn, model.decode(density.sample(sample_seeds(3, np.arange(7))).float()))
     assert drawn.shape == (7, 1, 16, 16) and not drawn.requires_grad
@@ -34,10 +36,21 @@ def test_model_reconstructs_and_samples_what_evaluation_judged(run):  # noqa: F8
 def test_isotropic_draws_need_no_evaluation_and_others_say_how_to_get_one(run):  # noqa: F811
     model = eae_dist.load(run)
     assert model.sample(2).shape == (2, 1, 16, 16)
-    with pytest.raises(FileNotFoundError, match=r"mvg was not fitted; run `python -m eae_dist.evaluate --ckpt .*run "):
+    with pytest.raises(FileNotFoundError, match=r"mvg was not fitted; run `python -m eae_dist.evaluate --ckpt .*step-00000004 "):
         model.sample(2, "mvg")
     with pytest.raises(ValueError, match="the density gnn is unknown; it is one of isotropic, mvg, gmm, two_stage"):
         model.sample(2, "gnn")
+
+
+def test_density_of_other_weights_is_refused(run):  # noqa: F811
+    evaluate(run, [])
+    config = open_checkpoint(run).config
+    objective = build_objective(config.model, config.objective, (1, 16, 16), seed=9)
+    checkpoints.save(run, config, objective.state_dict(), {}, {"step": 8, "image_shape": [1, 16, 16]})
+    trained_on = eae_dist.load(run)
+    with pytest.raises(ValueError, match=r"it was fitted to the latents of other weights; run `.*step-00000008 "):
+        trained_on.sample(2, "gmm")
+    assert eae_dist.load(run / "checkpoints" / "step-00000004").sample(2, "gmm").shape == (2, 1, 16, 16)
 
 
 def test_two_stage_model_reconstructs_through_its_second_stage(shards, tmp_path):
@@ -72,9 +85,12 @@ def test_other_seeds_and_densities_give_other_images(run, tmp_path):  # noqa: F8
     [
         (["--density", "gmm"], "error: .*the density gmm was not fitted"),
         (["--count", "0"], "error: --count=0 must be at least 1"),
+        ([], "error: .*out is not empty, and images of two sets must not mix"),
         (["model.width=3"], "error: evaluation changes only evaluate"),
     ],
 )
 def test_wrong_input_is_one_line(run, tmp_path, options, message):  # noqa: F811
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "000000.png").touch()
     with pytest.raises(SystemExit, match=message):
         main(["--ckpt", str(run), str(tmp_path / "out"), *options])

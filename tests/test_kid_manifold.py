@@ -8,7 +8,7 @@ import torch
 from world_metrics import feature_sets, normal
 
 from eae_dist.metrics.kid import kernel_distance, squared_mmd
-from eae_dist.metrics.manifold import manifold_scores, memorized_share
+from eae_dist.metrics.manifold import manifold_scores
 
 
 def kernel(x, y) -> float:
@@ -96,31 +96,18 @@ def test_scores_do_not_change_with_scale_shift_or_tiles(monkeypatch):
     # Powers of two and a shift within the mantissa: the same rounded features.
     assert manifold_scores(1024 * real, 1024 * generated) == base
     assert manifold_scores(2.0**-30 * real, 2.0**-30 * generated) == base
-    share = memorized_share(real, generated)
     monkeypatch.setattr("eae_dist.metrics.manifold.TILE", 3000)
-    assert manifold_scores(real, generated) == base and memorized_share(real, generated) == share
-
-
-def test_copies_are_memorized_and_far_images_are_not():
-    train = normal(200, 6)
-    assert memorized_share(train, train[:50]) == 1
-    assert memorized_share(train, train[:50] + 1e-6) == 1
-    assert memorized_share(train, train + 100) == 0
-    assert memorized_share(torch.cat([train, train]), train) == 0  # a copy of duplicates is no nearer than they are
-    held_out = memorized_share(train, normal(200, 6, seed=1))
-    assert 0.1 < held_out < 0.7 < memorized_share(train, train + 0.1 * normal(200, 6, seed=2))
+    assert manifold_scores(real, generated) == base
 
 
 def test_sets_that_are_too_small_are_refused():
     x = normal(5, 3)
     with pytest.raises(ValueError, match="k=3 and k_density=5 need more .* got 5 and 5"):
         manifold_scores(x, x)
-    with pytest.raises(ValueError, match="2 training rows"):
-        memorized_share(x[:1], x)
     with pytest.raises(ValueError, match="at least 2 rows"):
         kernel_distance(x[:1], x)
     with pytest.raises(ValueError, match="finite features"):
-        memorized_share(x, x / 0)
+        manifold_scores(normal(9, 3), normal(9, 3) / 0)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -129,4 +116,3 @@ def test_distances_do_not_depend_on_the_number_of_ranks(ranks, world):
     real, generated = feature_sets()
     assert got["kernel"] == pytest.approx(list(kernel_distance(real, generated, subsets=7, subset_size=100, seed=3)), rel=1e-12)
     assert got["manifold"] == list(manifold_scores(real, generated))
-    assert got["memorized"] == memorized_share(real, generated)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, rank_environment
+from conftest import ROOT, rank_environment, write_shards
 from PIL import Image
 from test_evaluate import cpu, run  # noqa: F401  fixtures
 
@@ -50,7 +51,7 @@ class Here:
     """Stands for SideBySide: saves a checkpoint of the last step instead of training, and numbers instead of evaluating."""
 
     def __init__(self, jobs: int = 1, fails: tuple[str, ...] = ()):
-        self.jobs, self.fails, self.trained, self.judged = jobs, fails, [], []
+        self.jobs, self.fails, self.trained, self.judged, self.steps = jobs, fails, [], [], None
 
     def call(self, module: str, command, output: Path) -> None:
         (self.evaluate if module == "eae_dist.evaluate" else self.train)(command)
@@ -60,10 +61,11 @@ class Here:
         if config.objective.name in self.fails:
             raise CommandFailed("train ended with status 1: error: loss is nan")
         index = ShardIndex.load(config.data.root)
-        config, end = resolve(config, index.image_shape), last_step(config, index)
+        config, end = resolve(config, index.image_shape), self.steps or last_step(config, index)
         objective = build_objective(config.model, config.objective, index.image_shape, config.train.seed)
         folder = Path(config.train.output)
         state = {"step": end, "best_step": end, "image_shape": list(index.image_shape)}
+        state["stream"] = {"index_sha256": index.sha256}
         checkpoints.save(folder, config, objective.state_dict(), {}, state)
         checkpoints.mark_best(folder, end)
         save_config(config, folder / "config.yaml")
@@ -73,7 +75,7 @@ class Here:
         checkpoint = checkpoints.open_checkpoint(command[1])
         config = checkpoints.evaluation_config(checkpoint, command[2:])
         ((_, metrics),) = evaluations(rows=(config.objective.name,))
-        metrics |= {"checkpoint": str(checkpoint.path), "settings": asdict(config.evaluate)}
+        metrics |= {"model_sha256": checkpoint.model_sha256, "settings": asdict(config.evaluate)}
         metrics |= {"index_sha256": ShardIndex.load(config.data.root).sha256, "reference_images": config.evaluate.count or 33}
         folder = checkpoints.evaluation_folder(checkpoint)
         folder.mkdir(exist_ok=True)
@@ -81,32 +83,36 @@ class Here:
         if config.objective.name == "two_stage_vae":
             density = TwoStage(width=4, epochs=1)
             density.fit(torch.randn(20, 5))
-            save_density(density, folder / "densities" / "two_stage.safetensors")
+            save_density(density, folder / "densities" / "two_stage.safetensors", checkpoint.model_sha256)
         self.judged.append(folder.parent.name)
+
+
+def failures_of(*arguments) -> list[str]:
+    return table(*arguments)[1]
 
 
 def test_table_runs_what_is_missing_and_leaves_what_is_finished(configs, tmp_path):
     out, here = tmp_path / "out", Here()
-    assert table(configs, ["eae", "rae"], 2, here, out, []) == []
+    assert failures_of(configs, ["eae", "rae"], 2, here, out, []) == []
     assert here.trained == ["rae-0", "eae-0", "rae-1", "eae-1"] == here.judged
     before = {name: (out / name).read_bytes() for name in ("table.md", "table.csv", "table.tex", "figure.png")}
 
-    assert table(configs, ["eae", "rae"], 2, again := Here(), out, []) == []
+    assert failures_of(configs, ["eae", "rae"], 2, again := Here(), out, []) == []
     assert again.trained == again.judged == []
     assert {name: (out / name).read_bytes() for name in before} == before
 
     # Another setting of the evaluation judges again; a third seed trains that alone; one that lost its numbers is judged.
-    assert table(configs, ["eae"], 1, judge := Here(), out, ["evaluate.count=20"]) == []
+    assert failures_of(configs, ["eae"], 1, judge := Here(), out, ["evaluate.count=20"]) == []
     assert (judge.trained, judge.judged) == ([], ["eae-0"])
     (out / "runs" / "eae-1" / "evaluation" / "metrics.json").unlink()
-    assert table(configs, ["eae"], 3, more := Here(), out, ["evaluate.count=20"]) == []
+    assert failures_of(configs, ["eae"], 3, more := Here(), out, ["evaluate.count=20"]) == []
     assert (more.trained, more.judged) == (["eae-2"], ["eae-1", "eae-2"])
-    assert (out / "table.md").read_text().count("20 images of each kind") == 1
+    assert "against 20 images of test" in (out / "table.md").read_text()
 
 
 def test_two_stage_vae_takes_over_the_vae_of_its_seed(configs, tmp_path):
     out, here = tmp_path / "out", Here(jobs=2)
-    assert table(configs, [], 1, here, out, []) == []
+    assert failures_of(configs, [], 1, here, out, []) == []
     assert sorted(here.trained) == ["eae-0", "rae-0", "vae-0"] and len(here.judged) == len(ROWS)
     one, other = (checkpoints.open_checkpoint(out / "runs" / f"{row}-0") for row in ("vae", "two_stage_vae"))
     assert other.config.objective.name == "two_stage_vae" and one.state["step"] == other.state["step"]
@@ -117,20 +123,53 @@ def test_two_stage_vae_takes_over_the_vae_of_its_seed(configs, tmp_path):
     assert "two_stage_vaetwo_stage" in lines and "two_stage_vaegmm" not in lines and "vaegmm" in lines
 
     (configs.parent / "tiny" / "two_stage_vae.yaml").write_text("objective:\n  name: two_stage_vae\n  kl_weight: 0.5\n")
-    assert table(configs, ["vae", "two_stage_vae"], 1, other := Here(), tmp_path / "own", []) == []
+    assert failures_of(configs, ["vae", "two_stage_vae"], 1, other := Here(), tmp_path / "own", []) == []
     assert other.trained == ["vae-0", "two_stage_vae-0"]  # of other settings: trained for itself
 
 
 def test_run_that_fails_is_named_and_the_others_are_in_the_table(configs, tmp_path):
-    failures = table(configs, ["rae", "eae"], 1, Here(fails=("rae",)), tmp_path / "out", [])
+    failures = failures_of(configs, ["rae", "eae"], 1, Here(fails=("rae",)), tmp_path / "out", [])
     assert failures == ["rae, seed 0: train ended with status 1: error: loss is nan"]
     text = (tmp_path / "out" / "table.md").read_text()
     assert "| EAE |" in text and "RAE" not in text
 
 
+def test_training_that_was_stopped_half_way_is_a_failure_and_not_judged(configs, tmp_path):
+    here = Here()
+    here.steps = 1  # of two: as after a SIGTERM, on which training saves and exits with status 0
+    (failure,) = failures_of(configs, ["eae"], 1, here, tmp_path / "out", [])
+    assert "training was stopped after 1 of 2 steps; the same command goes on" in failure
+    assert here.judged == [] and not (tmp_path / "out" / "table.md").exists()
+
+
+def test_evaluation_without_numbers_of_the_checkpoint_is_a_failure(configs, tmp_path, monkeypatch):
+    monkeypatch.setattr(Here, "evaluate", lambda self, command: None)
+    (failure,) = failures_of(configs, ["eae"], 1, Here(), tmp_path / "out", [])
+    assert "holds no metrics of the checkpoint" in failure
+
+
+def test_runs_on_other_data_are_trained_again_and_other_weights_judged_again(configs, tmp_path, shards):
+    out = tmp_path / "out"
+    table(configs, ["eae"], 1, Here(), out, [])
+    table(configs, ["eae"], 1, moved := Here(), out, [f"data.root={shutil.copytree(shards, tmp_path / 'moved')}"])
+    assert moved.trained == moved.judged == []
+    other = write_shards(tmp_path / "other", {"train": (150,), "validation": (40,), "test": (30,)})
+    table(configs, ["eae"], 1, again := Here(), out, [f"data.root={other}"])
+    assert again.trained == again.judged == ["eae-0"]
+    shutil.rmtree(out / "runs" / "eae-0" / "checkpoints")
+    table(configs, ["eae"], 1, anew := Here(), out, [f"data.root={other}", "train.learning_rate=0.5"])
+    assert anew.trained == anew.judged == ["eae-0"]
+
+
+def test_two_stage_vae_of_another_length_is_trained_for_itself(configs, tmp_path):
+    (configs.parent / "tiny" / "two_stage_vae.yaml").write_text("objective:\n  name: two_stage_vae\ntrain:\n  epochs: 0.5\n")
+    assert failures_of(configs, ["vae", "two_stage_vae"], 1, here := Here(), tmp_path / "out", []) == []
+    assert here.trained == ["vae-0", "two_stage_vae-0"]
+
+
 def test_run_that_was_trained_for_longer_is_refused(configs, tmp_path):
     table(configs, ["eae"], 1, Here(), tmp_path / "out", ["train.epochs=0.6"])
-    (failure,) = table(configs, ["eae"], 1, Here(), tmp_path / "out", [])
+    (failure,) = failures_of(configs, ["eae"], 1, Here(), tmp_path / "out", [])
     assert "was trained for 4 steps, wanted are 2; take another --out" in failure
 
 
@@ -224,7 +263,8 @@ def evaluations(rows=tuple(OBJECTIVES), seeds: int = 1, data: str = "mnist5k") -
             names = ("reconstruction", *own, "interpolation_linear", "interpolation_spherical")
             sets = {name: {"fd_x": 100.0 * place + number + 2 * seed, "kid": 0.5 + number} for place, name in enumerate(names)}
             metrics = {"data": data, "index_sha256": "a", "split": "test", "reference": "test", "reference_images": 1000}
-            metrics |= {"features": {"metric": "fd_x", "preprocessing": "v/255"}, "sets": sets, "warnings": []}
+            metrics |= {"features": {"metric": "fd_x", "preprocessing": "v/255"}, "sets": sets, "warnings": [], "images": 1000}
+            metrics["settings"] = {"frechet": "svd", "components": 10, "neighbor_images": 100, "seed": 0}
             found.append((row, metrics | {"reconstruction": 11.5}))
     return found
 
@@ -300,6 +340,8 @@ def test_evaluations_that_do_not_compare_are_refused():
     for key, value in {"index_sha256": "b", "reference_images": 10, "features": {"metric": "fid"}}.items():
         with pytest.raises(ValueError, match=f"{key} differs between evaluations \\(rae, eae\\); they do not compare"):
             Results([*one, (row, other | {key: value})])
+    with pytest.raises(ValueError, match="evaluate.frechet differs"):
+        Results([*one, (row, other | {"settings": other["settings"] | {"frechet": "sqrtm"}})])
 
 
 def test_figure_has_a_row_of_three_kinds_for_every_model_under_the_ground_truth():

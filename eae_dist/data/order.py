@@ -13,6 +13,7 @@ stands in every checkpoint and rises if the hash ever changes.
 from functools import lru_cache
 
 import numpy as np
+import torch
 
 from eae_dist.draws import derive_key, keyed_hash
 
@@ -50,6 +51,11 @@ def feistel(n: int, key: int, places: np.ndarray) -> np.ndarray:
 def lane_range(lanes: int, rank: int, world: int) -> tuple[int, int]:
     """The lanes [start, stop) of one rank: every lane has one owner, and ranks differ by at most one lane."""
     return rank * lanes // world, (rank + 1) * lanes // world
+
+
+def filled(x: torch.Tensor, rows: int) -> torch.Tensor:
+    """A block with its last row repeated until there are so many, [m, ...] -> [rows, ...]."""
+    return torch.cat([x, x[-1:].expand(rows - len(x), *x.shape[1:])]) if len(x) < rows else x
 
 
 class SampleOrder:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 from eae_dist.durable import replace_file
 from eae_dist.latent.gaussian import Gaussian, Isotropic, Seeds
@@ -42,17 +42,21 @@ class Density(Protocol):
 DENSITIES: dict[str, type[Density]] = {"isotropic": Isotropic, "mvg": Gaussian, "gmm": Mixture, "two_stage": TwoStage}
 
 
-def save_density(density: Density, path: Path) -> None:
-    """Writes path, a safetensors file, whole or not at all."""
+def save_density(density: Density, path: Path, model_sha256: str) -> None:
+    """Writes path, a safetensors file, whole or not at all; model_sha256: of the weights that made the latents."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, save({name: tensor.contiguous() for name, tensor in density.state_dict().items()}))
+    state = {name: tensor.contiguous() for name, tensor in density.state_dict().items()}
+    replace_file(path, save(state, metadata={"model_sha256": model_sha256}))
 
 
-def load_density(name: str, path: Path) -> Density:
-    """The density of that name from its file. Raises ValueError for a damaged file or another density's."""
+def load_density(name: str, path: Path, model_sha256: str) -> Density:
+    """The density of that name from its file. Raises ValueError for a damaged file, another density's or another model's."""
     density = DENSITIES[name]()
     try:
-        density.load_state_dict(load_file(path))
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("model_sha256") != model_sha256:
+                raise ValueError("it was fitted to the latents of other weights")
+            density.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118  not a dict
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a fitted density {name} ({error}); run eae_dist.evaluate again") from error
+        raise ValueError(f"{path} is not a fitted density {name} of this model: {error}") from error
     return density

@@ -23,6 +23,7 @@ from eae_dist.distributed import gather_rows, rank, sum_over_ranks
 from eae_dist.draws import derive_key, keyed_hash, normal, row_keys, uniform
 from eae_dist.latent.gaussian import NOISE, Seeds, check_state, float64, sample_keys
 from eae_dist.latent.rows import Rows
+from eae_dist.losses.terms import gaussian_divergence
 
 WEIGHTS, SPLIT, ORDER, TRAINING, VALIDATION = range(5)  # streams of keys under the seed
 TILE = 1024  # rows at once through the trained network; fewer are filled up, so that a row is rounded alike among any others
@@ -51,7 +52,7 @@ class SecondStage(nn.Module):
         hidden = self.encoder(x)
         mean, log_scale = self.mean(hidden), 5 * torch.tanh(self.log_scale(hidden))
         error = (self.decoder(mean + log_scale.exp() * noise) - x).square().mean(1)
-        return error, 0.5 * (mean.square() + (2 * log_scale).exp() - 1 - 2 * log_scale).sum(1)
+        return error, gaussian_divergence(mean, log_scale)
 
     def reconstruction(self, x: torch.Tensor) -> torch.Tensor:
         """Through the mean of u, [b, d] -> [b, d]."""

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from eae_dist.data.order import filled
 from eae_dist.distributed import gather_rows, sum_over_ranks
 from eae_dist.metrics.features import Extractor
 from eae_dist.metrics.frechet import FeatureStats, frechet_distance, warnings_about
@@ -48,11 +49,6 @@ class ImageSet:
         return cls(stats, state["rows"])
 
 
-def filled(x: torch.Tensor, rows: int) -> torch.Tensor:
-    """x with its last row repeated until there are so many, [m, ...] -> [rows, ...]."""
-    return torch.cat([x, x[-1:].expand(rows - len(x), *x.shape[1:])]) if len(x) < rows else x
-
-
 def describe(
     blocks: Iterable[tuple[int, torch.Tensor]], extractor: Extractor, block: int, keep: int, device: torch.device, what: str
 ) -> ImageSet:
@@ -70,7 +66,7 @@ def describe(
         kept.append(features[: max(keep - start, 0)])
     broken = int(sum_over_ranks(torch.tensor(broken, device=device)))
     if broken:
-        raise ValueError(f"{broken} images of {what} have features that are not finite numbers: the decoder makes NaN of them")
+        raise ValueError(f"{extractor.metric}: the features of {broken} images of {what} are not finite numbers")
     total = stats.sum_over_ranks(device)
     if total.count < 2:
         raise ValueError(f"{what} has {total.count} images; a distance between sets needs at least 2")
@@ -78,13 +74,16 @@ def describe(
     return ImageSet(total, gather_rows(mine).cpu())
 
 
-def compare(real: ImageSet, generated: ImageSet, metric: str, root: str, what: str) -> tuple[dict, list[str]]:
+def compare(
+    real: ImageSet, generated: ImageSet, metric: str, root: str, device: torch.device, what: str
+) -> tuple[dict, list[str]]:
     """The distances of a set from the real one by name, and what makes them doubtful. Call on every rank.
 
     `metric`: the name of the Fréchet distance. Precision and recall with k = 3, density and coverage with k = 5.
     """
-    small = min(len(real.rows), len(generated.rows))
-    kernel = kernel_distance(real.rows, generated.rows, subset_size=SUBSET if small >= 2 * SUBSET else max(small // 2, 2))
+    rows, others = real.rows.to(device), generated.rows.to(device)
+    small = min(len(rows), len(others))
+    kernel = kernel_distance(rows, others, subset_size=SUBSET if small >= 2 * SUBSET else max(small // 2, 2))
     numbers = {
         metric: frechet_distance(real.stats, generated.stats, root),
         "images": generated.stats.count,
@@ -93,6 +92,6 @@ def compare(real: ImageSet, generated: ImageSet, metric: str, root: str, what: s
         "kid_subset_size": kernel.subset_size,
     }
     if small > 5:  # the neighbors of density and coverage
-        scores = manifold_scores(real.rows, generated.rows)
+        scores = manifold_scores(rows, others)
         numbers |= scores._asdict() | {"neighbor_images": small}
     return numbers, warnings_about(generated.stats, what)

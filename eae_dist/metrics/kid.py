@@ -8,11 +8,11 @@ n: rows, f: features, s: rows of a subset.
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
+from eae_dist.data.order import permutation
 from eae_dist.distributed import rank, sum_over_ranks, world_size
-from eae_dist.draws import derive_key, keyed_hash
+from eae_dist.draws import derive_key
 
 
 class KernelDistance(NamedTuple):
@@ -66,4 +66,4 @@ def _kernel_with_itself(x: torch.Tensor) -> torch.Tensor:
 
 def _subset(key: int, n: int, size: int) -> torch.Tensor:
     """`size` different rows of n, int64: those with the smallest hashes."""
-    return torch.from_numpy(np.argsort(keyed_hash(key, np.arange(n)), kind="stable")[:size])
+    return torch.from_numpy(permutation(n, key)[:size])

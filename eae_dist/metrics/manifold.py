@@ -68,25 +68,6 @@ def manifold_scores(real: torch.Tensor, generated: torch.Tensor, *, k: int = 3, 
     )
 
 
-@torch.no_grad()
-def memorized_share(train: torch.Tensor, generated: torch.Tensor) -> float:
-    """The share of generated rows [m, f] that lie nearer to a training row [n, f] than any other training row does.
-
-    That is to their nearest training row, whose own nearest other row is farther away (<, so of duplicates in the training set
-    there are no copies). New images of the same kind reach some share too: compare with that of held-out images, above which
-    the decoder repeats its training set. Rows and ranks as for `manifold_scores`. Raises ValueError for one training row.
-    """
-    if len(train) < 2 or len(generated) < 1:
-        raise ValueError(f"memorization needs 2 training rows and 1 generated, got {len(train)} and {len(generated)}")
-    train, generated = _on_grid(train, generated)
-    radii = _nearest_others(train, 1)[:, 0]
-    copies = torch.zeros((), dtype=torch.int64, device=train.device)
-    for _, distances in _tiles(generated, train):
-        nearest = distances.amin(1, keepdim=True)
-        copies += ((distances == nearest) & (distances < radii)).any(1).sum()
-    return sum_over_ranks(copies).item() / len(generated)
-
-
 def _on_grid(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Both in units of one power-of-two grid, as integers in float64, around the middle of x."""
     if x.ndim != 2 or x.shape[1:] != y.shape[1:] or not (x.isfinite().all() and y.isfinite().all()):

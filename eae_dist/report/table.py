@@ -45,9 +45,14 @@ class Results:
 
     def __init__(self, evaluations: Sequence[tuple[str, dict]]):
         first = evaluations[0][1]
-        for key in ("data", "index_sha256", "reference", "reference_images", "features", "split"):
+        for key in ("data", "index_sha256", "reference", "reference_images", "features", "split", "images"):
             if other := next((row for row, metrics in evaluations if metrics[key] != first[key]), None):
                 raise ValueError(f"{key} differs between evaluations ({evaluations[0][0]}, {other}); they do not compare")
+        for key in ("frechet", "components", "neighbor_images", "seed"):
+            if other := next((row for row, metrics in evaluations if metrics["settings"][key] != first["settings"][key]), None):
+                raise ValueError(
+                    f"evaluate.{key} differs between evaluations ({evaluations[0][0]}, {other}); they do not compare"
+                )
         self.evaluations, self.first = list(evaluations), first
         self.metric, self.data = first["features"]["metric"], first["data"]
         self.rows = [row for row in MODELS if any(row == name for name, _ in evaluations)]
@@ -69,11 +74,12 @@ class Results:
 
     def described(self) -> str:
         """What the numbers are, in a sentence."""
-        first = self.first
+        first, references = self.first, f"{self.first['reference_images']:,}"
         spread = f"; mean ± standard deviation over {self.seeds} seeds" if self.seeds > 1 else ""
         return (
-            f"{self.metric} of {self.data}: {first['reference_images']:,} images of each kind against as many of the split "
-            f"{first['reference']}, {first['features']['preprocessing']}{spread}"
+            f"{self.metric} of {self.data}: {references} draws, and reconstructions of and mid-points between "
+            f"{first['images']:,} images of {first['split']}, against {references} images of {first['reference']}; "
+            f"{first['features']['preprocessing']}{spread}"
         )
 
 
