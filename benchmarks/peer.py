@@ -8,7 +8,7 @@ to the image.
 import logging
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, redirect_stderr
+from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
 
@@ -16,13 +16,11 @@ import numpy as np
 import torch
 
 from benchmarks.images import picture, write_shards
+from benchmarks.steps import training
 from benchmarks.table import Row, at_least, take_turns
 from eae_dist.config import Config, load_config
-from eae_dist.distributed import StopRequest
 from eae_dist.model.norm import GlobalBatchNorm
 from eae_dist.objectives import build_objective, resolve
-from eae_dist.report.metrics_log import averaged
-from eae_dist.train import open_stream, rows_of_micro_batches, start_accelerator, training_step
 
 SHAPE, BATCH, STEPS = (1, 32, 32), 128, 12  # steps an epoch
 ROUNDS = 7
@@ -54,8 +52,9 @@ def rows() -> Iterator[Row]:
                     "train.trackers=[]",
                 ]
             )
-            with ExitStack() as open_things:
-                turns = {"ours": our_epoch(config, open_things), "theirs": their_epoch(config, images, Path(folder), open_things)}
+            config = resolve(config, SHAPE)
+            with training(config) as take_steps, redirect_stderr(StringIO()):  # pythae's progress bars
+                turns = {"ours": lambda run=take_steps: run(STEPS), "theirs": their_epoch(config, images, Path(folder))}
                 seconds = take_turns(turns, ROUNDS)
             ours, theirs = seconds["ours"], seconds["theirs"]
             yield Row(
@@ -67,36 +66,12 @@ def rows() -> Iterator[Row]:
             )
 
 
-def our_epoch(config: Config, open_things: ExitStack) -> Callable[[], None]:
-    """An epoch of `eae_dist.train`'s loop, without validation, pictures and checkpoints."""
-    accelerator = start_accelerator(config.train)
-    stream = open_stream(config)
-    config = resolve(config, stream.index.image_shape)
-    objective = build_objective(config.model, config.objective, stream.index.image_shape, config.train.seed)
-    model, optimizer = accelerator.prepare(objective, torch.optim.Adam(objective.parameters(), lr=config.train.learning_rate))
-    batch_rows = rows_of_micro_batches(stream, config.train.accumulate, accelerator.device)
-    stop = open_things.enter_context(StopRequest(config.train.timeout))
-    batches = open_things.enter_context(closing(iter(stream)))
-
-    def epoch() -> None:
-        window = []
-        for step in range(STEPS):
-            stop.start_asking()
-            names, terms = training_step(accelerator, model, optimizer, next(batches), stream.numbers, step, batch_rows, None)
-            window.append(terms)
-            stop.asked()
-        averaged(window, names, step, Path(config.train.output), ignore_gradient=False)
-
-    return epoch
-
-
-def their_epoch(config: Config, images: torch.Tensor, folder: Path, open_things: ExitStack) -> Callable[[], None]:
+def their_epoch(config: Config, images: torch.Tensor, folder: Path) -> Callable[[], object]:
     """An epoch of pythae's BaseTrainer with our networks."""
     from pythae import models
     from pythae.data.datasets import BaseDataset
     from pythae.trainers import BaseTrainer, BaseTrainerConfig
 
-    config = resolve(config, SHAPE)
     autoencoder = build_objective(config.model, config.objective, SHAPE, config.train.seed).autoencoder
     with_torch_norms(autoencoder.to(memory_format=torch.contiguous_format))
     model, settings = (getattr(models, name) for name in PEERS[config.objective.name])
@@ -109,7 +84,6 @@ def their_epoch(config: Config, images: torch.Tensor, folder: Path, open_things:
         no_cuda=True,
     )
     trainer = BaseTrainer(model, BaseDataset(images, torch.zeros(len(images))), training_config=training)
-    open_things.enter_context(redirect_stderr(StringIO()))  # its progress bars
     trainer.prepare_training()
     return lambda: trainer.train_step(epoch=1)
 

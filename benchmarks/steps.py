@@ -10,13 +10,14 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
 
-from eae_dist.config import load_config
+from eae_dist.config import Config, load_config
+from eae_dist.data.shards import ShardIndex
 from eae_dist.distributed import StopRequest, barrier, gather_objects, rank, world_size
 from eae_dist.losses.entropy import knn_entropy
 from eae_dist.objectives import build_objective, resolve
@@ -29,31 +30,9 @@ ENTROPY_ROWS = 1024
 def main() -> None:
     rounds, steps = int(sys.argv[1]), int(sys.argv[2])
     config = load_config(sys.argv[3:])
-    accelerator = start_accelerator(config.train)
-    stream = open_stream(config)
-    config = resolve(config, stream.index.image_shape)
-    objective = build_objective(config.model, config.objective, stream.index.image_shape, config.train.seed)
-    optimizer = torch.optim.Adam(objective.parameters(), lr=config.train.learning_rate)
-    model, optimizer = accelerator.prepare(objective, optimizer)
-    check_ranks(model)
-    batch_rows = rows_of_micro_batches(stream, config.train.accumulate, accelerator.device)
-
-    step, costs = 0, []
-    with StopRequest(config.train.timeout) as stop, closing(iter(stream)) as batches:
-
-        def one_round():
-            nonlocal step
-            window = []
-            for _ in range(steps):
-                stop.start_asking()
-                names, terms = training_step(accelerator, model, optimizer, next(batches), stream.numbers, step, batch_rows, None)
-                window.append(terms)
-                stop.asked()
-                step += 1
-            averaged(window, names, step, Path(config.train.output), ignore_gradient=False)
-
-        for _ in range(rounds + 1):
-            costs.append(seconds(one_round))
+    config = resolve(config, ShardIndex.load(config.data.root).image_shape)
+    with training(config) as take_steps:
+        costs = [seconds(lambda: take_steps(steps)) for _ in range(rounds + 1)]
     images = steps * config.train.global_batch
     report = {"rounds": [{name: value / images for name, value in cost.items()} for cost in costs[1:]]}
     if world_size() == 1:
@@ -63,6 +42,33 @@ def main() -> None:
         print(json.dumps(report))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def training(config: Config) -> Iterator[Callable[[int], None]]:
+    """Yields a function that takes so many steps of a new run, of a resolved configuration. Call on every rank."""
+    accelerator = start_accelerator(config.train)
+    stream = open_stream(config)
+    objective = build_objective(config.model, config.objective, stream.index.image_shape, config.train.seed)
+    optimizer = torch.optim.Adam(objective.parameters(), lr=config.train.learning_rate)
+    model, optimizer = accelerator.prepare(objective, optimizer)
+    check_ranks(model)
+    batch_rows = rows_of_micro_batches(stream, config.train.accumulate, accelerator.device)
+    step = 0
+
+    def take_steps(count: int) -> None:
+        nonlocal step
+        window = []
+        for _ in range(count):
+            stop.start_asking()
+            names, terms = training_step(accelerator, model, optimizer, next(batches), stream.numbers, step, batch_rows, None)
+            window.append(terms)
+            stop.asked()
+            step += 1
+        averaged(window, names, step, Path(config.train.output), ignore_gradient=False)
+
+    with StopRequest(config.train.timeout) as stop, closing(iter(stream)) as batches:
+        yield take_steps
 
 
 def seconds(work: Callable[[], object]) -> dict[str, float]:
