@@ -23,7 +23,7 @@ train: $(INSTALLED) $(SHARDS)
 	@echo "numbers:  $(RUN)/evaluation/metrics.json, $(RUN)/metrics.jsonl, and: $(BIN)/tensorboard --logdir $(RUN)"
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -63,9 +63,7 @@ def table(
     text = as_markdown(results)
     for name, content in {"table.md": text, "table.csv": as_csv(results), "table.tex": as_latex(results)}.items():
         replace_file(out / name, content)
-    models: dict[str, Path] = {}
-    for run in found:
-        models.setdefault(run.row, chosen(run))
+    models = {row: next(chosen(run) for run in found if run.row == row) for row in results.rows}
     data, judging, allow = runs[0].config.data, runs[0].config.evaluate, own_networks(runs[0]).values()
     save_figure(models, data.root, judging.split, judging.seed, out / "figure.png", allow)
     return text, failures

@@ -21,13 +21,6 @@ ROOT = Path(__file__).parent.parent
 TRAIN_SIZES = (40, 37, 0, 1, 72)  # uneven, empty and single shards are ordinary shards; N = 150
 
 
-def pytest_collection_modifyitems(items) -> None:
-    """Side by side (pytest -n 2 --dist loadgroup), one process has all tests of `world`, whose launches take minutes."""
-    for item in items:
-        if "world" in item.fixturenames:
-            item.add_marker(pytest.mark.xdist_group("world"))
-
-
 def image_of(number: int, shape=(1, 16, 16)) -> np.ndarray:
     """A smooth random picture, uint8 [h, w, c], that tells its number: equal for equal numbers, different for others."""
     channels, height, width = shape
