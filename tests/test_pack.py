@@ -470,6 +470,7 @@ WIDE = IMAGES[0][:, :4]
         ({"a.png": PNG, "a.cls": b"1" * 30}, ["'a'", "integer"]),
         ({"a.png": b"not a png"}, ["'a'", "not a usable PNG"]),
         ({"a.png": encoded(IMAGES[0], "gif")}, ["'a'", "not a usable PNG"]),
+        ({"a.png": PNG[:50] + bytes([PNG[50] ^ 1]) + PNG[51:]}, ["'a'", "not a usable PNG", "bad header checksum"]),
         ({"a.png": encoded(IMAGES[0][..., 0].astype(np.uint16))}, ["'a'", "more than 8 bits"]),
         ({"a.npy": npy(IMAGES[0].astype(np.float32))}, ["'a'", "float32", "uint8"]),
         ({"a.npy": npy(np.asfortranarray(IMAGES[0]))}, ["'a'", "Fortran"]),

@@ -1,7 +1,8 @@
 """One encoded image to pixels: the only place that knows an image decoder.
 
-torchvision's operators, below their Python wrapper, which since 0.29 warns at every call and costs a fifth of a small PNG's
-decode; where a torchvision lacks them torchcodec, which takes nearly twice as long for a small PNG (0.17), else Pillow.
+PNG is decoded by pyspng where that has wheels, in half of torchvision's time for a small image. Everything else by torchvision's
+operators, below their Python wrapper, which since 0.29 warns at every call; where a torchvision lacks them by torchcodec, which
+takes nearly twice as long for a small image (0.17), else by Pillow.
 """
 
 import io
@@ -11,23 +12,40 @@ import numpy as np
 import torch
 from PIL import Image
 
-MODES = {1: ("GRAY", "L"), 3: ("RGB", "RGB")}  # channels -> the mode's name in torchcodec, in Pillow
+try:
+    import pyspng
+except ImportError:  # no wheel for this platform
+    pyspng = None
+
+MODES = {1: ("GRAY", "L"), 3: ("RGB", "RGB")}  # channels -> the mode's name in torchcodec, in Pillow and pyspng
 
 
-def decode_image(data: torch.Tensor, channels: int) -> torch.Tensor:
-    """PNG, JPEG or WebP file, uint8 [bytes] -> uint8 [channels, h, w]; channels 1 (gray) or 3 (RGB). ValueError if broken."""
-    # Only Pillow decodes WebP to gray.
-    decode = decode_with_pillow if channels == 1 and data[8:12].numpy().tobytes() == b"WEBP" else _decoder()
+def decode_image(data: bytes, channels: int) -> np.ndarray:
+    """PNG, JPEG or WebP file -> uint8 [h, w, channels]; channels 1 (gray) or 3 (RGB). ValueError if broken."""
+    if data[1:4] == b"PNG" and pyspng is not None:
+        decode = decode_with_pyspng
+    elif data[8:12] == b"WEBP" and channels == 1:
+        decode = decode_with_pillow  # the only one that decodes WebP to gray
+    else:
+        decode = _decoder()
     try:
         return decode(data, channels)
     except (RuntimeError, OSError, SyntaxError) as error:
         raise ValueError(f"not a readable image ({str(error).splitlines()[0]})") from error
 
 
-def decode_with_pillow(data: torch.Tensor, channels: int) -> torch.Tensor:
-    with Image.open(io.BytesIO(data.numpy())) as image:
+def decode_with_pyspng(data: bytes, channels: int) -> np.ndarray:
+    try:
+        pixels = pyspng.load(data, MODES[channels][1])
+    except RuntimeError:  # broken, or gray with transparency, which it does not make gray
+        return decode_with_pillow(data, channels)
+    return pixels if channels == 3 else pixels[..., None]
+
+
+def decode_with_pillow(data: bytes, channels: int) -> np.ndarray:
+    with Image.open(io.BytesIO(data)) as image:
         pixels = np.array(image.convert(MODES[channels][1]))
-    return torch.from_numpy(pixels).reshape(*pixels.shape[:2], channels).permute(2, 0, 1)
+    return pixels.reshape(*pixels.shape[:2], channels)
 
 
 @lru_cache(maxsize=1)
@@ -35,7 +53,7 @@ def _decoder():
     for candidate in (_torchvision_decoder, _torchcodec_decoder):
         try:
             decode = candidate()
-            decode(torch.frombuffer(bytearray(_PROBE), dtype=torch.uint8), 1)
+            decode(_PROBE, 1)
             return decode
         except (ImportError, OSError, AttributeError, RuntimeError):
             continue  # not installed, or built without its codecs
@@ -45,15 +63,23 @@ def _decoder():
 def _torchvision_decoder():
     import torchvision.io  # noqa: F401  registers torch.ops.image
 
-    decode = torch.ops.image.decode_image
     # torchvision numbers its modes GRAY = 1 and RGB = 3: the channels themselves.
-    return lambda data, channels: decode(data, channels, False)
+    decode = torch.ops.image.decode_image
+    return lambda data, channels: _channels_last(decode(_as_tensor(data), channels, False))
 
 
 def _torchcodec_decoder():
     from torchcodec.decoders import decode_image
 
-    return lambda data, channels: decode_image(data, mode=MODES[channels][0])
+    return lambda data, channels: _channels_last(decode_image(_as_tensor(data), mode=MODES[channels][0]))
+
+
+def _as_tensor(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)  # a copy: tensors of read-only memory are warned of
+
+
+def _channels_last(image: torch.Tensor) -> np.ndarray:
+    return image.permute(1, 2, 0).numpy()
 
 
 # A gray PNG of one pixel, to learn at the first call whether a decoder works here.

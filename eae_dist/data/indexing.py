@@ -322,7 +322,9 @@ def image_channels(image: Image.Image) -> int:
 def _encoded_shape(data: bytes, where: str) -> tuple[tuple[int, int], int]:
     try:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
-            return (image.height, image.width), image_channels(image)
+            found = (image.height, image.width), image_channels(image)
+            image.verify()  # the checksums of a PNG, which decoders do not all look at
+            return found
     except Exception as error:  # what Pillow raises for a damaged header is of many kinds
         raise ValueError(f"{where} is not a usable PNG, JPEG or WebP image ({error})") from error
 

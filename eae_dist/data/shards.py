@@ -150,24 +150,21 @@ class ShardReader:
         return {"image": image, "label": torch.from_numpy(labels), "key": keys}
 
     def _read_encoded(self, rows: list[tuple]) -> torch.Tensor:
-        shape = self.index.image_shape
-        sizes = [size for _, _, size, _, _ in rows]
-        encoded = torch.empty(sum(sizes), dtype=torch.uint8)
-        free = memoryview(encoded.numpy())
-        images = []
-        for (shard, offset, size, checksum, key), data in zip(rows, encoded.split(sizes), strict=True):
-            here, free = free[:size], free[size:]
-            os.preadv(self._file(shard).fileno(), [here], offset)
-            if zlib.crc32(here) != checksum:
+        channels, height, width = self.index.image_shape
+        pixels = np.empty((len(rows), height, width, channels), dtype=np.uint8)
+        for row, (shard, offset, size, checksum, key) in enumerate(rows):
+            data = os.pread(self._file(shard).fileno(), size, offset)
+            if zlib.crc32(data) != checksum:
                 raise self._damaged(shard, key, "its checksum is not the index's")
             try:
-                image = decode_image(data, shape[0])
+                image = decode_image(data, channels)
             except ValueError as error:
                 raise self._damaged(shard, key, str(error)) from error
-            if image.shape != shape:
-                raise self._damaged(shard, key, f"its shape is {tuple(image.shape)}, the index says {shape} (c, h, w)")
-            images.append(image.permute(1, 2, 0))  # as decoders lay it out, and so the quickest to put together
-        return torch.stack(images).permute(0, 3, 1, 2) if images else torch.empty((0, *shape), dtype=torch.uint8)
+            if image.shape != pixels.shape[1:]:
+                found = (image.shape[2], *image.shape[:2])
+                raise self._damaged(shard, key, f"its shape is {found}, the index says {self.index.image_shape} (c, h, w)")
+            pixels[row] = image
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
     def _read_raw(self, rows: list[tuple]) -> torch.Tensor:
         channels, height, width = self.index.image_shape
