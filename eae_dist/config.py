@@ -318,7 +318,7 @@ def _merged(layers: list[tuple[object, str]]) -> Config:
     for layer, origin in layers:
         _check_keys(layer, origin)
         try:
-            config = OmegaConf.merge(config, layer)
+            config.merge_with(layer)
         except (OmegaConfBaseException, TypeError) as error:  # a list given item by item is a TypeError
             key = getattr(error, "full_key", None)
             raise ValueError(f"{origin}: {str(error).splitlines()[0]}" + (f" ({key})" if key else "")) from error
@@ -329,9 +329,10 @@ def _merged(layers: list[tuple[object, str]]) -> Config:
 
 def _check_keys(layer, origin: str) -> None:
     """Raises ValueError unless the layer consists of known sections with known keys and plain values."""
-    if "${" in OmegaConf.to_yaml(layer):
+    text = OmegaConf.to_yaml(layer)
+    if "${" in text:
         raise ValueError(f"{origin}: a configuration holds plain values; ${{...}} is not resolved")
-    if "???" in OmegaConf.to_yaml(layer):
+    if "???" in text:
         raise ValueError(f"{origin}: ??? stands for a missing value; give one")
     if not OmegaConf.is_dict(layer):
         raise ValueError(f"{origin}: wanted sections with keys, such as train.seed=1")

@@ -44,9 +44,7 @@ def row_counts(rows: int, device: torch.device, group=None) -> list[int]:
     world = world_size(group)
     if world == 1:
         return [rows]
-    counts = torch.empty(world, dtype=torch.int64, device=device)
-    _all_gather(counts, torch.tensor([rows], dtype=torch.int64, device=device), group)
-    return counts.tolist()
+    return _of_every_rank(torch.tensor(rows, dtype=torch.int64, device=device), group).tolist()
 
 
 def sum_over_ranks(x: torch.Tensor, group=None) -> torch.Tensor:
@@ -61,11 +59,10 @@ def gather_padded(x: torch.Tensor, counts: list[int], group=None) -> torch.Tenso
         return x
     if len(x) < longest:
         x = torch.cat([x, x.new_zeros(longest - len(x), *x.shape[1:])])
-    everyone = x.new_empty(world * longest, *x.shape[1:])
-    _all_gather(everyone, x.contiguous(), group)
+    everyone = _of_every_rank(x, group)
     if min(counts) == longest:
-        return everyone
-    return torch.cat([part[:count] for part, count in zip(everyone.split(longest), counts, strict=True)])
+        return everyone.flatten(0, 1)
+    return torch.cat([part[:count] for part, count in zip(everyone, counts, strict=True)])
 
 
 class _GatherRows(torch.autograd.Function):
@@ -86,6 +83,8 @@ class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group):
         ctx.group = group
+        if _is_small(x, group):
+            return _of_every_rank(x, group).sum(0, dtype=x.dtype)
         out = x.clone()
         dist.all_reduce(out, group=group)
         return out
@@ -95,10 +94,24 @@ class _SumOverRanks(torch.autograd.Function):
         return sum_over_ranks(gradient.contiguous(), ctx.group), None
 
 
-def _all_gather(out: torch.Tensor, x: torch.Tensor, group) -> None:
-    # torch 2.14 renamed all_gather_into_tensor and warns about the old name.
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(out, x, group=group)
+def _of_every_rank(x: torch.Tensor, group) -> torch.Tensor:
+    """x of every rank, in rank order: [...] -> [W, ...]; of one shape on all ranks."""
+    everyone = x.new_empty(world_size(group), *x.shape)
+    if _is_small(x, group):
+        dist.all_to_all_single(everyone, x.expand_as(everyone).contiguous(), group=group)
+    else:
+        # torch 2.14 renamed all_gather_into_tensor and warns about the old name.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(everyone.flatten(), x.flatten(), group=group)
+    return everyone
+
+
+def _is_small(x: torch.Tensor, group) -> bool:
+    """Whether gloo is quickest when each rank sends x to each other, at once: a third of the time of a small all_reduce.
+
+    Its own algorithms go around the ring of ranks, one after the other, which pays above about 1 MiB received.
+    """
+    return x.device.type == "cpu" and 0 < x.numel() * x.element_size() * world_size(group) <= 2**20
 
 
 def gather_objects(value) -> list:
@@ -183,7 +196,7 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         self._signal: int | None = None
         self._group = dist.new_group(backend="gloo", timeout=self._timeout) if world_size() > 1 else None
-        self._flag = torch.zeros(1, dtype=torch.int32)
+        self._flags = torch.zeros(world_size(), dtype=torch.uint8)
         self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
@@ -197,12 +210,14 @@ class StopRequest:
         self._signal = number
 
     def start_asking(self) -> None:
-        self._flag.fill_(self._signal is not None)
-        if self._group is not None:
-            self._pending = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        flags = torch.full_like(self._flags, self._signal is not None)
+        if self._group is None:
+            self._flags = flags
+        else:
+            self._pending = dist.all_to_all_single(self._flags, flags, group=self._group, async_op=True)
 
     def asked(self) -> bool:
         """Whether any rank had been signalled when this step began; the same answer on every rank."""
         if self._group is not None:
             self._pending.wait()
-        return bool(self._flag.item())
+        return bool(self._flags.any())

@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
-from torchvision.utils import make_grid
 
 from eae_dist.checkpoint import (
     Checkpoint,
@@ -45,7 +44,7 @@ from eae_dist.metrics.comparison import ImageSet, compare, describe
 from eae_dist.metrics.features import CLASSIFIERS, Extractor, build_features
 from eae_dist.metrics.frechet import warnings_about
 from eae_dist.model.autoencoder import Autoencoder, to_unit
-from eae_dist.report.grids import SAMPLES, draw_grids, grid_inputs, save_grids
+from eae_dist.report.grids import ACROSS, SAMPLES, draw_grids, grid, grid_inputs, save_grids
 
 log = logging.getLogger("eae_dist")
 
@@ -342,7 +341,7 @@ def sample_grids(autoencoder: Autoencoder, fitted: dict[str, Density], settings:
     """A picture of the first draws of each density."""
     seeds = sample_seeds(settings.seed, np.arange(SAMPLES))
     latents = {name: density.sample(seeds).to(device, torch.get_default_dtype()) for name, density in fitted.items()}
-    return {f"samples-{name}": make_grid(autoencoder.decode(z), nrow=10, padding=1) for name, z in latents.items()}
+    return {f"samples-{name}": grid(autoencoder.decode(z), ACROSS) for name, z in latents.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import rank_environment
-from world_cases import BATCH, FLOAT32, OBJECTIVES, OF_THREE, STATEFUL, STEPS, configured, entropy_inputs
+from world_cases import BATCH, FLOAT32, INTERRUPTED, OBJECTIVES, OF_THREE, STEPS, configured, entropy_inputs
 
 from eae_dist.data.stream import ShardStream
 from eae_dist.losses.entropy import log_unit_ball_volume
@@ -169,9 +169,7 @@ def test_run_stopped_by_a_signal_to_one_rank_ends_with_the_same_bits(world, rank
     assert all(torch.equal(found["straight"][name], found["broken"][name]) for name in found["straight"])
 
 
-@pytest.mark.parametrize(
-    ("name", "ranks"), [(name, ranks) for name in OBJECTIVES for ranks in (1, 2, 4) if ranks == 2 or name in STATEFUL]
-)
+@pytest.mark.parametrize(("name", "ranks"), [(name, ranks) for ranks, names in INTERRUPTED.items() for name in names])
 def test_every_row_continues_from_a_checkpoint_with_the_same_bits(world, ranks, name):
     whole, parts = world(ranks)["every_row_interrupted"][name]
     assert whole.keys() == parts.keys()

@@ -139,11 +139,10 @@ def test_picture_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypa
     save_grids({"samples": torch.zeros(3, 4, 4)}, tmp_path)
     before = (tmp_path / "samples.png").read_bytes()
 
-    def half_written(picture, path, format):
-        path.write_bytes(b"half")
+    def full(path):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("eae_dist.report.grids.save_image", half_written)
+    monkeypatch.setattr("eae_dist.durable.fsync", full)  # called between writing aside and renaming
     with pytest.raises(OSError, match="No space left"):
         save_grids({"samples": torch.ones(3, 4, 4)}, tmp_path)
     assert (tmp_path / "samples.png").read_bytes() == before

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from world_cases import BATCH, FLOAT32, OBJECTIVES, OF_THREE, STATEFUL, STEPS, configured, entropy_inputs
+from world_cases import BATCH, FLOAT32, INTERRUPTED, OBJECTIVES, OF_THREE, STEPS, configured, entropy_inputs
 from world_latent import CASES as LATENT_CASES
 from world_metrics import CASES as METRIC_CASES
 
@@ -230,14 +230,14 @@ def _signal_in_step(step: int) -> None:
 
 @case
 def every_row_interrupted():
-    """For every row the weights after 6 steps at once, and after 3 and then, from the checkpoint, 3 more."""
+    """For every row the weights after 4 steps at once, and after 2 and then, from the checkpoint, 2 more."""
     found = {}
-    for name in {1: STATEFUL, 2: OBJECTIVES, 3: (), 4: STATEFUL}[world_size()]:
-        for run, lengths in {"whole": [6], "parts": [3, 6]}.items():
+    for name in INTERRUPTED[world_size()]:
+        for run, lengths in {"whole": [4], "parts": [2, 4]}.items():
             run = f"{name}-{run}-{world_size()}"
             for length in lengths:
                 train(train_settings(run, epochs(length), "train.keep=1", name=name))
-            found.setdefault(name, []).append(weights_of(run, 6))
+            found.setdefault(name, []).append(weights_of(run, 4))
             barrier()
             if rank() == 0:
                 shutil.rmtree(FOLDER / run)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torchvision.utils import make_grid
 
 from eae_dist.data.stream import walk
 from eae_dist.durable import replace_file
 from eae_dist.generation import TrainedModel, load
 from eae_dist.model.autoencoder import to_uint8, to_unit
+from eae_dist.report.grids import grid
 from eae_dist.report.table import BLOCKS, MODELS
 
 COLUMNS = 6  # pictures of each kind
@@ -71,7 +71,7 @@ def figure(rows: list[tuple[str, list[torch.Tensor]]]) -> Image.Image:
         draw.text((4, top + (scale * height - LETTERS) // 2), name, "black", font)
         for place, part in enumerate(parts):
             if len(part):
-                strip = make_grid(part, nrow=COLUMNS, padding=0).permute(1, 2, 0).numpy()
+                strip = grid(part, COLUMNS, gap=0).permute(1, 2, 0).numpy()
                 tile = Image.fromarray(strip).resize((scale * strip.shape[1], scale * strip.shape[0]), Image.Resampling.NEAREST)
                 canvas.paste(tile, (NAMES + place * step, top))
     return canvas
