@@ -1,7 +1,7 @@
 """Batch norm whose statistics are those of the global batch, over all ranks, on any device and twice differentiable.
 
 `nn.SyncBatchNorm` refuses CPU tensors and has no second derivative. This one is built from ATen's batch-norm kernels over
-this rank's rows, plus one all_reduce each way. On one rank it is `F.batch_norm` on a GPU; on a CPU the same kernels are
+this rank's rows, plus one sum over ranks each way. On one rank it is `F.batch_norm` on a GPU; on a CPU the same kernels are
 2-3 times faster than `F.batch_norm`, whose statistics take a slow pass. n: elements per channel over all ranks.
 """
 
