@@ -333,7 +333,13 @@ def test_saved_configuration_is_replaced_whole_or_not_at_all(tmp_path, monkeypat
 
 
 ROWS = sorted((ROOT / "configs").glob("*/*.yaml"))
-SHAPES = {"mnist5k": (1, 32, 32), "mnist": (1, 32, 32), "cifar10": (3, 32, 32), "celeba": (3, 64, 64)}
+SHAPES = {
+    "mnist5k": (1, 32, 32),
+    "mnist": (1, 32, 32),
+    "fashion_mnist": (1, 32, 32),
+    "cifar10": (3, 32, 32),
+    "celeba": (3, 64, 64),
+}
 
 
 @pytest.mark.parametrize("path", ROWS, ids=lambda path: f"{path.parent.name}/{path.stem}")
