@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import zlib
 from contextlib import closing
 from pathlib import Path
 
@@ -351,6 +352,15 @@ def npy(array: np.ndarray, **options) -> bytes:
     return data.getvalue()
 
 
+def damaged_within(png: bytes) -> bytes:
+    """A PNG of one data chunk with a bit of its compressed pixels flipped, and the chunk's checksum set right again."""
+    start = png.index(b"IDAT")
+    end = start + 4 + int.from_bytes(png[start - 4 : start], "big")
+    chunk = bytearray(png[start:end])
+    chunk[-1] ^= 1
+    return png[:start] + chunk + zlib.crc32(chunk).to_bytes(4, "big") + png[end + 4 :]
+
+
 PNG = encoded(IMAGES[0])
 
 
@@ -470,7 +480,9 @@ WIDE = IMAGES[0][:, :4]
         ({"a.png": PNG, "a.cls": b"1" * 30}, ["'a'", "integer"]),
         ({"a.png": b"not a png"}, ["'a'", "not a usable PNG"]),
         ({"a.png": encoded(IMAGES[0], "gif")}, ["'a'", "not a usable PNG"]),
-        ({"a.png": PNG[:50] + bytes([PNG[50] ^ 1]) + PNG[51:]}, ["'a'", "not a usable PNG", "bad header checksum"]),
+        ({"a.png": PNG[:50] + bytes([PNG[50] ^ 1]) + PNG[51:]}, ["'a'", "not a usable PNG"]),
+        ({"a.png": damaged_within(PNG)}, ["'a'", "not a usable PNG", "broken data stream"]),
+        ({"a.jpg": encoded(IMAGES[0], "jpeg")[:-20]}, ["'a'", "not a usable PNG", "truncated"]),
         ({"a.png": encoded(IMAGES[0][..., 0].astype(np.uint16))}, ["'a'", "more than 8 bits"]),
         ({"a.npy": npy(IMAGES[0].astype(np.float32))}, ["'a'", "float32", "uint8"]),
         ({"a.npy": npy(np.asfortranarray(IMAGES[0]))}, ["'a'", "Fortran"]),

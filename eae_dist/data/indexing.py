@@ -323,9 +323,9 @@ def _encoded_shape(data: bytes, where: str) -> tuple[tuple[int, int], int]:
     try:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
             found = (image.height, image.width), image_channels(image)
-            image.verify()  # the checksums of a PNG, which decoders do not all look at
+            image.load()  # decodes it: others than Pillow overlook damage in a PNG, or end the process
             return found
-    except Exception as error:  # what Pillow raises for a damaged header is of many kinds
+    except Exception as error:  # what Pillow raises for a damaged file is of many kinds
         raise ValueError(f"{where} is not a usable PNG, JPEG or WebP image ({error})") from error
 
 

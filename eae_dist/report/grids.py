@@ -57,7 +57,7 @@ def draw_grids(autoencoder: Autoencoder, inputs: GridInputs) -> dict[str, torch.
 def grid(images: torch.Tensor, across: int, gap: int = 1) -> torch.Tensor:
     """Images [n, c, h, w] as one picture [3, H, W], `across` (n, if fewer) a row, with black gaps, also around it.
 
-    As torchvision.utils.make_grid, whose import doubles the time that a command takes to start.
+    In place of torchvision.utils.make_grid, whose import doubles the time that a command takes to start.
     """
     count, _, height, width = images.shape
     across = min(across, count)
