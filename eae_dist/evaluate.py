@@ -130,8 +130,10 @@ def evaluate_folders(real: Path, generated: Path, assignments: Sequence[str], ou
     ).to(device)
     channels = 1 if settings.features in CLASSIFIERS else 3  # networks for color see gray as three equal channels
     described = []
-    for folder in (real, generated):
-        blocks = walk_images(folder, settings.batch, channels=channels, count=settings.count)
+    # Both are opened before the first goes through the network, so that a wrong second one is said in time.
+    folders = (real, generated)
+    walks = [walk_images(folder, settings.batch, channels=channels, count=settings.count) for folder in folders]
+    for folder, blocks in zip(folders, walks, strict=True):
         what = f"the images of {folder}"
         described.append(
             describe(watched(blocks, str(folder)), extractor, settings.batch, settings.neighbor_images, device, what)

@@ -92,7 +92,11 @@ def train(config: Config) -> None:
     epoch_images = stream.samples
     end = last_step(config, stream.index)
     if step >= end:
-        return say(f"{run} is finished: {step * batch_images:,} images; raise train.epochs={config.train.epochs:g} to go on")
+        trained = step * batch_images / epoch_images
+        return say(
+            f"{run} is finished: {step * batch_images:,} images; "
+            f"raise train.epochs={config.train.epochs:g} above {trained:.2f} to go on"
+        )
     every = {
         "log": config.train.log_every or 10 * batch_images,
         "validate": config.train.validate_every or epoch_images,

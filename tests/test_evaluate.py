@@ -443,6 +443,14 @@ class Seen(Extractor):
 NAMELESS = {"metric": "fd", "dimensions": 8, "sha256": None, "preprocessing": "none"}
 
 
+def test_wrong_second_folder_is_said_before_the_first_is_judged(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate_module, "describe", lambda *_: pytest.fail("the first folder went through the network"))
+    (empty := tmp_path / "empty").mkdir()
+    for generated, message in ((tmp_path / "nowhere", "is not a folder"), (empty, "holds no image files")):
+        with pytest.raises(SystemExit, match=message):
+            main(["--images", str(folders[0]), str(generated), "evaluate.features=mnistcnn"])
+
+
 def test_wrong_folders_are_one_line(folders, tmp_path):
     (tmp_path / "empty").mkdir()
     (odd := tmp_path / "odd").mkdir()

@@ -72,7 +72,8 @@ def walk_images(folder: Path, batch: int, *, channels: int, count: int | None = 
     """The first `count` images of a folder (default: all) in the order of their names, this rank's run of whole blocks of
     `batch`: the number of the block's first, and uint8 [m, channels, h, w].
 
-    Files with other endings than ENDINGS are not images. Raises ValueError that names a broken file, or one of another size.
+    Files with other endings than ENDINGS are not images. A folder without images and a broken first one are a ValueError at once,
+    another broken file, or one of another size, when it is read.
     """
     names = [name for name in files_under(folder)[0] if name.lower().endswith(ENDINGS)][:count]
     if not names:
@@ -96,15 +97,18 @@ def walk_images(folder: Path, batch: int, *, channels: int, count: int | None = 
                 raise ValueError(f"{folder}: {one}, {other} (width x height); all must have one size")
         return first, torch.stack(images)
 
-    start, stop = lane_range(-(-len(names) // batch), rank(), world_size())
-    with ThreadPoolExecutor(max(available_cores() // world_size(), 1)) as pool:
-        ahead: deque = deque()
-        for first in range(start * batch, min(stop * batch, len(names)), batch):
-            ahead.append((first, pool.map(read, range(first, min(first + batch, len(names))))))
-            if len(ahead) > 2:
+    def blocks() -> Iterator[tuple[int, torch.Tensor]]:
+        start, stop = lane_range(-(-len(names) // batch), rank(), world_size())
+        with ThreadPoolExecutor(max(available_cores() // world_size(), 1)) as pool:
+            ahead: deque = deque()
+            for first in range(start * batch, min(stop * batch, len(names)), batch):
+                ahead.append((first, pool.map(read, range(first, min(first + batch, len(names))))))
+                if len(ahead) > 2:
+                    yield stacked(*ahead.popleft())
+            while ahead:
                 yield stacked(*ahead.popleft())
-        while ahead:
-            yield stacked(*ahead.popleft())
+
+    return blocks()
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
