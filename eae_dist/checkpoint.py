@@ -118,12 +118,12 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
         latest = path / "checkpoints" / "latest"
         path = latest if latest.exists() or not (left := _folders(path)) else left[0]
     path = path.resolve()
-    if not path.is_dir():
+    if not any((path / name).is_file() for name in ("manifest.json", *FILES[:3])):
         raise FileNotFoundError(f"{directory} holds no checkpoint; give a run folder or a folder such as RUN/checkpoints/latest")
     try:
         manifest = json.loads((path / "manifest.json").read_text())
     except (OSError, ValueError) as error:
-        raise DamagedCheckpoint(f"checkpoint {path} is damaged or none: manifest.json cannot be read ({error})") from error
+        raise DamagedCheckpoint(f"checkpoint {path} is damaged: manifest.json cannot be read ({error})") from error
     for name in FILES:
         if not (path / name).is_file():
             raise DamagedCheckpoint(f"checkpoint {path} is damaged: {name} is missing")
@@ -139,7 +139,7 @@ def newest_intact(run: Path) -> tuple[Checkpoint | None, list[str]]:
     for path in _folders(run):
         try:
             return open_checkpoint(path), damage
-        except DamagedCheckpoint as error:
+        except (DamagedCheckpoint, FileNotFoundError) as error:
             damage.append(str(error))
     return None, damage
 
@@ -187,7 +187,8 @@ def evaluation_config(checkpoint: Checkpoint, assignments: Sequence[str]) -> Con
     changed = changed_keys(judged, config, changeable=False) + changed_keys(judged, config, changeable=True)
     if changed:
         raise ValueError(
-            f"evaluation changes only evaluate.* and data.root; the checkpoint {checkpoint.path} has:\n  " + "\n  ".join(changed)
+            f"only evaluate.* and data.root can be set beside the checkpoint {checkpoint.path}; the rest is its own:\n  "
+            + "\n  ".join(changed)
         )
     return config
 
@@ -208,15 +209,21 @@ def lock(run: Path) -> IO | None:
         if mine:
             try:
                 run.mkdir(parents=True, exist_ok=True)
-                held = open(run / ".lock", "w")
+                held = open(run / ".lock", "a+")
             except OSError as error:
                 raise OSError(f"train.output={run} cannot be written: {error}") from error
             try:
                 fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError) as error:
-                raise OSError(f"train.output={run} is in use by another job; wait for it or take another folder") from error
+                held.seek(0)
+                holder = f"another job ({held.read()})"
+                raise OSError(f"train.output={run} is in use by {holder}; wait for it or take another folder") from error
             except OSError as error:  # some network file systems have no locks
                 log.warning("train.output=%s cannot be locked (%s); keep other jobs out of it", run, error)
+            else:
+                held.truncate(0)
+                held.write(f"process {os.getpid()} on {platform.node()}")
+                held.flush()
     return held
 
 
@@ -249,7 +256,6 @@ def open_run_folder(run: Path, config: Config, data_identity: dict) -> Checkpoin
                 path = found.path
             elif damage:
                 raise ValueError(f"no checkpoint of {run} is intact; move the folder away to start anew")
-            save_config(config, settings)
     path = from_first_rank(path)
     return None if path is None else open_checkpoint(path)
 

@@ -302,7 +302,7 @@ def _from_file(file: str) -> tuple[object, str]:
     try:
         loaded = OmegaConf.load(path)
     except Exception as error:  # YAML and OmegaConf raise many kinds
-        raise ValueError(f"{file} is not a YAML mapping: {error}") from error
+        raise ValueError(f"{file} is not a YAML mapping: {' '.join(str(error).split())}") from error
     return loaded, file
 
 
@@ -335,7 +335,7 @@ def _check_keys(layer, origin: str) -> None:
     if "???" in text:
         raise ValueError(f"{origin}: ??? stands for a missing value; give one")
     if not OmegaConf.is_dict(layer):
-        raise ValueError(f"{origin}: wanted sections with keys, such as train.seed=1")
+        raise ValueError(f"{origin}: wanted sections with keys, such as train: {{seed: 1}}")
     sections = {section.name: section.default_factory for section in fields(Config)}
     known = {name: {key.name for key in fields(section)} for name, section in sections.items()}
     for name in layer:
@@ -355,6 +355,9 @@ def _check_keys(layer, origin: str) -> None:
         for key in (key.name for key in fields(sections[name]) if key.type in (str, str | None)):
             if isinstance(section.get(key), bool):
                 raise ValueError(f"{origin}: {name}.{key} wants text; put it in quotes, or YAML reads it as {section[key]}")
+        for key in (key.name for key in fields(sections[name]) if key.type == list[str]):
+            if isinstance(section.get(key), str):
+                raise ValueError(f"{origin}: {name}.{key} wants a list; write [{section[key]}]")
 
 
 def _suggestion(name: str, known) -> str:

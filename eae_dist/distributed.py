@@ -4,6 +4,7 @@ Every function works without a process group (one rank). Those that communicate 
 times, in the same order. W: ranks, b: this rank's rows, n: all rows.
 """
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,9 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+# The process that started this one, where it is a launcher: a shell may end before what it started.
+_LAUNCHER = os.getppid() if {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys() else None
 
 
 def _initialized() -> bool:
@@ -185,6 +189,7 @@ def barrier() -> None:
 class StopRequest:
     """Turns SIGTERM and Ctrl-C on any rank into one decision of all ranks to stop after the same step.
 
+    The end of a rank's launcher counts as such a signal: accelerate and torchrun can leave their ranks behind.
     Used as a context, in which these signals are noted and no longer end the process; a second Ctrl-C interrupts at once.
     `start_asking` and `asked` bracket a step: the question travels over a gloo group of its own while the step computes.
     """
@@ -210,7 +215,8 @@ class StopRequest:
         self._signal = number
 
     def start_asking(self) -> None:
-        flags = torch.full_like(self._flags, self._signal is not None)
+        left_behind = _LAUNCHER is not None and os.getppid() != _LAUNCHER
+        flags = torch.full_like(self._flags, left_behind or self._signal is not None)
         if self._group is None:
             self._flags = flags
         else:

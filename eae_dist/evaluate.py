@@ -34,7 +34,7 @@ from eae_dist.data.files import walk_images
 from eae_dist.data.order import filled
 from eae_dist.data.shards import ShardIndex
 from eae_dist.data.stream import walk
-from eae_dist.distributed import first_rank_first, from_first_rank, gather_objects, gather_rows
+from eae_dist.distributed import first_rank_first, from_first_rank, gather_objects, gather_rows, rank
 from eae_dist.durable import replace_file
 from eae_dist.generation import LatentsOf, decoded, interpolations, sample_seeds, watched
 from eae_dist.latent.densities import DENSITIES, Density, load_density, save_density
@@ -78,6 +78,7 @@ def evaluate(directory: Path, assignments: Sequence[str], out: Path | None = Non
         "settings": asdict(settings),
         "versions": versions(),
     }
+    announce(extractor)
     done = Progress(out, judged)
 
     # The real images' features, the densities of the training latents, the latents of the split.
@@ -129,6 +130,7 @@ def evaluate_folders(real: Path, generated: Path, assignments: Sequence[str], ou
         settings.features or "efflite0", weights=settings.inception_weights, preprocessing=settings.preprocessing
     ).to(device)
     channels = 1 if settings.features in CLASSIFIERS else 3  # networks for color see gray as three equal channels
+    announce(extractor)
     described = []
     # Both are opened before the first goes through the network, so that a wrong second one is said in time.
     folders = (real, generated)
@@ -187,6 +189,11 @@ def open_features(settings: EvaluateConfig, index: ShardIndex, assignments: Sequ
     if ":" in name and f"evaluate.features={name}" not in assignments:
         raise ValueError(f"evaluate.features={name} stands in the checkpoint; give it on the command line to have it run")
     return build_features(name, weights=settings.inception_weights, preprocessing=settings.preprocessing)
+
+
+def announce(extractor: Extractor) -> None:
+    if rank() == 0:
+        log.info("comparing images by %s: %s", extractor.metric, extractor.preprocessing)
 
 
 class Progress:

@@ -54,17 +54,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--density", default="isotropic", help="isotropic, mvg, gmm or two_stage; default: isotropic")
     parser.add_argument("--count", type=int, default=100, help="how many images; default: 100")
     parser.add_argument("--nproc", type=int, help="local ranks; default: one per GPU, or one on a CPU")
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder of the images")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="evaluate.seed and evaluate.batch")
+    parser.add_argument(
+        "given", nargs="*", metavar=("OUT", "key=value"), help="folder of the images; evaluate.seed and evaluate.batch"
+    )
     arguments = parser.parse_intermixed_args(argv)
+    settings = [text for text in arguments.given if "=" in text]
+    folders = [text for text in arguments.given if "=" not in text]
+    if len(folders) != 1:
+        parser.error(f"wanted is one folder OUT for the images, got {' '.join(folders) or 'none'}")
     command = ["--ckpt", str(arguments.ckpt), "--density", arguments.density, "--count", str(arguments.count)]
-    command += [str(arguments.out), *arguments.settings]
 
     def work() -> str:
-        generate(arguments.ckpt, arguments.out, arguments.density, arguments.count, arguments.settings)
-        return f"{arguments.count:,} draws from {arguments.density} in {arguments.out}"
+        generate(arguments.ckpt, Path(folders[0]), arguments.density, arguments.count, settings)
+        return f"{arguments.count:,} draws from {arguments.density} in {folders[0]}"
 
-    said = run_on_ranks("eae_dist.generate", arguments.nproc, command, work)
+    said = run_on_ranks("eae_dist.generate", arguments.nproc, [*command, *arguments.given], work)
     if said is not None:
         print(said)
 

@@ -207,7 +207,7 @@ def print_summary(verb: str, folder: Path, info: dict, notes: Iterable[str]) -> 
     for split, totals in info["splits"].items():
         samples, shards, megabytes = totals["samples"], totals["shards"], totals["bytes"] / 1e6
         print(f"  {split:<12}{samples:>12,} samples {shards:>8,} shards {megabytes:>12,.1f} MB")
-    for note in (info["preprocessing"], *notes):
+    for note in (f"preprocessing: {info['preprocessing']}", *notes):
         print(f"  {note}")
 
 

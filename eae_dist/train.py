@@ -27,7 +27,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
 from eae_dist import checkpoint as checkpoints
-from eae_dist.config import Config, TrainConfig, flatten, load_config
+from eae_dist.config import Config, TrainConfig, flatten, load_config, save_config
 from eae_dist.data.shards import ShardIndex
 from eae_dist.data.stream import ShardStream, walk
 from eae_dist.distributed import (
@@ -97,6 +97,9 @@ def train(config: Config) -> None:
             f"{run} is finished: {step * batch_images:,} images; "
             f"raise train.epochs={config.train.epochs:g} above {trained:.2f} to go on"
         )
+    with first_rank_first() as mine:
+        if mine:
+            save_config(config, run / "config.yaml")
     every = {
         "log": config.train.log_every or 10 * batch_images,
         "validate": config.train.validate_every or epoch_images,
@@ -195,7 +198,10 @@ def train(config: Config) -> None:
     for tracker in accelerator.trackers:
         tracker.finish()
     if stopping:
-        say(f"stopped by a signal at step {step} of {end}; saved in {run}/checkpoints/latest, the same command goes on")
+        say(
+            f"stopped by a signal, or with its launcher, at step {step} of {end}; "
+            f"saved in {run}/checkpoints/latest, the same command goes on"
+        )
     else:
         say(f"finished {run}: samples in {run}/samples, numbers in {run}/metrics.jsonl, weights in {run}/checkpoints/latest")
 

@@ -24,7 +24,7 @@ from world_cases import configured
 import eae_dist
 from eae_dist import checkpoint as checkpoints
 from eae_dist.checkpoint import FILES, Checkpoint, DamagedCheckpoint, newest_intact, open_checkpoint, open_run_folder
-from eae_dist.config import Config, read_config
+from eae_dist.config import Config, read_config, save_config
 from eae_dist.durable import sha256_of
 from eae_dist.objectives import Objective, build_objective
 
@@ -130,14 +130,14 @@ def test_saving_a_step_again_replaces_it(tmp_path, write):
     assert names_in(tmp_path) == {"step-00000005", "latest"}
 
 
-@pytest.mark.parametrize("content", [[], ["checkpoints"]])
+@pytest.mark.parametrize("content", ["", "checkpoints", "train-000000.tar"])
 def test_folder_without_a_checkpoint_is_an_error_that_says_what_to_give(tmp_path, content):
-    for name in content:
-        (tmp_path / name).mkdir()
-    with pytest.raises((FileNotFoundError, DamagedCheckpoint), match=re.escape(str(tmp_path))):
-        open_checkpoint(tmp_path)
-    with pytest.raises(FileNotFoundError, match="give a run folder or a folder such as RUN/checkpoints/latest"):
-        open_checkpoint(tmp_path / "absent")
+    (tmp_path / content).mkdir(exist_ok=True)
+    for path in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(
+            FileNotFoundError, match=f"{path} holds no checkpoint; give a run folder or .* RUN/checkpoints/latest"
+        ):
+            open_checkpoint(path)
 
 
 def flip(file: Path, place: float) -> None:
@@ -275,8 +275,10 @@ def test_newest_intact_goes_back_over_damage_and_reports_each(tmp_path, write):
     paths = [write(tmp_path, step) for step in (5, 10, 15, 20)]
     DAMAGE["cut by one"](paths[2] / "optimizer.pt")
     DAMAGE["deleted"](paths[3] / "manifest.json")
+    (tmp_path / "checkpoints" / "step-00000025").mkdir()
     found, damage = newest_intact(tmp_path)
-    assert found.path == paths[1] and len(damage) == 2
+    assert found.path == paths[1] and len(damage) == 3
+    assert "step-00000025" in damage.pop(0)
     assert "step-00000020" in damage[0] and "manifest.json" in damage[0]
     assert "step-00000015" in damage[1] and "optimizer.pt" in damage[1]
 
@@ -398,7 +400,10 @@ def test_loaded_autoencoder_encodes_and_decodes_each_row_by_itself(tmp_path, wri
 
 
 def opened(run: Path, config: Config = CONFIG, identity: dict = IDENTITY) -> Checkpoint | None:
-    return open_run_folder(run, config, identity)
+    """As by a training that begins: the settings are written when nothing speaks against them."""
+    found = open_run_folder(run, config, identity)
+    save_config(config, run / "config.yaml")
+    return found
 
 
 def changed(section: str, **settings) -> Config:
@@ -494,7 +499,7 @@ def test_second_job_on_a_run_folder_is_refused_and_the_first_goes_on(tmp_path):
     held = checkpoints.lock(tmp_path / "run")
     script = f"from eae_dist.checkpoint import lock; from pathlib import Path; lock(Path({str(tmp_path / 'run')!r}))"
     second = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert second.returncode != 0 and "is in use by another job" in second.stderr
+    assert second.returncode != 0 and f"is in use by another job (process {os.getpid()} on " in second.stderr
     held.close()
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 

@@ -103,11 +103,11 @@ def test_a_function_of_the_users_gives_features_under_its_name():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("vgg", {}, "features=vgg is unknown; it is one of inception, efflite0, mnistcnn, fashioncnn"),
+        ("vgg", {}, "evaluate.features=vgg is unknown; it is one of inception, efflite0, mnistcnn, fashioncnn"),
         ("no_such_module:f", {}, "cannot be imported as package.module:function"),
         ("test_features:no_such", {}, "cannot be imported"),
         ("test_features:OFFLINE", {}, "is a list, wanted a function"),
-        ("mnistcnn", {"preprocessing": "clean"}, "options of features=inception"),
+        ("mnistcnn", {"preprocessing": "clean"}, "options of inception"),
         ("inception", {"preprocessing": "none"}, "one of pytorch-fid, tf1, clean"),
     ],
 )

@@ -75,7 +75,7 @@ def test_images_are_those_of_their_numbers_on_any_number_of_ranks(run, tmp_path)
 def test_other_seeds_and_densities_give_other_images(run, tmp_path):  # noqa: F811
     evaluate(run, [])
     for folder, options in {"a": [], "b": ["evaluate.seed=1"], "c": ["--density", "mvg"]}.items():
-        main(["--ckpt", str(run), "--count", "2", str(tmp_path / folder), *options])
+        main(["--ckpt", str(run), "--count", "2", *options, str(tmp_path / folder)])
     a, b, c = (pixels(tmp_path / folder / "000001.png") for folder in "abc")
     assert (a != b).any() and (a != c).any() and (b != c).any()
 
@@ -86,7 +86,7 @@ def test_other_seeds_and_densities_give_other_images(run, tmp_path):  # noqa: F8
         (["--density", "gmm"], "error: .*the density gmm was not fitted"),
         (["--count", "0"], "error: --count=0 must be at least 1"),
         ([], "error: .*out is not empty, and images of two sets must not mix"),
-        (["model.width=3"], "error: evaluation changes only evaluate"),
+        (["model.width=3"], "error: only evaluate"),
     ],
 )
 def test_wrong_input_is_one_line(run, tmp_path, options, message):  # noqa: F811
@@ -94,3 +94,10 @@ def test_wrong_input_is_one_line(run, tmp_path, options, message):  # noqa: F811
     (tmp_path / "out" / "000000.png").touch()
     with pytest.raises(SystemExit, match=message):
         main(["--ckpt", str(run), str(tmp_path / "out"), *options])
+
+
+@pytest.mark.parametrize(("folders", "got"), [([], "none"), (["a", "b"], "a b"), (["evaluate.seed=1"], "none")])
+def test_one_folder_is_wanted(tmp_path, capsys, folders, got):
+    with pytest.raises(SystemExit, match="2"):
+        main(["--ckpt", str(tmp_path), *folders])
+    assert f"wanted is one folder OUT for the images, got {got}\n" in capsys.readouterr().err

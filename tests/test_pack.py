@@ -208,6 +208,8 @@ INTERRUPTED = """
 import os, signal, sys
 from eae_dist import pack
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background of a shell inherit that it is ignored
+
 class Progress(pack.tqdm):
     def update(self, n=1):
         os.{call}

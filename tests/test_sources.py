@@ -412,7 +412,7 @@ def test_crop_and_size_are_pillows(tmp_path):
 def test_an_image_smaller_than_the_crop_is_a_bad_file(tmp_path, capsys):
     write_photos(tmp_path / "in", size=(30, 20))
     assert pack("imagefolder", tmp_path / "in", tmp_path / "out", "--crop", 24) == 2
-    assert "30x20 is smaller than the crop of 24" in capsys.readouterr().err
+    assert "30x20 is smaller than --crop 24" in capsys.readouterr().err
 
 
 def test_gray_stays_gray_unless_color_is_asked_for_or_present(tmp_path):

