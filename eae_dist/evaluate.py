@@ -44,6 +44,7 @@ from eae_dist.metrics.comparison import ImageSet, compare, describe
 from eae_dist.metrics.features import CLASSIFIERS, Extractor, build_features
 from eae_dist.metrics.frechet import warnings_about
 from eae_dist.model.autoencoder import Autoencoder, to_unit
+from eae_dist.objectives import objective_class
 from eae_dist.report.grids import ACROSS, SAMPLES, draw_grids, grid, grid_inputs, save_grids
 
 log = logging.getLogger("eae_dist")
@@ -60,7 +61,8 @@ def evaluate(directory: Path, assignments: Sequence[str], out: Path | None = Non
     config = evaluation_config(checkpoint, assignments)
     settings = config.evaluate
     index = open_data(checkpoint, config)
-    densities = density_names(config)
+    second_stage = objective_class(config.objective.name).second_stage
+    densities = density_names(settings, second_stage)
     device = PartialState().device
     autoencoder = load_objective(checkpoint, named_networks(assignments)).autoencoder.to(device)
     extractor = open_features(settings, index, assignments).to(device)
@@ -83,8 +85,8 @@ def evaluate(directory: Path, assignments: Sequence[str], out: Path | None = Non
 
     # The real images' features, the densities of the training latents, the latents of the split.
     real = reference_images(config, index, extractor, device)
-    fitted, reports = fit_densities(autoencoder, config, densities, done, device)
-    through = fitted["two_stage"].reconstruct if config.objective.name == "two_stage_vae" else lambda latents: latents
+    fitted, reports = fit_densities(autoencoder, config, densities, done, device, needed=settings.densities or [second_stage])
+    through = fitted[second_stage].reconstruct if second_stage else lambda latents: latents
     errors, latents = reconstructed(autoencoder, config, device, through)
 
     # Every set of images in turn: made, described by its features, compared with the real ones.
@@ -172,14 +174,14 @@ def open_data(checkpoint: Checkpoint, config: Config) -> ShardIndex:
     return index
 
 
-def density_names(config: Config) -> list[str]:
-    """What evaluate.densities says, or the objective's own; a two-stage VAE cannot do without its second stage."""
-    second_stage = ["two_stage"] if config.objective.name == "two_stage_vae" else []
-    names = config.evaluate.densities or second_stage or ["isotropic", "mvg", "gmm"]
+def density_names(settings: EvaluateConfig, second_stage: str | None) -> list[str]:
+    """What evaluate.densities says, or the objective's own; one with a second stage cannot do without it."""
+    own = [second_stage] if second_stage else []
+    names = settings.densities or own or ["isotropic", "mvg", "gmm"]
     for name in names:
         if name not in DENSITIES:
             raise ValueError(f"evaluate.densities: {name} is unknown; it is one of {', '.join(DENSITIES)}")
-    return list(dict.fromkeys([*second_stage, *names]))
+    return list(dict.fromkeys([*own, *names]))
 
 
 def open_features(settings: EvaluateConfig, index: ShardIndex, assignments: Sequence[str]) -> Extractor:
@@ -297,11 +299,11 @@ def training_latents(autoencoder: Autoencoder, config: Config, device: torch.dev
 
 
 def fit_densities(
-    autoencoder: Autoencoder, config: Config, names: Sequence[str], done: Progress, device: torch.device
+    autoencoder: Autoencoder, config: Config, names: Sequence[str], done: Progress, device: torch.device, needed: Sequence[str]
 ) -> tuple[dict[str, Density], dict[str, dict]]:
     """The densities, fitted to the training latents or read back, and how each fit went.
 
-    One that cannot be fitted is an error where it was asked for or a two-stage VAE needs it, else left out and reported.
+    One that cannot be fitted is an error where it is needed, else left out and reported.
     """
     settings, model = config.evaluate, done.key["model_sha256"]
     options = {
@@ -321,7 +323,7 @@ def fit_densities(
                 density.fit(latents)
                 report = density.report()
             except ValueError as error:  # known to every rank
-                if settings.densities or name == "two_stage":
+                if name in needed:
                     raise ValueError(f"evaluate.densities: {name} cannot be fitted: {error}") from error
                 report = {"failed": str(error)}
             with first_rank_first() as mine:

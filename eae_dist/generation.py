@@ -17,6 +17,7 @@ from eae_dist.distributed import rank, world_size
 from eae_dist.draws import derive_key, keyed_hash
 from eae_dist.latent.densities import DENSITIES, Density, load_density
 from eae_dist.model.autoencoder import Autoencoder, to_uint8
+from eae_dist.objectives import objective_class
 
 LatentsOf = Callable[[np.ndarray], torch.Tensor]
 
@@ -30,7 +31,7 @@ class TrainedModel(nn.Module):
     def __init__(self, autoencoder: Autoencoder, checkpoint: Checkpoint):
         super().__init__()
         self.autoencoder, self._checkpoint = autoencoder, checkpoint
-        self._two_stage = checkpoint.config.objective.name == "two_stage_vae"
+        self._second_stage = objective_class(checkpoint.config.objective.name).second_stage
         self.image_shape, self.latent_dim = autoencoder.image_shape, autoencoder.latent_dim
         self.eval()
 
@@ -45,8 +46,8 @@ class TrainedModel(nn.Module):
     def reconstruct(self, images: torch.Tensor) -> torch.Tensor:
         """[b, c, h, w] -> [b, c, h, w]; of `two_stage_vae` through its second stage, which must have been fitted."""
         latents = self.encode(images)
-        if self._two_stage:
-            latents = self.density("two_stage").reconstruct(latents).to(latents)
+        if self._second_stage:
+            latents = self.density(self._second_stage).reconstruct(latents).to(latents)
         return self.decode(latents)
 
     @torch.no_grad()

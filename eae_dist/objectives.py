@@ -31,13 +31,16 @@ class Objective(nn.Module):
     """Squared error and the penalties of a row.
 
     penalties: term -> the setting that is its weight. settings: what else the row reads of `objective.*`. latent_norm, spread,
-    spectral: what its autoencoder has (`build_autoencoder`).
+    spectral: what its autoencoder has (`build_autoencoder`). first_stage: the row whose weights it has as well. second_stage: the
+    density that stands for N(0, I), and that reconstructions pass through too.
     """
 
     penalties: dict[str, str] = {}
     settings: tuple[str, ...] = ()
     latent_norm = spread = spectral = False
     mean_over_pixels = True  # whether w is 1/(P C) or 1/C
+    first_stage: str | None = None
+    second_stage: str | None = None
 
     def __init__(self, autoencoder: Autoencoder, config: ObjectiveConfig, seed: int):
         super().__init__()
@@ -182,6 +185,8 @@ class ConstantVarianceVAE(VAE):
 
 class TwoStageVAE(VAE):
     """The first stage of the two-stage VAE (Dai & Wipf 2019), a `vae`; the second is fitted to its latents afterwards."""
+
+    first_stage, second_stage = "vae", "two_stage"
 
 
 class WAE(Objective):

@@ -52,7 +52,7 @@ def table(
     only: rows, all if empty. Raises ValueError or OSError for what a user can set right.
     """
     files = row_files(config, only)
-    order = sorted(files, key="two_stage_vae".__eq__)  # last: it waits for the VAE's weights
+    order = sorted(files, key=lambda row: OBJECTIVES[row].first_stage is not None)  # last: they wait for others' weights
     runs = [planned(config, files[row], row, seed, out, settings) for seed in range(seeds) for row in order]
     failures = finish_all(runs, side_by_side, out / "logs")
 
@@ -102,8 +102,9 @@ def finish_all(runs: Sequence[Run], side_by_side: SideBySide, logs: Path) -> lis
     with ThreadPoolExecutor(side_by_side.jobs) as pool:
         futures: dict[Run, Future] = {}
         for run in runs:
-            vae = next((other for other in futures if (other.row, other.seed) == ("vae", run.seed)), None)
-            futures[run] = pool.submit(finish, run, vae, futures.get(vae), side_by_side, logs)
+            wanted = (OBJECTIVES[run.row].first_stage, run.seed)
+            first_stage = next((other for other in futures if (other.row, other.seed) == wanted), None)
+            futures[run] = pool.submit(finish, run, first_stage, futures.get(first_stage), side_by_side, logs)
         try:
             for run, future in futures.items():
                 try:
@@ -119,16 +120,16 @@ def finish_all(runs: Sequence[Run], side_by_side: SideBySide, logs: Path) -> lis
     return failures
 
 
-def finish(run: Run, vae: Run | None, vae_ends: Future | None, side_by_side: SideBySide, logs: Path) -> str:
-    """Brings one run to its end; says what that took."""
+def finish(run: Run, first_stage: Run | None, ends: Future | None, side_by_side: SideBySide, logs: Path) -> str:
+    """Brings one run to its end; says what that took. first_stage: the run whose weights it may take over when that `ends`."""
     if judged(run) is not None:
         return "is finished"
     if (taken := steps_taken(run)) > (wanted := last_step(run.config, run.index)):
         raise ValueError(f"{run.folder} was trained for {taken} steps, wanted are {wanted}; take another --out")
     started = time.monotonic()
     if not trained(run):
-        if run.row == "two_stage_vae" and vae is not None and vae_ends.exception() is None and same_training(run, vae):
-            adopt(run, vae)
+        if first_stage is not None and ends.exception() is None and same_training(run, first_stage):
+            adopt(run, first_stage)
         else:
             side_by_side.call("eae_dist.train", run.arguments, logs / f"{run.row}-{run.seed}-train.log")
         if not trained(run):
@@ -179,15 +180,16 @@ def judged(run: Run) -> dict | None:
     return metrics if all(metrics.get(key) == value for key, value in wanted.items()) else None
 
 
-def same_training(run: Run, vae: Run) -> bool:
-    """Whether two runs have the same weights: a two-stage VAE is a VAE until its second stage."""
-    as_vae = replace(run.config, objective=replace(run.config.objective, name="vae"), evaluate=vae.config.evaluate)
-    return replace(as_vae, train=replace(as_vae.train, output=vae.config.train.output)) == vae.config
+def same_training(run: Run, other: Run) -> bool:
+    """Whether two runs have the same weights, under the names of two rows."""
+    objective = replace(run.config.objective, name=other.row)
+    train = replace(run.config.train, output=other.config.train.output)
+    return replace(run.config, objective=objective, train=train, evaluate=other.config.evaluate) == other.config
 
 
-def adopt(run: Run, vae: Run) -> None:
+def adopt(run: Run, other: Run) -> None:
     """Takes over the other run's best and last checkpoint."""
-    for path in sorted({chosen(vae), (vae.folder / "checkpoints" / "latest").resolve()}):
+    for path in sorted({chosen(other), (other.folder / "checkpoints" / "latest").resolve()}):
         found = checkpoints.open_checkpoint(path)
         checkpoints.save(run.folder, run.config, found.model_state(), found.optimizer_state(), found.state)
         checkpoints.mark_best(run.folder, found.state["best_step"])

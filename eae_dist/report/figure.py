@@ -11,6 +11,7 @@ from eae_dist.data.stream import walk
 from eae_dist.durable import replace_file
 from eae_dist.generation import TrainedModel, load
 from eae_dist.model.autoencoder import to_uint8, to_unit
+from eae_dist.objectives import OBJECTIVES
 from eae_dist.report.grids import grid
 from eae_dist.report.table import BLOCKS, MODELS
 
@@ -38,9 +39,7 @@ def save_figure(models: dict[str, Path], data: str, split: str, seed: int, path:
 
 def density_of_samples(name: str) -> str:
     """What the samples of a row of OBJECTIVES are drawn from."""
-    if name == "two_stage_vae":
-        return "two_stage"
-    return "isotropic" if name in BLOCKS["isotropic"] else "gmm"
+    return OBJECTIVES[name].second_stage or ("isotropic" if name in BLOCKS["isotropic"] else "gmm")
 
 
 @torch.no_grad()

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from importlib.resources import files
 from statistics import mean, stdev
 
+from eae_dist.objectives import OBJECTIVES
+
 MODELS = {
     "vae": "VAE",
     "cv_vae": "CV-VAE",
@@ -61,9 +63,9 @@ class Results:
     def values(self, row: str, images: str, measure: str | None = None) -> list[float]:
         """A measure (default: the Fréchet distance) of a row's set of images, one number a seed; none where it was not taken.
 
-        `isotropic` of a two-stage VAE are the draws of its second stage, which is what it draws N(0, I) for.
+        `isotropic` of a row with a second stage are the draws of that, which is what it draws N(0, I) for.
         """
-        images = "two_stage" if (row, images) == ("two_stage_vae", "isotropic") else images
+        images = OBJECTIVES[row].second_stage or images if images == "isotropic" else images
         sets = [metrics["sets"].get(images, {}) for name, metrics in self.evaluations if name == row]
         return [numbers[measure or self.metric] for numbers in sets if (measure or self.metric) in numbers]
 
@@ -164,7 +166,7 @@ def as_csv(results: Results) -> str:
         for images in dict.fromkeys(name for found in sets for name in found):
             for measure in dict.fromkeys(name for found in sets for name in found.get(images, {})):
                 values = results.values(row, images, measure)
-                density = "isotropic" if images == "two_stage" else images
+                density = "isotropic" if images == OBJECTIVES[row].second_stage else images
                 number = paper.get((density, MODELS[row], "fid")) if measure == results.metric else None
                 spread = stdev(values) if len(values) > 1 else None
                 writer.writerow([row, images, measure, mean(values), spread, len(values), number])
