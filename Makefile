@@ -2,6 +2,7 @@
 # make test    the same environment, then every test
 # make setup   the environment alone, made or brought up to date
 # make bench   speed, against what one would use otherwise
+# make lint    style; make clean removes the environment, not the runs
 
 PYTHON ?= python3
 VENV := .venv
@@ -35,7 +36,7 @@ bench: $(INSTALLED)
 setup: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install -e '.[dev]'
 	touch $@
@@ -44,4 +45,4 @@ $(SHARDS): | $(INSTALLED)
 	$(BIN)/python -m eae_dist.pack mnist5k shards/mnist5k
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV)

@@ -145,12 +145,15 @@ def newest_intact(run: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def discard_after(run: Path, step: int) -> None:
-    """Removes checkpoints newer than `step`, damaged ones that a resume went behind, and what an interrupted save left."""
+    """Sets aside what is newer than `step`, damaged checkpoints as a rule, and removes what an interrupted save left."""
     for path in (run / "checkpoints").glob(".*.partial"):
         shutil.rmtree(path)
     for path in _folders(run):
         if int(path.name.removeprefix("step-")) > step:
-            shutil.rmtree(path)
+            aside = path.with_name(f"{path.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            log.warning("%s is kept as %s", path, aside.name)
     _link(run / "checkpoints" / "latest", f"step-{step:08d}")
     best = run / "checkpoints" / "best"
     if best.is_symlink() and not best.exists():  # it was among those; the next better validation links it again
@@ -237,8 +240,11 @@ def open_run_folder(run: Path, config: Config, data_identity: dict) -> Checkpoin
         if mine:
             run.mkdir(parents=True, exist_ok=True)
             settings = run / "config.yaml"
-            if settings.is_file() and _folders(run):  # else there is nothing yet that other settings would spoil
-                before = read_config(settings)
+            found, damage = newest_intact(run)
+            for line in damage:
+                log.warning("%s; going back to the checkpoint before it", line)
+            if found is not None:  # else there is nothing yet that other settings would spoil
+                before = read_config(settings) if settings.is_file() else found.config
                 if changed := changed_keys(before, config, changeable=False):
                     raise ValueError(
                         f"train.output={run} holds a run with other settings; take another folder, or the old values:\n  "
@@ -246,10 +252,6 @@ def open_run_folder(run: Path, config: Config, data_identity: dict) -> Checkpoin
                     )
                 for line in changed_keys(before, config, changeable=True):
                     log.info("changed since the run was started: %s", line)
-            found, damage = newest_intact(run)
-            for line in damage:
-                log.warning("%s; going back to the checkpoint before it", line)
-            if found is not None:
                 check_same_data(found.state["stream"], data_identity, run)
                 discard_after(run, found.state["step"])
                 mark_best(run, found.state["best_step"])

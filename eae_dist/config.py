@@ -126,7 +126,7 @@ class TrainConfig:
     plateau_factor: float = 0.5
     """Factor of the plateau schedule."""
     plateau_patience: int = 5
-    """Validations without improvement before the plateau schedule acts."""
+    """The plateau schedule acts at this many validations in a row without improvement."""
     clip_norm: float | None = None
     """Largest norm of the gradient; longer ones are scaled down to it. Default: not clipped."""
     precision: str = changeable("no")
@@ -137,9 +137,9 @@ class TrainConfig:
     """auto (GPUs where torch sees any) or cpu."""
     timeout: float = changeable(600.0)
     """Seconds after which a rank that waits for another gives up."""
-    validation_images: int = changeable(10_000)
+    validation_images: int = 10_000
     """At most this many validation images; the entropy compares each with every other."""
-    validate_every: int | None = changeable(None)
+    validate_every: int | None = None
     """Images between validations. Default: one epoch."""
     sample_every: int | None = changeable(None)
     """Images between grids of samples, reconstructions and interpolations. Default: one epoch, so look early."""
@@ -190,7 +190,7 @@ class EvaluateConfig:
     count: int | None = changeable(None)
     """How many images of the split and of the reference, from their start, and how many draws. Default: all of the split."""
     seed: int = changeable(0)
-    """Fixes the drawn samples."""
+    """Fixes the drawn samples, the mid-points' partners, the starts of gmm and the training of two_stage."""
 
 
 @dataclass
@@ -418,6 +418,13 @@ def _check_values(config: Config) -> None:
     }.items():
         if value < 0:
             raise ValueError(f"{key}={value} must not be negative")
+    for key, value, bits in (
+        ("train.seed", train.seed, 63),
+        ("evaluate.seed", config.evaluate.seed, 63),
+        ("train.timeout", train.timeout, 31),
+    ):
+        if value >= 2**bits:
+            raise ValueError(f"{key}={value} must be less than 2^{bits}")
     for key, value in {
         "train.decay": train.decay,
         "train.plateau_factor": train.plateau_factor,

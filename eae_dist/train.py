@@ -44,7 +44,7 @@ from eae_dist.distributed import (
 from eae_dist.draws import derive_key
 from eae_dist.losses.entropy import gaussian_reference
 from eae_dist.model.autoencoder import to_unit
-from eae_dist.objectives import Objective, build_objective, resolve
+from eae_dist.objectives import Objective, build_objective, objective_class, resolve
 from eae_dist.report import metrics_log
 from eae_dist.report.grids import draw_grids, grid_inputs, save_grids
 
@@ -72,7 +72,7 @@ def train(config: Config) -> None:
     plateau = ReduceLROnPlateau(
         optimizer,
         factor=config.train.plateau_factor,
-        patience=config.train.plateau_patience,
+        patience=config.train.plateau_patience - 1,  # of PyTorch: how many it lets pass before the one at which it acts
         threshold_mode="abs",  # relative to a negative loss, standing still would count as better
     )
     batch_rows = rows_of_micro_batches(stream, config.train.accumulate, accelerator.device)
@@ -124,6 +124,24 @@ def train(config: Config) -> None:
         disable=not accelerator.is_main_process,
         mininterval=0.5 if sys.stderr.isatty() else 30,
     )
+
+    def save() -> None:
+        state = {
+            "step": step,
+            "images": step * batch_images,
+            "image_shape": list(stream.index.image_shape),
+            "stream": stream.identity(),
+            "best_validation_loss": best,
+            "best_step": best_step,
+            "plateau": plateau.state_dict(),
+            "grad_scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+        }
+        with first_rank_first() as mine:
+            if mine:
+                checkpoints.save(run, config, objective.state_dict(), optimizer.state_dict(), state)
+                checkpoints.mark_best(run, best_step)
+                checkpoints.prune(run, config.train.keep)
+
     window: list[torch.Tensor] = []  # the terms of every step since the last line of the log
     with progress, StopRequest(config.train.timeout) as stop, closing(iter(stream)) as batches:
         started = time.perf_counter()
@@ -161,35 +179,23 @@ def train(config: Config) -> None:
             # Validation, pictures, checkpoint.
             improved = False
             if "validate" in due and config.data.validation:
-                validation = validate(accelerator, objective, config)
-                record |= {f"validation_{name}": value for name, value in validation.items()}
+                if stopping:  # whoever stops this may not wait for a long validation
+                    save()
+                validation = {f"validation_{name}": value for name, value in validate(accelerator, objective, config).items()}
+                record |= validation
                 metrics_log.require_finite(validation, step, run)
-                improved = validation["loss"] < best
+                improved = record["validation_loss"] < best
                 if improved:
-                    best, best_step = validation["loss"], step
+                    best, best_step = record["validation_loss"], step
                 if config.train.schedule == "plateau":
-                    plateau.step(validation["loss"])
+                    plateau.step(record["validation_loss"])
             if "sample" in due and accelerator.is_main_process:
                 save_grids(draw_grids(objective.autoencoder.eval(), inputs), run / "samples", f"step-{step:08d}-")
                 objective.train()
             metrics.write(record)
             progress.set_postfix(progress_terms(record), refresh=False)
             if improved or "save" in due:
-                state = {
-                    "step": step,
-                    "images": step * batch_images,
-                    "image_shape": list(stream.index.image_shape),
-                    "stream": stream.identity(),
-                    "best_validation_loss": best,
-                    "best_step": best_step,
-                    "plateau": plateau.state_dict(),
-                    "grad_scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
-                }
-                with first_rank_first() as mine:
-                    if mine:
-                        checkpoints.save(run, config, objective.state_dict(), optimizer.state_dict(), state)
-                        checkpoints.mark_best(run, best_step)
-                        checkpoints.prune(run, config.train.keep)
+                save()
             if stopping:
                 break
             started = time.perf_counter()
@@ -257,7 +263,7 @@ def check_ranks(model: torch.nn.Module) -> None:
 
 
 def open_stream(config: Config) -> ShardStream:
-    """The training data; raises ValueError or FileNotFoundError, also for a validation split that is not there."""
+    """The training data; raises ValueError or FileNotFoundError, also for a validation split that is not there or too small."""
     stream = ShardStream(
         config.data.root,
         config.data.split,
@@ -268,7 +274,13 @@ def open_stream(config: Config) -> ShardStream:
         prefetch=config.data.prefetch,
     )
     if config.data.validation is not None:
-        stream.index.split(config.data.validation)
+        images = min(stream.index.split(config.data.validation).samples, config.train.validation_images)
+        wanted = config.objective.k + 1 if "entropy" in objective_class(config.objective.name).penalties else 1
+        if images < wanted:
+            raise ValueError(
+                f"data.validation={config.data.validation}: its {images} images (at most train.validation_images) are fewer than "
+                f"the {wanted} that the loss needs; set data.validation=null, or pack more"
+            )
     return stream
 
 

@@ -291,12 +291,12 @@ def test_newest_intact_of_a_run_without_any_is_none(tmp_path, write):
     assert found is None and len(damage) == 1
 
 
-def test_what_lies_after_the_resumed_step_and_what_a_kill_left_is_discarded(tmp_path, write):
+def test_what_lies_after_the_resumed_step_is_set_aside_and_what_a_kill_left_removed(tmp_path, write):
     for step in (5, 10, 15):
         write(tmp_path, step)
     (tmp_path / "checkpoints" / ".step-00000020.partial").mkdir()
     checkpoints.discard_after(tmp_path, 10)
-    assert names_in(tmp_path) == {"step-00000005", "step-00000010", "latest"}
+    assert names_in(tmp_path) == {"step-00000005", "step-00000010", "step-00000015.damaged", "latest"}
     assert open_checkpoint(tmp_path).state["step"] == 10
 
 
@@ -449,6 +449,15 @@ def test_settings_that_may_change_do_and_are_said(tmp_path, write, caplog):
     assert read_config(tmp_path / "config.yaml") == longer
 
 
+def test_settings_are_the_checkpoints_where_the_run_folders_own_are_lost(tmp_path, write):
+    opened(tmp_path)
+    write(tmp_path, 5)
+    (tmp_path / "config.yaml").unlink()
+    with pytest.raises(ValueError, match="train.learning_rate: .* -> 0.5"):
+        opened(tmp_path, changed("train", learning_rate=0.5))
+    assert opened(tmp_path).state["step"] == 5
+
+
 @pytest.mark.parametrize(("key", "value"), [("index_sha256", "f" * 64), ("order_version", 2), ("lanes", 13), ("seed", 1)])
 def test_run_is_not_continued_on_other_data_or_in_another_order(tmp_path, write, key, value):
     opened(tmp_path)
@@ -465,7 +474,7 @@ def test_run_goes_back_behind_damaged_checkpoints_and_says_so(tmp_path, write, c
     with caplog.at_level(logging.WARNING, logger="eae_dist"):
         assert opened(tmp_path).path == good
     assert "step-00000010" in caplog.text and "model.safetensors" in caplog.text
-    assert names_in(tmp_path) == {"step-00000005", "latest"} and open_checkpoint(tmp_path).path == good
+    assert names_in(tmp_path) == {"step-00000005", "step-00000010.damaged", "latest"} and open_checkpoint(tmp_path).path == good
 
 
 def test_run_whose_every_checkpoint_is_damaged_is_not_started_anew(tmp_path, write):

@@ -121,6 +121,12 @@ def test_text_for_a_list_of_names_is_an_error_that_shows_the_list():
         load_config(["evaluate.densities=gmm"])
 
 
+@pytest.mark.parametrize("argument", [f"train.seed={2**63}", f"evaluate.seed={10**30}", "train.timeout=1e15"])
+def test_what_programs_behind_this_one_cannot_count_to_is_refused(argument):
+    with pytest.raises(ValueError, match=rf"^{argument.split('=')[0]}=.* must be less than 2\^"):
+        load_config([argument])
+
+
 @pytest.mark.parametrize("key", [key for key in [*INTEGERS, *FLOATS] if key not in UNBOUNDED])
 def test_no_number_may_be_negative_and_the_error_names_its_key(key):
     with pytest.raises(ValueError, match=rf"^{re.escape(key)}=-1.* must"):
@@ -263,6 +269,7 @@ def test_what_decides_the_weights_may_not_change_and_what_does_not_may():
     # Not marked: everything the order of the data, the initial weights or a step's arithmetic follows from.
     marked = {f"{s.name}.{f.name}" for s in fields(Config) for f in fields(s.default_factory) if f.metadata.get("changeable")}
     fixed = {"train.seed", "train.global_batch", "train.accumulate", "train.learning_rate", "train.schedule", "train.clip_norm"}
+    fixed |= {"train.validate_every", "train.validation_images"}  # the plateau schedule and the best checkpoint follow from them
     assert not marked & (fixed | {key for key in DEFAULTS if key.startswith(("model.", "objective."))} | {"data.lanes"})
     assert {"train.output", "train.epochs", "train.save_every", "data.root", "data.workers", "evaluate.batch"} <= marked
 
@@ -352,7 +359,7 @@ def test_every_row_of_a_data_set_loads_with_it_and_says_its_command(path):
     data = path.parent.with_suffix(".yaml")
     config = resolve(load_config(["--config", str(data), str(path)]), SHAPES[path.parent.name])
     assert config.objective.name == path.stem
-    assert config.train.output == f"runs/{path.parent.name}-{path.stem}"
+    assert config.train.output == f"runs/{path.parent.name}/{path.stem}"
     command = f"accelerate launch -m eae_dist.train --config configs/{data.name} configs/{path.parent.name}/{path.name}"
     assert command in path.read_text()
 

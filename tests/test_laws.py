@@ -236,6 +236,6 @@ def test_distance_equals_that_of_pytorch_fids_command(world, distance_by_pytorch
 @pytest.mark.parametrize("ranks", EVERY)
 def test_loss_that_is_not_a_number_stops_all_ranks_and_names_term_step_rank_and_checkpoint(world, ranks):
     message = world(ranks)["loss_that_is_not_a_number_on_the_last_rank"]["message"]
-    assert "loss is nan at step 7" in message
+    assert "reconstruction is nan at step 7" in message
     assert f"on rank {', '.join(map(str, range(ranks)))}" in message  # a batch norm carries it to all ranks in the same step
     assert "the last good checkpoint is" in message and "step-00000005" in message

@@ -109,6 +109,8 @@ def test_lossless_formats_give_the_pixels_back(format, extension, channels, tmp_
         image, label = found[f"image-{i:06d}"]
         np.testing.assert_array_equal(image, images[i])
         assert label == LABELS[i]
+    info = build_index(tmp_path / "out")[0]  # by others' eyes, who know only the files
+    assert info["image"] == index.info["image"]
     with tarfile.open(tmp_path / "out" / "test-000000.tar") as tar:
         assert {name.partition(".")[2] for name in tar.getnames()} == {extension, "cls"}
 

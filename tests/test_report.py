@@ -175,8 +175,8 @@ def test_record_is_the_mean_over_the_steps(tmp_path):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_term_that_is_not_finite_is_named_with_its_value_its_step_and_its_rank(tmp_path, value):
-    # Steps 18, 19 and 20; in 19 the entropy is the first that is bad, in 20 everything is.
-    steps = window((1, 2, 3), (1, value, math.nan), (math.nan, math.nan, math.nan))
+    # Steps 18, 19 and 20; in 19 the entropy is bad and so what follows from it, in 20 everything is.
+    steps = window((1, 2, 3), (value, value, math.nan), (math.nan, math.nan, math.nan))
     with pytest.raises(TrainingDiverged, match=f"^entropy is {value} at step 19 on rank 0; no checkpoint was saved before"):
         averaged(steps, NAMES, 20, tmp_path, ignore_gradient=False)
 
@@ -184,8 +184,14 @@ def test_term_that_is_not_finite_is_named_with_its_value_its_step_and_its_rank(t
 def test_only_the_ranks_with_the_bad_term_are_named(tmp_path, three_ranks):
     with pytest.raises(TrainingDiverged, match="^entropy is nan at step 19 on rank 2;"):
         averaged(window((1, 2, 3), (1, 2, 3)), NAMES, 20, tmp_path, ignore_gradient=False)
-    with pytest.raises(TrainingDiverged, match="^loss is inf at step 19 on rank 0, 1, 2;"):
-        averaged(window((math.inf, 2, 3)), NAMES, 19, tmp_path, ignore_gradient=False)
+    with pytest.raises(TrainingDiverged, match="^entropy is nan at step 19 on rank 1, 2;"):
+        averaged(window((math.inf, 2, math.nan)), NAMES, 19, tmp_path, ignore_gradient=False)
+
+
+def test_loss_that_overflows_though_its_terms_do_not_is_named_on_every_rank(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics_log, "gather_rows", lambda shares: torch.cat([shares, shares]))
+    with pytest.raises(TrainingDiverged, match="^loss is inf at step 19 on rank 0, 1;"):
+        averaged(window((math.inf, 2, math.nan)), NAMES, 19, tmp_path, ignore_gradient=False)
 
 
 def test_gradient_that_loss_scaling_made_overflow_stops_nothing(tmp_path):
@@ -204,6 +210,8 @@ def test_divergence_names_the_last_good_checkpoint_and_what_to_change(tmp_path):
     require_finite({"loss": 1.0}, 12, tmp_path)
     with pytest.raises(TrainingDiverged, match=f"loss is nan at step 12; the last good checkpoint is {checkpoint}.*clip_norm"):
         require_finite({"entropy": 1.0, "loss": math.nan}, 12, tmp_path)
+    with pytest.raises(TrainingDiverged, match="^validation_entropy is nan"):
+        require_finite({"validation_loss": math.nan, "validation_entropy": math.nan}, 12, tmp_path)
 
 
 @pytest.fixture

@@ -484,7 +484,8 @@ def test_every_bad_file_is_found_before_anything_is_written(tmp_path, capsys):
     assert all("more than 8 bits" in reason[name] for name in ("deep_gray.png", "deep_color.png", "deep.ppm", "float.tif"))
 
     assert pack("imagefolder", tmp_path / "in", tmp_path / "out", "--skip-bad") == 0
-    assert f"left out: {len(bad)} of" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"left out: {len(bad)} of" in said and all(f"{name} (" in said for name in bad)
     assert sum(len(samples) for samples in packed(tmp_path / "out").values()) == 12
 
 

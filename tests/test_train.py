@@ -81,7 +81,9 @@ def test_every_logged_line_carries_the_promised_terms_and_the_clock_of_images(un
         terms = {"loss", "reconstruction", "reconstruction_per_pixel", "entropy", "entropy_gaussian_reference", "floored_pairs"}
         assert terms | {"learning_rate", "gradient_norm", "images_per_second", "peak_memory_mib", "epoch"} <= line.keys()
         assert line["reconstruction"] == pytest.approx(256 * line["reconstruction_per_pixel"])
-    assert any("validation_loss" in line for line in lines)
+    validated = {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
+    best = (run / "checkpoints" / "best").resolve().name
+    assert len(validated) > 1 and best == f"step-{min(validated, key=validated.get):08d}"
     rates = {line["epoch"] // 1: line["learning_rate"] for line in lines if line["epoch"] % 1 > 0.2}
     assert rates[1] == pytest.approx(rates[0] * 0.98)
 
@@ -194,8 +196,9 @@ def test_plateau_schedule_lowers_the_learning_rate_when_validation_stands_still(
     still = ("train.learning_rate=1e-6", "model.norm_momentum=1e-9", "objective.entropy_weight=-1")
     run_in_process(*settings(shards, tmp_path / "run", *more, *still))
     assert records(tmp_path / "run")[-1]["validation_loss"] < 0
-    rates = [line["learning_rate"] for line in records(tmp_path / "run")]
-    assert rates[-1] < rates[0]
+    rates = {line["step"]: line["learning_rate"] for line in records(tmp_path / "run")}
+    # The second validation, after step 2, is the first without improvement, and patience is 1.
+    assert (rates[1], rates[2], rates[3]) == (1e-6, 1e-6, 0.5e-6)
 
 
 def test_clipping_bounds_the_step_and_logs_the_norm_before_it(shards, tmp_path):
@@ -212,6 +215,16 @@ def test_accumulation_says_what_entropy_and_norms_see(shards, tmp_path, caplog):
 def test_bf16_trains_with_float32_entropy(shards, tmp_path):
     run_in_process(*settings(shards, tmp_path / "run", "train.precision=bf16", "train.epochs=0.4"))
     assert records(tmp_path / "run")[-1]["entropy"] == pytest.approx(6.5, abs=2)
+
+
+def test_worse_validations_leave_the_best_checkpoint_where_it_is(shards, tmp_path):
+    run = tmp_path / "run"
+    run_in_process(*settings(shards, run, f"train.validate_every={2 * BATCH}", "train.learning_rate=3", "train.keep=1"))
+    validated = {line["step"]: line["validation_loss"] for line in records(run) if "validation_loss" in line}
+    best = min(validated, key=validated.get)
+    assert best < max(validated) == STEPS
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {f"step-{best:08d}", f"step-{STEPS:08d}", "best", "latest"}
+    assert (run / "checkpoints" / "best").resolve().name == f"step-{best:08d}"
 
 
 def test_training_without_validation_split(shards, tmp_path):
@@ -242,6 +255,10 @@ def test_every_objective_runs_from_the_command_line(shards, tmp_path, name):
         ("train.precision=fp16", "train.precision=fp16 needs a GPU"),
         ("train.output=/proc/run", "train.output=/proc/run cannot be written"),
         ("data.lanes=7", "data.lanes=7 must divide train.global_batch=26"),
+        (
+            "objective.k=9 train.validation_images=9",
+            "data.validation=validation: its 9 images .* fewer than the 10 that the loss",
+        ),
     ],
 )
 def test_wrong_input_is_one_line_that_says_what_to_change(shards, tmp_path, capsys, wrong, message):

@@ -176,14 +176,14 @@ def _shapes_or_reasons(files: ImageFiles) -> list[tuple[str, "tuple[int, ...] | 
 
 
 def left_out(bad: dict[str, str], total: int, skip_bad: bool) -> tuple[str, ...]:
-    """A sentence on the bad files, none without any. Raises ValueError with it unless they may be skipped."""
+    """A line on all bad files and one on each, none without any. Raises ValueError with the first unless they may be skipped."""
     if not bad:
         return ()
-    several = "; ".join(f"{path} ({reason})" for path, reason in sorted(bad.items())[:5])
-    said = f"{len(bad):,} of {total:,} files are not usable images: {several}{'; ...' if len(bad) > 5 else ''}"
+    said, named = f"{len(bad):,} of {total:,} files are not usable images", [f"{path} ({bad[path]})" for path in sorted(bad)]
     if not skip_bad:
-        raise ValueError(f"{said}; repair or remove them, or leave them out with --skip-bad")
-    return (f"left out: {said}",)
+        several = "; ".join(named[:5]) + ("; ..." if len(named) > 5 else "")
+        raise ValueError(f"{said}: {several}; repair or remove them, or leave them out and have each named with --skip-bad")
+    return (f"left out: {said}:", *(f"  {name}" for name in named))
 
 
 def keys_of(names: list[str]) -> list[str]:

@@ -322,11 +322,17 @@ def image_channels(image: Image.Image) -> int:
 def _encoded_shape(data: bytes, where: str) -> tuple[tuple[int, int], int]:
     try:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
-            found = (image.height, image.width), image_channels(image)
+            shape, channels = (image.height, image.width), image_channels(image)
             image.load()  # decodes it: others than Pillow overlook damage in a PNG, or end the process
-            return found
+            if image.format == "WEBP" and _is_gray(np.asarray(image.convert("RGB"))):  # a format without gray images
+                channels = 1
+            return shape, channels
     except Exception as error:  # what Pillow raises for a damaged file is of many kinds
         raise ValueError(f"{where} is not a usable PNG, JPEG or WebP image ({error})") from error
+
+
+def _is_gray(pixels: np.ndarray) -> bool:
+    return bool((pixels == pixels[:, :, :1]).all())
 
 
 def _images_and_labels(path: Path, ignored: Counter) -> Iterator[tuple[str, str, int, bytes]]:

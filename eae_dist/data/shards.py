@@ -70,6 +70,7 @@ class ShardIndex:
             info = json.loads(text)
             if info["version"] != INDEX_VERSION:
                 raise ValueError(f"version {info['version']}, this program reads version {INDEX_VERSION}")
+            info["splits"] = dict(info["splits"])
             header = info["image"]["npy_header"]
             return cls(
                 root=root,

@@ -97,7 +97,10 @@ class ShardStream(IterableDataset):
         if get_worker_info() is not None:
             # Worker j of w makes whole steps start + j, start + j + w, ...: the loader takes turns, so nothing is joined.
             worker = get_worker_info()
-            yield from self._batches(self.start_step + worker.id, worker.num_workers)
+            try:
+                yield from self._batches(self.start_step + worker.id, worker.num_workers)
+            except (ValueError, OSError) as error:  # raised there, it would arrive with the worker's traceback as its text
+                yield error
         elif self.workers:
             yield from _closing_workers(
                 DataLoader(
@@ -164,7 +167,10 @@ def _closing_workers(loader: DataLoader) -> Iterator[dict]:
     end = batches._shutdown_workers  # there is no public name for it
     atexit.register(end)
     try:
-        yield from batches
+        for batch in batches:
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
     finally:
         end()
         atexit.unregister(end)

@@ -22,7 +22,7 @@ class TrainingDiverged(RuntimeError):
 class MetricsLog:
     """Appends records; on a continued run everything after `step` is cut away first, so that no step stands twice.
 
-    Make it on every rank; only rank 0 writes. Raises ValueError for a tracker that accelerate cannot start.
+    Make it on every rank; only rank 0 writes, and starts the trackers.
     """
 
     def __init__(self, run: Path, accelerator: Accelerator, step: int, settings: dict):
@@ -63,19 +63,24 @@ def averaged(window: list[torch.Tensor], names: list[str], step: int, run: Path,
     bad = (~shares.isfinite()).nonzero()
     if len(bad):
         at = int(bad[:, 1].min())
-        _, _, term = min((tuple(where) for where in bad.tolist() if where[1] == at), key=lambda where: where[2])
-        ranks = sorted({where[0] for where in bad.tolist() if where[1:] == [at, term]})
-        require_finite({names[term]: float(shares[ranks[0], at, term])}, step - len(window) + at + 1, run, ranks)
+        name = first_cause([names[term] for _, when, term in bad.tolist() if when == at])
+        ranks = [who for who, when, term in bad.tolist() if when == at and names[term] == name]
+        value = float(shares[ranks[0], at, names.index(name)])
+        require_finite({name: value}, step - len(window) + at + 1, run, ranks)
     return dict(zip(names, shares.mean((0, 1)).tolist(), strict=True))
 
 
 def require_finite(terms: dict[str, float], step: int, run: Path, ranks: Sequence[int] = ()) -> None:
     """Raises TrainingDiverged that names the term, the step, the ranks and the last good checkpoint."""
-    for name, value in terms.items():
-        if not math.isfinite(value):
-            latest = run / "checkpoints" / "latest"
-            good = f"the last good checkpoint is {latest.resolve()}" if latest.exists() else "no checkpoint was saved before"
-            where = f" on rank {', '.join(map(str, ranks))}" if ranks else ""
-            raise TrainingDiverged(
-                f"{name} is {value} at step {step}{where}; {good}. Lower train.learning_rate or set train.clip_norm"
-            )
+    if bad := [name for name, value in terms.items() if not math.isfinite(value)]:
+        name, latest = first_cause(bad), run / "checkpoints" / "latest"
+        good = f"the last good checkpoint is {latest.resolve()}" if latest.exists() else "no checkpoint was saved before"
+        where = f" on rank {', '.join(map(str, ranks))}" if ranks else ""
+        raise TrainingDiverged(
+            f"{name} is {terms[name]} at step {step}{where}; {good}. Lower train.learning_rate or set train.clip_norm"
+        )
+
+
+def first_cause(names: Sequence[str]) -> str:
+    """The term that makes the others bad: the loss is the sum of terms, the gradient follows from the loss."""
+    return min(names, key=lambda name: (name == "gradient_norm", name.endswith("loss")))
