@@ -182,7 +182,7 @@ class EvaluateConfig:
     frechet: str = changeable("svd")
     """The matrix root of the Fréchet distance: svd, or sqrtm as pytorch-fid takes it."""
     neighbor_images: int = changeable(10_000)
-    """At most this many images of a set are compared by kid, precision, recall, density and coverage."""
+    """At most this many images of a set are compared by kid, precision, recall, density and coverage; at least 6."""
     cache: str = changeable("~/.cache/eae_dist")
     """Folder where the statistics of reference images are kept."""
     batch: int = changeable(256)
@@ -402,6 +402,8 @@ def _check_values(config: Config) -> None:
     for key, value in positive.items():
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{key}={value} must be greater than 0" + (" and finite" if value == math.inf else ""))
+    if config.evaluate.neighbor_images < 6:
+        raise ValueError(f"evaluate.neighbor_images={config.evaluate.neighbor_images} must be at least 6, for five neighbors")
     for key, value in vars(objective).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"objective.{key}={value} must be finite")

@@ -12,7 +12,7 @@ import argparse
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,10 +31,10 @@ from eae_dist.checkpoint import (
 )
 from eae_dist.config import Config, EvaluateConfig, load_config
 from eae_dist.data.files import walk_images
-from eae_dist.data.order import filled
+from eae_dist.data.order import blocks_of, filled
 from eae_dist.data.shards import ShardIndex
 from eae_dist.data.stream import walk
-from eae_dist.distributed import first_rank_first, from_first_rank, gather_objects, gather_rows, rank
+from eae_dist.distributed import first_rank_first, from_first_rank, gather_objects, gather_rows, rank, world_size
 from eae_dist.durable import replace_file
 from eae_dist.generation import LatentsOf, decoded, interpolations, sample_seeds, watched
 from eae_dist.latent.densities import DENSITIES, Density, load_density, save_density
@@ -99,7 +99,7 @@ def evaluate(directory: Path, assignments: Sequence[str], out: Path | None = Non
         sets[name], doubts = done.sets[name]
         warnings += doubts
 
-    per_image = errors.mean().item()
+    per_image, doubtful = errors.mean().item(), {"failed", "warning"}
     metrics = judged | {
         "images": len(errors),
         "reference_images": real.stats.count,
@@ -107,7 +107,8 @@ def evaluate(directory: Path, assignments: Sequence[str], out: Path | None = Non
         "reconstruction_per_pixel": per_image / int(np.prod(index.image_shape)),
         "sets": sets,
         "densities": reports,
-        "warnings": warnings + [f"{name}: {report['failed']}" for name, report in reports.items() if "failed" in report],
+        "warnings": warnings
+        + [f"{name}: {report[what]}" for name, report in reports.items() for what in doubtful & report.keys()],
     }
     with first_rank_first() as mine:
         if mine:
@@ -137,11 +138,9 @@ def evaluate_folders(real: Path, generated: Path, assignments: Sequence[str], ou
     # Both are opened before the first goes through the network, so that a wrong second one is said in time.
     folders = (real, generated)
     walks = [walk_images(folder, settings.batch, channels=channels, count=settings.count) for folder in folders]
-    for folder, blocks in zip(folders, walks, strict=True):
-        what = f"the images of {folder}"
-        described.append(
-            describe(watched(blocks, str(folder)), extractor, settings.batch, settings.neighbor_images, device, what)
-        )
+    for folder, (total, blocks) in zip(folders, walks, strict=True):
+        blocks, what = watched(blocks, str(folder), total), f"the images of {folder}"
+        described.append(describe(blocks, extractor, settings.batch, settings.neighbor_images, device, what))
     numbers, warnings = compare(*described, extractor.metric, settings.frechet, device, f"the images of {generated}")
     metrics = {
         "real": str(real),
@@ -252,8 +251,8 @@ def reference_images(config: Config, index: ShardIndex, extractor: Extractor, de
     # The weights of a user's function are unknown; a cache may lie on some of the machines only.
     if extractor.sha256 is not None and all(gather_objects(path.is_file())):
         return ImageSet.from_file(path, key)
-    blocks = walk(config.data.root, settings.reference, settings.batch, count=settings.count)
-    images = ((int(batch["number"][0]), batch["image"]) for batch in watched(blocks, f"features of {settings.reference}"))
+    blocks = walked(config, settings.reference, f"features of {settings.reference}", settings.count)
+    images = ((int(batch["number"][0]), batch["image"]) for batch in blocks)
     described = describe(images, extractor, settings.batch, settings.neighbor_images, device, f"the split {settings.reference}")
     with first_rank_first() as mine:
         if mine and extractor.sha256 is not None:
@@ -263,6 +262,14 @@ def reference_images(config: Config, index: ShardIndex, extractor: Extractor, de
             except OSError as error:
                 log.warning("evaluate.cache=%s cannot be written (%s); going on without", settings.cache, error)
     return described
+
+
+def walked(config: Config, split: str, description: str, count: int | None = None) -> Iterable[dict]:
+    """`walk` over the first images of a split in blocks of evaluate.batch, watched."""
+    root, block = config.data.root, config.evaluate.batch
+    images = ShardIndex.load(root).split(split).samples
+    start, stop = blocks_of(min(images, count or images), block, rank(), world_size())
+    return watched(walk(root, split, block, count=count), description, stop - start)
 
 
 @torch.no_grad()
@@ -279,7 +286,7 @@ def reconstructed(
     split, block = config.evaluate.split, config.evaluate.batch
     errors = [torch.zeros(0, dtype=torch.float64, device=device)]
     latents = [torch.zeros(0, autoencoder.latent_dim, device=device)]
-    for batch in watched(walk(config.data.root, split, block, count=config.evaluate.count), f"reconstructing {split}"):
+    for batch in walked(config, split, f"reconstructing {split}", config.evaluate.count):
         images = filled(to_unit(batch["image"], device), block)
         z = autoencoder.encode(images)
         error = squared_error(autoencoder.decode(through(z.cpu()).to(z)), images)
@@ -292,7 +299,7 @@ def reconstructed(
 def training_latents(autoencoder: Autoencoder, config: Config, device: torch.device) -> torch.Tensor:
     """Latents of this rank's run of the training split, [b, d]."""
     latents = [torch.zeros(0, autoencoder.latent_dim, device=device)]
-    for batch in watched(walk(config.data.root, config.data.split, config.evaluate.batch), f"encoding {config.data.split}"):
+    for batch in walked(config, config.data.split, f"encoding {config.data.split}"):
         images = filled(to_unit(batch["image"], device), config.evaluate.batch)
         latents.append(autoencoder.encode(images)[: len(batch["image"])])
     return torch.cat(latents)

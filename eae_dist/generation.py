@@ -3,7 +3,8 @@
 Image i of a set of draws follows from (seed, i) alone, so it does not depend on the number of ranks or on how many are drawn.
 """
 
-from collections.abc import Callable, Collection, Iterator
+import json
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from eae_dist.checkpoint import Checkpoint, evaluation_folder, load_objective, open_checkpoint
-from eae_dist.data.order import filled, lane_range, permutation
+from eae_dist.data.order import blocks_of, filled, permutation
 from eae_dist.distributed import rank, world_size
 from eae_dist.draws import derive_key, keyed_hash
 from eae_dist.latent.densities import DENSITIES, Density, load_density
@@ -65,8 +66,11 @@ class TrainedModel(nn.Module):
             density = DENSITIES[name]()
             density.fit(torch.zeros(1, self.latent_dim))
             return density
-        path = evaluation_folder(self._checkpoint) / "densities" / f"{name}.safetensors"
+        folder = evaluation_folder(self._checkpoint)
+        path = folder / "densities" / f"{name}.safetensors"
         advice = f"run `python -m eae_dist.evaluate --ckpt {self._checkpoint.path} evaluate.densities=[{name}]`"
+        if (numbers := folder / "metrics.json").is_file():
+            advice = f"{folder} judges {json.loads(numbers.read_text())['checkpoint']}: take that checkpoint, or {advice}"
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist: the density {name} was not fitted; {advice}")
         try:
@@ -121,8 +125,8 @@ def decoded(
 
     Raises ValueError, on the rank that meets them, for pixels that are not finite.
     """
-    start, stop = lane_range(-(-count // block), rank(), world_size())
-    for place in watched(range(start, stop), name):
+    start, stop = blocks_of(count, block, rank(), world_size())
+    for place in watched(range(start, stop), name, stop - start):
         numbers = np.arange(place * block, min((place + 1) * block, count))
         z = filled(latents_of(numbers).to(device, torch.get_default_dtype()), block)
         images = autoencoder.decode(z)[: len(numbers)]
@@ -131,6 +135,6 @@ def decoded(
         yield int(numbers[0]), to_uint8(images)
 
 
-def watched(blocks, description: str):
-    """The same blocks, with a progress bar on rank 0."""
-    return tqdm(blocks, desc=description, unit=" blocks", disable=rank() != 0, leave=False)
+def watched(blocks: Iterable, description: str, total: int) -> Iterable:
+    """The same blocks, `total` of them on this rank, with a progress bar on rank 0."""
+    return tqdm(blocks, desc=description, total=total, unit=" blocks", disable=rank() != 0, leave=False)

@@ -25,6 +25,14 @@ from eae_dist.model.networks import kernels_of
 from eae_dist.model.norm import GlobalBatchNorm
 
 POSTERIOR, PRIOR, INPUT, MAP = range(4)  # what a batch's random numbers are drawn for
+REDUCTIONS = {  # of the penalties' terms, in words
+    "latent_square": "mean over images and dimensions",
+    "decoder_square": "sum over the decoder's kernels",
+    "gradient_square": "mean over images and dimensions",
+    "divergence": "nats, sum over dimensions, mean over images",
+    "discrepancy": "squared MMD of the batch",
+    "entropy": "nats, of the batch; the setting is per dimension",
+}
 
 
 class Objective(nn.Module):
@@ -88,8 +96,13 @@ class Objective(nn.Module):
 
     def formula(self) -> str:
         """The loss in words, with its numbers."""
-        parts = [f"{self.reconstruction_weight:.4g} reconstruction (squared error, sum per image)"]
-        return " + ".join(parts + [f"{weight:.4g} {name}" for name, weight in self.weights().items()])
+        parts = [
+            f"{self.reconstruction_weight:.4g} reconstruction (squared error, sum over pixels and channels, mean over images)"
+        ]
+        for name, weight in self.weights().items():
+            setting = self.penalties[name]
+            parts.append(f"{weight:.4g} {name} ({REDUCTIONS[name]}; objective.{setting}={getattr(self.config, setting):g})")
+        return " + ".join(parts)
 
     # The penalties that are not means over rows: (latents [b, d], first, rows, numbers, key) -> shares by name.
 

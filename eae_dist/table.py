@@ -52,9 +52,13 @@ def table(
     only: rows, all if empty. Raises ValueError or OSError for what a user can set right.
     """
     files = row_files(config, only)
-    order = sorted(files, key=lambda row: OBJECTIVES[row].first_stage is not None)  # last: they wait for others' weights
-    runs = [planned(config, files[row], row, seed, out, settings) for seed in range(seeds) for row in order]
-    failures = finish_all(runs, side_by_side, out / "logs")
+    rows = [row for row in files if row in (only or files)]
+    known = [row for row in files if row in {*rows, *(OBJECTIVES[row].first_stage for row in rows)}]
+    every = {(row, seed): planned(config, files[row], row, seed, out, settings) for seed in range(seeds) for row in known}
+    first_stages = {run: every.get((OBJECTIVES[row].first_stage, seed)) for (row, seed), run in every.items()}
+    runs = [run for run in every.values() if run.row in rows]
+    runs.sort(key=lambda run: (run.seed, first_stages[run] is not None))  # last: those that wait for others' weights
+    failures = finish_all(runs, first_stages, side_by_side, out / "logs")
 
     found = {run: metrics for run in runs if (metrics := judged(run)) is not None}
     if not found:
@@ -70,7 +74,7 @@ def table(
 
 
 def row_files(config: Path, only: Sequence[str]) -> dict[str, Path]:
-    """The file of each row, or of those in `only`, in the folder beside the data set's file, in the table's order."""
+    """The file of each row in the folder beside the data set's file, in the table's order; those of `only` must be among them."""
     folder = config.with_suffix("")
     if not config.is_file():
         raise FileNotFoundError(f"{config}: there is no such configuration file; wanted is a data set's, as configs/mnist5k.yaml")
@@ -79,7 +83,7 @@ def row_files(config: Path, only: Sequence[str]) -> dict[str, Path]:
         raise FileNotFoundError(f"{folder} holds no file of a row, such as {folder}/eae.yaml; copy those of configs/mnist5k")
     if missing := [row for row in only if row not in files]:
         raise ValueError(f"--only {' '.join(missing)}: no such row in {folder}, which has {', '.join(files)}")
-    return {row: file for row, file in files.items() if row in (only or files)}
+    return files
 
 
 def planned(config: Path, file: Path, row: str, seed: int, out: Path, settings: Sequence[str]) -> Run:
@@ -95,15 +99,14 @@ def planned(config: Path, file: Path, row: str, seed: int, out: Path, settings: 
     return Run(row, seed, folder, arguments, resolve(loaded, index.image_shape), index)
 
 
-def finish_all(runs: Sequence[Run], side_by_side: SideBySide, logs: Path) -> list[str]:
+def finish_all(runs: Sequence[Run], first_stages: dict[Run, Run | None], side_by_side: SideBySide, logs: Path) -> list[str]:
     """Brings every run to its end, several at a time; the failures, a line each, which do not stop the others."""
     failures, started = [], time.monotonic()
     logs.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(side_by_side.jobs) as pool:
         futures: dict[Run, Future] = {}
         for run in runs:
-            wanted = (OBJECTIVES[run.row].first_stage, run.seed)
-            first_stage = next((other for other in futures if (other.row, other.seed) == wanted), None)
+            first_stage = first_stages[run]
             futures[run] = pool.submit(finish, run, first_stage, futures.get(first_stage), side_by_side, logs)
         try:
             for run, future in futures.items():
@@ -121,14 +124,19 @@ def finish_all(runs: Sequence[Run], side_by_side: SideBySide, logs: Path) -> lis
 
 
 def finish(run: Run, first_stage: Run | None, ends: Future | None, side_by_side: SideBySide, logs: Path) -> str:
-    """Brings one run to its end; says what that took. first_stage: the run whose weights it may take over when that `ends`."""
+    """Brings one run to its end; says what that took.
+
+    first_stage: the run whose weights it takes over if that is trained, when it `ends` where it is among the runs.
+    """
     if judged(run) is not None:
         return "is finished"
     if (taken := steps_taken(run)) > (wanted := last_step(run.config, run.index)):
         raise ValueError(f"{run.folder} was trained for {taken} steps, wanted are {wanted}; take another --out")
     started = time.monotonic()
     if not trained(run):
-        if first_stage is not None and ends.exception() is None and same_training(run, first_stage):
+        if ends is not None:
+            ends.exception()  # waits
+        if first_stage is not None and trained(first_stage) and same_training(run, first_stage):
             adopt(run, first_stage)
         else:
             side_by_side.call("eae_dist.train", run.arguments, logs / f"{run.row}-{run.seed}-train.log")

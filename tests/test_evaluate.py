@@ -23,6 +23,7 @@ from eae_dist import generation
 from eae_dist.checkpoint import DamagedCheckpoint, open_checkpoint
 from eae_dist.config import Config
 from eae_dist.data.shards import ShardIndex
+from eae_dist.data.stream import walk
 from eae_dist.evaluate import evaluate, evaluate_folders, main
 from eae_dist.generation import sample_seeds, spherical_middle
 from eae_dist.latent.densities import DENSITIES
@@ -339,6 +340,11 @@ def test_two_stage_vae_is_judged_through_its_second_stage(shards, tmp_path, monk
     density = eae_dist.load(run).density("two_stage")
     latents = torch.randn(20, 5)
     assert not torch.allclose(density.reconstruct(latents), latents, atol=0.1)  # two epochs: far from the identity
+    model, images = eae_dist.load(run), next(walk(shards, "test", 33, rank=0, world=1))["image"] / 255
+    with torch.no_grad():
+        expected = (model.decode(density.reconstruct(model.encode(images))) - images).square().sum((1, 2, 3)).mean()
+        assert torch.equal(model.reconstruct(images), model.decode(density.reconstruct(model.encode(images))))
+    assert through["reconstruction"] == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_statistics_of_the_reference_are_taken_once(run, tmp_path, monkeypatch):
@@ -424,6 +430,19 @@ def test_folders_are_judged_by_all_their_images(folders, tmp_path, capsys):
     assert (first["sets"]["generated"]["images"], first["reference_images"]) == (7, 7)
 
 
+def test_files_are_read_as_pytorch_fid_reads_them(tmp_path, monkeypatch):
+    kept: list = []
+    (folder := tmp_path / "images").mkdir()
+    hidden = Image.new("RGBA", (4, 6), (200, 0, 0, 0))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # shown turned by a quarter
+    hidden.save(folder / "a.png")
+    Image.new("RGB", (4, 6), (200, 0, 0)).save(folder / "b.png", exif=turned)
+    monkeypatch.setitem(FEATURES, "efflite0", lambda: Seen(kept))
+    evaluate_folders(folder, folder, [])
+    assert all(images.shape[2:] == (6, 4) and (images[:, 0] == 200).all() and (images[:, 1:] == 0).all() for images in kept)
+
+
 def test_folders_are_seen_in_color_by_networks_for_color(folders, monkeypatch):
     seen = []
     monkeypatch.setitem(FEATURES, "efflite0", lambda: Seen(seen))
@@ -457,12 +476,15 @@ def test_wrong_folders_are_one_line(folders, tmp_path):
     Image.new("L", (16, 16)).save(odd / "a.png")
     Image.new("L", (16, 8)).save(odd / "b.png")
     (broken := tmp_path / "broken").mkdir()
+    (color := tmp_path / "color").mkdir()
+    Image.new("RGB", (16, 16), "red").save(color / "a.png")
     (broken / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     for generated, message in {
         tmp_path / "nowhere": "nowhere is not a folder",
         tmp_path / "empty": r"empty holds no image files \(.bmp",
         odd: r"odd: a.png is 16x16, b.png is 16x8 \(width x height\); all must have one size",
         broken: "a.png is not a usable image: ",
+        color: "a.png is a color image, and these features see gray ones",
     }.items():
         with pytest.raises(SystemExit, match=f"error: .*{message}"):
             main(["--images", str(folders[0]), str(generated), "evaluate.features=mnistcnn"])

@@ -230,9 +230,11 @@ def test_inception_is_pytorch_fids_network(dimensions, inception_weights, monkey
 
 def test_only_the_well_known_weights_and_preprocessing_are_called_fid(inception_weights, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(inception_weights.parents[2]))
-    found = build_features("inception")
+    found = build_features("inception", weights=inception_weights)
     assert found.metric == f"fd_inception_{found.sha256[:8]}" and len(found.sha256) == 64
-    assert build_features("inception", preprocessing="tf1").metric == f"{found.metric}_tf1"
+    assert build_features("inception", weights=inception_weights, preprocessing="tf1").metric == f"{found.metric}_tf1"
+    with pytest.raises(ValueError, match=f"its sha256 begins with {found.sha256[:8]}, wanted 6726825d; get it again from https"):
+        build_features("inception")
     monkeypatch.setattr(features, "sha256_of", lambda path: "6726825d" + 56 * "0")
     assert build_features("inception").metric == "fid"
     assert build_features("inception", preprocessing="clean").metric == "fid_clean"

@@ -48,7 +48,8 @@ def test_density_of_other_weights_is_refused(run):  # noqa: F811
     objective = build_objective(config.model, config.objective, (1, 16, 16), seed=9)
     checkpoints.save(run, config, objective.state_dict(), {}, {"step": 8, "image_shape": [1, 16, 16]})
     trained_on = eae_dist.load(run)
-    with pytest.raises(ValueError, match=r"it was fitted to the latents of other weights; run `.*step-00000008 "):
+    judged = r"evaluation judges .*step-00000004: take that checkpoint, or run `.*step-00000008 "
+    with pytest.raises(ValueError, match=f"it was fitted to the latents of other weights; .*{judged}"):
         trained_on.sample(2, "gmm")
     assert eae_dist.load(run / "checkpoints" / "step-00000004").sample(2, "gmm").shape == (2, 1, 16, 16)
 

@@ -26,10 +26,10 @@ def float64():
     torch.set_default_dtype(torch.float32)
 
 
-def built(name: str, *settings: str, seed: int = 0) -> Objective:
+def built(name: str, *settings: str, seed: int = 0, shape: tuple[int, int, int] = SHAPE) -> Objective:
     """A row of world_cases.OBJECTIVES, of width 4 and latent size 5."""
     config = configured("unread", name, *settings)
-    return build_objective(config.model, config.objective, SHAPE, seed)
+    return build_objective(config.model, config.objective, shape, seed)
 
 
 def images(rows: int = ROWS, channels: int = 1) -> torch.Tensor:
@@ -268,24 +268,35 @@ ADDED = {
 }
 
 
+@pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("name", ADDED)
-def test_loss_is_that_of_the_official_code(name):
-    objective, x = built(name), images()
+def test_loss_is_that_of_the_official_code(name, channels):
+    objective, x = built(name, shape=(channels, 16, 16)), images(channels=channels)
     terms = loss_of(objective, x, key=3)
     model = objective.autoencoder
     if divergence in ADDED[name]:
         mean, log_sigma = objective.posterior(x)
         z = mean + log_sigma.exp() * normal(row_keys(derive_key(3, 0), np.arange(ROWS)), 5)
-        scale = 1  # SSE/C
+        scale = 1 / channels
     else:
         z = model.encode(noisy(x, 0.05, 3) if name == "wae" else x)
-        scale = 1 / PIXELS
+        scale = 1 / (PIXELS * channels)
     expected = scale * (model.decode(z) - x).square().sum() / ROWS
     for penalty, weight in ADDED[name].items():
         value = penalty(objective, x, 3)
         assert terms[penalty.__name__].item() == pytest.approx(value.item(), rel=1e-9)
         expected = expected + weight * value
     assert terms["loss"].item() == pytest.approx(expected.item(), rel=1e-9)
+
+
+@pytest.mark.parametrize(("network", "penalized"), [("small", False), ("rae32", False), ("rae64", True)])
+def test_l2_penalty_takes_in_the_dense_layer_of_celebas_decoder_alone(network, penalized):
+    objective = built("ae_l2", f"model.network={network}", shape=(3, 64, 64))
+    decoder = objective.autoencoder.decoder
+    kernels = [layer.weight for layer in decoder.layers if hasattr(layer, "stride")] + [decoder.dense.weight] * penalized
+    expected = sum(kernel.square().sum() for kernel in kernels)
+    terms = loss_of(objective, torch.rand(4, 3, 64, 64))
+    assert terms["decoder_square"].item() == pytest.approx(expected.item(), rel=1e-9)
 
 
 def test_deviation_of_a_vae_is_bounded_and_that_of_a_cv_vae_is_set():

@@ -75,7 +75,11 @@ class Here:
         checkpoint = checkpoints.open_checkpoint(command[1])
         config = checkpoints.evaluation_config(checkpoint, command[2:])
         ((_, metrics),) = evaluations(rows=(config.objective.name,))
-        metrics |= {"model_sha256": checkpoint.model_sha256, "settings": asdict(config.evaluate)}
+        metrics |= {
+            "model_sha256": checkpoint.model_sha256,
+            "settings": asdict(config.evaluate),
+            "checkpoint": str(checkpoint.path),
+        }
         metrics |= {"index_sha256": ShardIndex.load(config.data.root).sha256, "reference_images": config.evaluate.count or 33}
         folder = checkpoints.evaluation_folder(checkpoint)
         folder.mkdir(exist_ok=True)
@@ -121,6 +125,9 @@ def test_two_stage_vae_takes_over_the_vae_of_its_seed(configs, tmp_path):
     # Its isotropic draws are those of its second stage; it has no mixture.
     lines = {line["model"] + line["images"] for line in csv.DictReader((out / "table.csv").read_text().splitlines())}
     assert "two_stage_vaetwo_stage" in lines and "two_stage_vaegmm" not in lines and "vaegmm" in lines
+    assert failures_of(configs, ["vae"], 1, Here(), tmp_path / "apart", []) == []  # also from an earlier command
+    assert failures_of(configs, ["two_stage_vae"], 1, later := Here(), tmp_path / "apart", []) == []
+    assert later.trained == [] and later.judged == ["two_stage_vae-0"]
 
     (configs.parent / "tiny" / "two_stage_vae.yaml").write_text("objective:\n  name: two_stage_vae\n  kl_weight: 0.5\n")
     assert failures_of(configs, ["vae", "two_stage_vae"], 1, other := Here(), tmp_path / "own", []) == []
@@ -306,9 +313,9 @@ def test_table_on_other_data_has_no_column_of_the_paper_s_and_every_cell_of_ours
     assert {len(line) for block in ("Isotropic", "MVG", "GMM") for line in blocks[block]} == {3}
     assert [line[0] for line in blocks[""]] == list(MODELS.values())
     eae = next(line for line in blocks[""] if line[0] == "EAE")
-    assert eae[1:] == ["10.00", "110.00", "210.00", "310.00", "410.00", "510.00", "11.50"]
+    assert eae[1:] == ["10.00", "110.00", "210.00", "310.00", "-", "410.00", "510.00", "11.50"]
     two_stage = next(line for line in blocks[""] if line[0] == "2SVAE")
-    assert two_stage[2:5] == ["103.00", "-", "-"]  # the draws of its second stage
+    assert two_stage[2:6] == ["-", "-", "-", "103.00"]  # the draws of its second stage
     assert ["2SVAE", "N/A", "3.00"] in blocks["GMM"]
 
 
@@ -318,21 +325,44 @@ def test_numbers_over_seeds_are_mean_and_sample_deviation_and_the_lowest_is_bold
     assert "mean ± standard deviation over 3 seeds" in text
 
 
+def test_sets_that_the_papers_table_has_not_stand_under_their_own_name():
+    found = evaluations(rows=("two_stage_vae", "eae"), data="cifar10")
+    for _, metrics in found:
+        metrics["sets"] |= {name: {"fd_x": 777.0 + len(name)} for name in ("isotropic", "gmm", "two_stage")}
+    text, lines = as_markdown(Results(found)), list(csv.DictReader(as_csv(Results(found)).splitlines()))
+    assert ["2SVAE", "786.00", "109.77", "0.00", "62.54"] in blocks_of(text)["Isotropic"]  # draws of the second stage
+    assert "| 2SVAE | N/A |" in text and "**780.00**" in text  # nothing of N/A is the best
+    theirs = {(one["model"], one["images"]): one["paper_fid"] for one in lines}
+    assert theirs["two_stage_vae", "two_stage"] == "109.77" and theirs["eae", "isotropic"] == "85.26"
+    assert theirs["two_stage_vae", "isotropic"] == theirs["two_stage_vae", "gmm"] == theirs["eae", "two_stage"] == ""
+    assert "| second stage |" in text
+
+
+def test_row_with_fewer_seeds_than_others_says_so():
+    found = evaluations(rows=("rae", "ae"), seeds=3)[:-1]
+    assert "| AE | 202.00 ± 1.41 (2 of 3 seeds) |" in as_markdown(Results(found))
+
+
 def test_csv_has_every_measure_of_every_set():
     lines = list(csv.DictReader(as_csv(Results(evaluations(seeds=2, data="celeba"))).splitlines()))
     assert len(lines) == (11 * 6 + 4) * 2
     line = next(one for one in lines if (one["model"], one["images"], one["measure"]) == ("eae", "gmm", "fd_x"))
     assert (float(line["mean"]), line["seeds"], line["paper_fid"]) == (311.0, "2", "39.76")
+    assert {(one["features"], one["preprocessing"]) for one in lines} == {("fd_x", "v/255")}
+    theirs = {(one["model"], one["images"]): one["paper_fid"] for one in lines if one["paper_fid"]}
+    assert theirs["eae", "reconstruction"] == "40.26" and theirs["two_stage_vae", "two_stage"] == "49.7"
+    assert len(theirs) == 5 + 7 + 10 + 11  # isotropic, mvg, gmm without 2SVAE, reconstructions
     assert float(line["std"]) == pytest.approx(2**0.5)
     assert next(one for one in lines if one["measure"] == "kid")["paper_fid"] == ""
 
 
 def test_latex_has_as_many_cells_a_line_as_columns_and_no_bare_special_character():
     text = as_latex(Results(evaluations(seeds=2)))
-    lines = [line for line in text.splitlines() if line.endswith(r"\\")]
+    note, *lines = [line for line in text.splitlines()[::-1] if line.endswith(r"\\")]
+    assert note.startswith(r"\multicolumn{3}") and r"fd\_x of mnist5k" in note
     assert {line.count("&") for line in lines} == {2} and text.count("{lrr}") == 1
     assert len(lines) == 3 + sum(map(len, BLOCKS.values()))
-    assert r"fd\_x" in text and "_x" not in text.split("\n", 1)[1].replace(r"\_x", "") and r"$\pm$" in text and "**" not in text
+    assert r"fd\_x" in text and "_x" not in text.replace(r"\_x", "") and r"$\pm$" in text and "**" not in text
 
 
 def test_evaluations_that_do_not_compare_are_refused():

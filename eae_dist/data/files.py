@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from eae_dist.data.indexing import image_channels
-from eae_dist.data.order import lane_range
+from eae_dist.data.order import blocks_of
 from eae_dist.data.processes import available_cores, run_tasks
 from eae_dist.distributed import rank, world_size
 
@@ -68,24 +68,30 @@ def read_image(path: str, crop: int | None, size: int | None, channels: int | No
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
-def walk_images(folder: Path, batch: int, *, channels: int, count: int | None = None) -> Iterator[tuple[int, torch.Tensor]]:
+def walk_images(
+    folder: Path, batch: int, *, channels: int, count: int | None = None
+) -> tuple[int, Iterator[tuple[int, torch.Tensor]]]:
     """The first `count` images of a folder (default: all) in the order of their names, this rank's run of whole blocks of
-    `batch`: the number of the block's first, and uint8 [m, channels, h, w].
+    `batch`: how many blocks, and of each the number of its first image, and uint8 [m, channels, h, w].
 
-    Files with other endings than ENDINGS are not images. A folder without images and a broken first one are a ValueError at once,
-    another broken file, or one of another size, when it is read.
+    Pixels are read as pytorch-fid reads them: turned into RGB, or gray, without regard to transparency and EXIF. Folders inside
+    the folder count; files with other endings than ENDINGS are not images. A folder without images and a broken first one are a
+    ValueError at once, another broken file, one of another size, or a color image where channels = 1, when it is read.
     """
     names = [name for name in files_under(folder)[0] if name.lower().endswith(ENDINGS)][:count]
     if not names:
         raise ValueError(f"{folder} holds no image files ({', '.join(ENDINGS)})")
-    files = ImageFiles([str(folder / name) for name in names], channels=channels)
 
     def read(number: int) -> torch.Tensor:
+        path = folder / names[number]
         try:
-            pixels = files[number]
-        except ValueError as error:
-            raise ValueError(f"{files.paths[number]} is not a usable image: {error}") from error
-        return torch.from_numpy(pixels).reshape(*pixels.shape[:2], channels).permute(2, 0, 1)
+            with Image.open(path, formats=FORMATS) as image:
+                pixels = np.array(image.convert("RGB"))
+        except Exception as error:  # what Pillow raises for a damaged file is of many kinds
+            raise ValueError(f"{path} is not a usable image: {error}") from error
+        if channels == 1 and (pixels != pixels[:, :, :1]).any():
+            raise ValueError(f"{path} is a color image, and these features see gray ones; take evaluate.features=efflite0")
+        return torch.from_numpy(pixels[:, :, :channels]).permute(2, 0, 1)
 
     shape = read(0).shape
 
@@ -97,8 +103,9 @@ def walk_images(folder: Path, batch: int, *, channels: int, count: int | None = 
                 raise ValueError(f"{folder}: {one}, {other} (width x height); all must have one size")
         return first, torch.stack(images)
 
+    start, stop = blocks_of(len(names), batch, rank(), world_size())
+
     def blocks() -> Iterator[tuple[int, torch.Tensor]]:
-        start, stop = lane_range(-(-len(names) // batch), rank(), world_size())
         with ThreadPoolExecutor(max(available_cores() // world_size(), 1)) as pool:
             ahead: deque = deque()
             for first in range(start * batch, min(stop * batch, len(names)), batch):
@@ -108,7 +115,7 @@ def walk_images(folder: Path, batch: int, *, channels: int, count: int | None = 
             while ahead:
                 yield stacked(*ahead.popleft())
 
-    return blocks()
+    return stop - start, blocks()
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:

@@ -53,6 +53,11 @@ def lane_range(lanes: int, rank: int, world: int) -> tuple[int, int]:
     return rank * lanes // world, (rank + 1) * lanes // world
 
 
+def blocks_of(total: int, batch: int, rank: int, world: int) -> tuple[int, int]:
+    """The blocks [start, stop) of one rank, of a set of `total` rows that is cut into whole blocks of `batch`."""
+    return lane_range(-(-total // batch), rank, world)
+
+
 def filled(x: torch.Tensor, rows: int) -> torch.Tensor:
     """A block with its last row repeated until there are so many, [m, ...] -> [rows, ...]."""
     return torch.cat([x, x[-1:].expand(rows - len(x), *x.shape[1:])]) if len(x) < rows else x

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from eae_dist.data.order import ORDER_VERSION, SampleOrder, lane_range
+from eae_dist.data.order import ORDER_VERSION, SampleOrder, blocks_of, lane_range
 from eae_dist.data.shards import ShardIndex, ShardReader
 from eae_dist.distributed import rank as this_rank
 from eae_dist.distributed import world_size
@@ -144,9 +144,7 @@ def _blocks(reader: ShardReader, batch: int, count: int | None, rank: int, world
     samples = np.asarray(reader.split.table["samples"])
     ends = np.cumsum(samples)
     total = int(ends[-1]) if count is None else min(count, int(ends[-1]))
-    blocks = -(-total // batch)
-    start, stop = lane_range(blocks, rank, world)
-    for block in range(start, stop):
+    for block in range(*blocks_of(total, batch, rank, world)):
         position = np.arange(block * batch, min((block + 1) * batch, total))
         shard = np.searchsorted(ends, position, side="right")
         yield reader.read(shard, position - (ends - samples)[shard]) | {"number": position}

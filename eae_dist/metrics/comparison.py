@@ -63,7 +63,8 @@ def describe(
         finite = features.isfinite().all(1)
         broken += int((~finite).sum())
         stats.add(features[finite])
-        kept.append(features[: max(keep - start, 0)])
+        if start < keep:
+            kept.append(features[: keep - start].clone())  # a view would hold the whole block
     broken = int(sum_over_ranks(torch.tensor(broken, device=device)))
     if broken:
         raise ValueError(f"{extractor.metric}: the features of {broken} images of {what} are not finite numbers")

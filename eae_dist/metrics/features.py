@@ -108,8 +108,13 @@ def inception(weights: Path | None = None, preprocessing: str = "pytorch-fid", d
             f"{path} does not exist: the weights of pytorch-fid's Inception, {INCEPTION_FILE} (95 MB), are not part of this "
             f"package and are not downloaded; get them from {INCEPTION_URL} and put them there, or set evaluate.inception_weights"
         )
-    sha256 = sha256_of(path)
-    base = "fid" if sha256.startswith(Path(INCEPTION_FILE).stem.rsplit("-", 1)[1]) else f"fd_inception_{sha256[:8]}"
+    sha256, known = sha256_of(path), Path(INCEPTION_FILE).stem.rsplit("-", 1)[1]  # the file's name has the start of its checksum
+    if weights is None and not sha256.startswith(known):
+        raise ValueError(
+            f"{path} is damaged or another file: its sha256 begins with {sha256[:8]}, wanted {known}; get it again from "
+            f"{INCEPTION_URL}, or name weights of your own as evaluate.inception_weights"
+        )
+    base = "fid" if sha256.startswith(known) else f"fd_inception_{sha256[:8]}"
     suffix = "" if preprocessing == "pytorch-fid" else f"_{preprocessing}"
     prepare, description = PREPROCESSING[preprocessing]
     return Extractor(

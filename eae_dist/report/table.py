@@ -34,6 +34,7 @@ TITLES = {
     "isotropic": "Isotropic",
     "mvg": "MVG",
     "gmm": "GMM",
+    "two_stage": "second stage",
     "interpolation_linear": "between, linear",
     "interpolation_spherical": "between, spherical",
 }
@@ -61,18 +62,25 @@ class Results:
         self.seeds = max(sum(name == row for name, _ in evaluations) for row in self.rows)
 
     def values(self, row: str, images: str, measure: str | None = None) -> list[float]:
-        """A measure (default: the Fréchet distance) of a row's set of images, one number a seed; none where it was not taken.
-
-        `isotropic` of a row with a second stage are the draws of that, which is what it draws N(0, I) for.
-        """
-        images = OBJECTIVES[row].second_stage or images if images == "isotropic" else images
+        """A measure (default: the Fréchet distance) of a row's set of images, one number a seed; none where it was not taken."""
         sets = [metrics["sets"].get(images, {}) for name, metrics in self.evaluations if name == row]
         return [numbers[measure or self.metric] for numbers in sets if (measure or self.metric) in numbers]
 
-    def best(self, images: str, rows: Sequence[str]) -> str | None:
-        """The row with the lowest mean Fréchet distance."""
-        known = {row: mean(values) for row in rows if (values := self.values(row, images))}
-        return min(known, key=known.get) if known else None
+    def cells(self, images: dict[str, str | None]) -> dict[str, str]:
+        """The Fréchet distances of a set of images for each row, as text, the lowest mean in **; N/A for None.
+
+        One seed: 85.26; several: 85.26 ± 1.30, with their number where other rows have more; - for none.
+        """
+        values = {row: [] if name is None else self.values(row, name) for row, name in images.items()}
+        best = min((row for row in values if values[row]), key=lambda row: mean(values[row]), default=None)
+        texts = {row: "N/A" if images[row] is None else self.as_text(found) for row, found in values.items()}
+        return {row: f"**{text}**" if row == best else text for row, text in texts.items()}
+
+    def as_text(self, values: Sequence[float]) -> str:
+        if not values:
+            return "-"
+        fewer = f" ({len(values)} of {self.seeds} seeds)" if len(values) < self.seeds else ""
+        return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "") + fewer
 
     def described(self) -> str:
         """What the numbers are, in a sentence."""
@@ -97,18 +105,25 @@ def published(data: str) -> dict[tuple[str, str, str], float]:
     return numbers
 
 
+def set_of_cell(row: str, density: str) -> str | None:
+    """The set of images that the paper's table means: a row with a second stage draws that for N(0, I), and nothing else."""
+    if second_stage := OBJECTIVES[row].second_stage:
+        return {"isotropic": second_stage, "reconstruction": "reconstruction"}.get(density)
+    return density
+
+
 def table_blocks(results: Results) -> dict[str, list[list[str]]]:
     """The paper's table: for each density a line a model, the cells as text; the lowest of a block in **."""
     paper, blocks = published(results.data), {}
     for density, rows in BLOCKS.items():
         rows = [row for row in rows if row in results.rows]
-        best = {images: results.best(images, rows) for images in (density, "reconstruction")}
+        columns = {"fid": density, "reconstruction": "reconstruction"}
+        ours = {column: results.cells({row: set_of_cell(row, images) for row in rows}) for column, images in columns.items()}
         lines = []
         for row in rows:
             cells = [MODELS[row]]
-            for images, column in ((density, "fid"), ("reconstruction", "reconstruction")):
-                text = "N/A" if (row, images) == ("two_stage_vae", "gmm") else as_text(results.values(row, images))
-                cells.append(f"**{text}**" if row == best[images] else text)
+            for column in columns:
+                cells.append(ours[column][row])
                 if paper:
                     number = paper.get((density, MODELS[row], column))
                     cells.append("" if number is None else f"{number:.2f}")
@@ -125,27 +140,19 @@ def block_header(results: Results, density: str) -> list[str]:
     return [TITLES[density], results.metric, "reconstruction"]
 
 
-def as_text(values: Sequence[float]) -> str:
-    """85.26, 85.26 ± 1.30, or - for none."""
-    if not values:
-        return "-"
-    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
-
-
 def as_markdown(results: Results) -> str:
     """The paper's table, and after it every model with every set of images."""
     parts = [f"# The table on {results.data}", "", results.described() + ".", ""]
     for density, lines in table_blocks(results).items():
         parts += [*markdown_table(block_header(results, density), lines), ""]
     parts += ["Every model with every density, and the mid-points between pairs of images:", ""]
+    columns = {images: results.cells(dict.fromkeys(results.rows, images)) for images in TITLES}
+    shown = [images for images, cells in columns.items() if set(cells.values()) != {"-"}]
     lines = []
-    best = {images: results.best(images, results.rows) for images in TITLES}
     for row in results.rows:
-        cells = {images: as_text(results.values(row, images)) for images in TITLES}
-        marked = [f"**{text}**" if best[images] == row else text for images, text in cells.items()]
         errors = [metrics["reconstruction"] for name, metrics in results.evaluations if name == row]
-        lines.append([MODELS[row], *marked, as_text(errors)])
-    parts += markdown_table(["", *TITLES.values(), "squared error per image"], lines)
+        lines.append([MODELS[row], *(columns[images][row] for images in shown), results.as_text(errors)])
+    parts += markdown_table(["", *(TITLES[images] for images in shown), "squared error per image"], lines)
     if warnings := sorted({f"{MODELS[row]}: {text}" for row, metrics in results.evaluations for text in metrics["warnings"]}):
         parts += ["", "Warnings:", "", *(f"- {text}" for text in warnings)]
     return "\n".join([*parts, ""])
@@ -157,32 +164,37 @@ def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> lis
 
 
 def as_csv(results: Results) -> str:
-    """Every measure of every set of images: model, images, measure, mean, standard deviation, seeds, the paper's FID."""
+    """Every measure of every set of images, with the paper's FID where it has one, and the network that made it."""
     paper, file = published(results.data), io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["model", "images", "measure", "mean", "std", "seeds", "paper_fid"])
+    writer.writerow(["model", "images", "measure", "mean", "std", "seeds", "paper_fid", "features", "preprocessing"])
+    network = (results.metric, results.first["features"]["preprocessing"])
     for row in results.rows:
         sets = [metrics["sets"] for name, metrics in results.evaluations if name == row]
+        in_paper = {set_of_cell(row, density): paper.get((density, MODELS[row], "fid")) for density in BLOCKS}
+        in_paper["reconstruction"] = next(
+            (n for (_, model, what), n in paper.items() if (model, what) == (MODELS[row], "reconstruction")), None
+        )
         for images in dict.fromkeys(name for found in sets for name in found):
             for measure in dict.fromkeys(name for found in sets for name in found.get(images, {})):
                 values = results.values(row, images, measure)
-                density = "isotropic" if images == OBJECTIVES[row].second_stage else images
-                number = paper.get((density, MODELS[row], "fid")) if measure == results.metric else None
+                number = in_paper.get(images) if measure == results.metric else None
                 spread = stdev(values) if len(values) > 1 else None
-                writer.writerow([row, images, measure, mean(values), spread, len(values), number])
+                writer.writerow([row, images, measure, mean(values), spread, len(values), number, *network])
     return file.getvalue()
 
 
 def as_latex(results: Results) -> str:
-    """The paper's table for LaTeX, with booktabs."""
-    blocks = table_blocks(results)
-    lines = [r"\begin{tabular}{l" + "r" * (len(block_header(results, "gmm")) - 1) + "}"]
+    """The paper's table for LaTeX, with booktabs, and below it what its numbers are."""
+    blocks, columns = table_blocks(results), len(block_header(results, "gmm"))
+    lines = [r"\begin{tabular}{l" + "r" * (columns - 1) + "}"]
     for place, (density, rows) in enumerate(blocks.items()):
         lines.append(r"\toprule" if place == 0 else r"\midrule")
         lines.append(" & ".join(latex(cell) for cell in block_header(results, density)) + r" \\")
         lines.append(r"\midrule")
         lines += [" & ".join(latex(cell) for cell in row) + r" \\" for row in rows]
-    return "\n".join([f"% {results.described()}", *lines, r"\bottomrule", r"\end{tabular}", ""])
+    note = rf"\multicolumn{{{columns}}}{{p{{0.8\linewidth}}}}{{\footnotesize {latex(results.described())}}} \\"
+    return "\n".join([*lines, r"\bottomrule", note, r"\end{tabular}", ""])
 
 
 def latex(cell: str) -> str:
