@@ -1,6 +1,6 @@
 """Expectation maximization of a Gaussian mixture: time an iteration against scikit-learn's from the same start, and on two ranks.
 
-    [torchrun ...] -m benchmarks.mixture        seconds an iteration on these ranks, as one line from rank 0
+    [torchrun ...] -m benchmarks.mixture N      seconds an iteration and peak memory [MiB] of these ranks, a line from rank 0
 
 n latents in d dimensions, k components with full covariances, float64, one thread each.
 """
@@ -19,18 +19,19 @@ from sklearn.mixture import GaussianMixture
 from threadpoolctl import threadpool_limits
 
 from benchmarks.table import Row, at_least, take_turns
-from eae_dist.data.order import lane_range
 from eae_dist.distributed import rank, world_size
 from eae_dist.latent.mixture import Mixture, Parameters
+from eae_dist.train import peak_memory_mib
 
 N, D, K = 50_000, 64, 10
+MANY_LATENTS = 1_000_000
 FEW, MANY = 1, 5  # iterations; their difference leaves out what is done once
 ROUNDS = 5
 FASTER = 1.4
 
 
 def rows() -> Iterator[Row]:
-    latents = drawn_latents()
+    latents = drawn_latents(N)
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         turns = {
@@ -47,7 +48,7 @@ def rows() -> Iterator[Row]:
         beside=f"wall {wall[1] / wall[0]:.2f}x",
     )
 
-    one, two = (launch(ranks) for ranks in (1, 2))
+    (one, _), (two, _) = (launch(ranks, N) for ranks in (1, 2))
     yield Row(
         f"mixture, n = {N:,}, d = {D}, k = {K}, an iteration: two ranks, one rank",
         f"{two:.3f} s",
@@ -57,30 +58,45 @@ def rows() -> Iterator[Row]:
         two < one,
         "wall",
     )
+    seconds, memory = launch(2, MANY_LATENTS)
+    yield Row(
+        f"mixture, n = {MANY_LATENTS:,}, d = {D}, k = {K}, an iteration on two ranks",
+        f"{seconds:.2f} s",
+        "",
+        "",
+        "it fits",
+        True,
+        f"wall; at most {memory:,.0f} MiB a rank, {MANY_LATENTS // 2 * D * 8 / 2**20:,.0f} MiB of them its latents",
+    )
 
 
 @cache
-def drawn_latents() -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    centers = torch.randn(K, D, generator=generator, dtype=torch.float64)
-    groups = torch.randint(K, (N,), generator=generator)
-    return centers[groups] + torch.randn(N, D, generator=generator, dtype=torch.float64)
+def drawn_centers() -> torch.Tensor:
+    return torch.randn(K, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-def launch(ranks: int) -> float:
-    """Seconds an iteration on so many ranks."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "benchmarks.mixture"]
-    return float(subprocess.run([sys.executable, *launcher], capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+def drawn_latents(n: int, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    groups = torch.randint(K, (n,), generator=generator)
+    return torch.randn(n, D, generator=generator, dtype=torch.float64).add_(drawn_centers()[groups])
+
+
+def launch(ranks: int, n: int) -> tuple[float, float]:
+    """Seconds an iteration on so many ranks, and the most memory of one of them [MiB]."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "benchmarks.mixture", str(n)]
+    done = subprocess.run([sys.executable, *launcher], capture_output=True, text=True, check=True)
+    seconds, memory = done.stdout.splitlines()[-1].split()
+    return float(seconds), float(memory)
 
 
 def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    mine = drawn_latents()[slice(*lane_range(N, rank(), world_size()))]
+    mine = drawn_latents(int(sys.argv[1]) // world_size(), seed=rank())
     turns = {iterations: lambda iterations=iterations: ours(mine, iterations) for iterations in (FEW, MANY)}
     seconds = take_turns(turns, ROUNDS)
     if rank() == 0:
-        print((seconds[MANY].wall - seconds[FEW].wall) / (MANY - FEW))
+        print((seconds[MANY].wall - seconds[FEW].wall) / (MANY - FEW), peak_memory_mib(torch.device("cpu")))
     dist.destroy_process_group()
 
 
@@ -89,14 +105,14 @@ def iteration(seconds: dict, fit, clock: str) -> float:
 
 
 def ours(latents: torch.Tensor, iterations: int) -> None:
-    start = Parameters(torch.full((K,), 1 / K), drawn_latents()[:K], torch.eye(D).repeat(K, 1, 1))
+    start = Parameters(torch.full((K,), 1 / K), drawn_centers() + 0.1, torch.eye(D).repeat(K, 1, 1))
     Mixture(K, start=start, tolerance=0, iterations=iterations).fit(latents)
 
 
 def theirs(latents: torch.Tensor, iterations: int) -> None:
     start = {
         "weights_init": np.full(K, 1 / K),
-        "means_init": latents[:K].numpy(),
+        "means_init": (drawn_centers() + 0.1).numpy(),
         "precisions_init": np.stack([np.eye(D)] * K),
     }
     GaussianMixture(K, tol=0, max_iter=iterations, **start).fit(latents.numpy())

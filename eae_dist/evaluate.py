@@ -3,7 +3,7 @@
     python -m eae_dist.evaluate --ckpt DIR [--nproc N] [--out DIR] [key=value ...]
     python -m eae_dist.evaluate --images REAL GENERATED [--nproc N] [--out DIR] [key=value ...]
 
-Alone it uses all local GPUs, or N CPU ranks; under accelerate or torchrun it joins their ranks. The numbers do not
+Alone it uses all local GPUs, or N CPU ranks; under accelerate, torchrun or srun it joins their ranks. The numbers do not
 depend on how many ranks there are, and a run that was killed goes on where it was. Writes metrics.json, the fitted densities
 and PNG grids into RUN/evaluation, or into --out.
 """

@@ -1,11 +1,12 @@
 """Processes on this machine: commands that start their own ranks, and commands that run side by side.
 
-A command takes all local GPUs, or as many CPU ranks as --nproc says. Under a launcher (torchrun, accelerate) it joins the
-launcher's ranks.
+A command takes all local GPUs, or as many CPU ranks as --nproc says. Under a launcher (torchrun, accelerate, srun) it joins
+the launcher's ranks.
 """
 
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ def run_on_ranks(module: str, nproc: int | None, command: Sequence[str], work: C
     Where more ranks are wanted and no launcher made them, this process becomes torchrun with `python -m module command`. What
     a user can set right (ValueError, OSError) ends the process with one line.
     """
+    join_srun()
     gpus = torch.cuda.device_count()
     if nproc is not None and nproc < 1:
         sys.exit(f"error: --nproc={nproc} must be at least 1")
@@ -44,6 +46,31 @@ def run_on_ranks(module: str, nproc: int | None, command: Sequence[str], work: C
     with ending_ranks():
         result = work()
     return result if first else None
+
+
+def join_srun() -> None:
+    """Makes the tasks of an srun step ranks: names them as torchrun would. Nothing else, and nothing of a single task."""
+    env = os.environ
+    if "RANK" in env or int(env.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
+        return
+    job, step = (int(env.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    own = {"MASTER_ADDR": first_host(env["SLURM_STEP_NODELIST"]), "MASTER_PORT": str(15_000 + (job + step) % 15_000)}
+    gpus = torch.cuda.device_count()  # one, where the step gives each task its own
+    local = int(env["SLURM_LOCALID"])
+    ranks = {
+        "RANK": env["SLURM_PROCID"],
+        "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": str(local % (gpus or local + 1)),
+    }
+    tasks_of_nodes = env.get("SLURM_STEP_TASKS_PER_NODE", "1")  # 4(x2),3: four on each of two nodes, three on the next
+    env |= own | {name: env[name] for name in own if name in env} | ranks
+    env["LOCAL_WORLD_SIZE"] = re.match(r"\d+", tasks_of_nodes)[0]
+
+
+def first_host(nodes: str) -> str:
+    """The first name in SLURM's short form of a list: gpu[07-10,12],cpu1 -> gpu07."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)[0]
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first)
 
 
 def launched(module: str, ranks: int, command: Sequence[str]) -> list[str]:

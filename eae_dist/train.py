@@ -42,6 +42,7 @@ from eae_dist.distributed import (
     world_size,
 )
 from eae_dist.draws import derive_key
+from eae_dist.local_ranks import join_srun
 from eae_dist.losses.entropy import gaussian_reference
 from eae_dist.model.autoencoder import to_unit
 from eae_dist.objectives import Objective, build_objective, objective_class, resolve
@@ -427,6 +428,7 @@ def say(text: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    join_srun()
     with ending_ranks(metrics_log.TrainingDiverged):
         train(load_config(sys.argv[1:] if argv is None else argv))
         barrier()

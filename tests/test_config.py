@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 from eae_dist import config as config_module
-from eae_dist.config import Config, changed_keys, flatten, load_config, override, read_config, save_config
+from eae_dist.config import Config, ObjectiveConfig, changed_keys, flatten, load_config, override, read_config, save_config
 from eae_dist.objectives import OBJECTIVES, resolve
 
 DEFAULTS = flatten(Config())
@@ -362,6 +362,58 @@ def test_every_row_of_a_data_set_loads_with_it_and_says_its_command(path):
     assert config.train.output == f"runs/{path.parent.name}/{path.stem}"
     command = f"accelerate launch -m eae_dist.train --config configs/{data.name} configs/{path.parent.name}/{path.name}"
     assert command in path.read_text()
+
+
+# What Ghosh et al. (2020) ran: the weights of a row, its learning rate and epochs, its batch where it is not 100.
+PUBLISHED = """
+mnist   vae           kl_weight=0.312                                lr=1e-4 epochs=100
+mnist   cv_vae        kl_weight=0.039 sigma=0.7                      lr=1e-4 epochs=100
+mnist   wae           mmd_weight=0.03                                lr=1e-3 epochs=100
+mnist   two_stage_vae kl_weight=0.312                                lr=1e-4 epochs=100
+mnist   rae           latent_weight=5e-4                             lr=5e-4 epochs=100
+mnist   rae_l2        latent_weight=1e-4 decoder_weight=1e-7         lr=5e-4 epochs=100
+mnist   rae_gp        latent_weight=1e-4 gradient_weight=5e-8        lr=5e-4 epochs=100
+mnist   rae_sn        latent_weight=9e-3                             lr=5e-4 epochs=100
+mnist   ae                                                           lr=5e-4 epochs=100
+mnist   ae_l2         decoder_weight=1e-7                            lr=5e-4 epochs=100
+cifar10 vae           kl_weight=0.024                                lr=1e-4 epochs=100
+cifar10 cv_vae        kl_weight=9e-4 sigma=0.7                       lr=1e-4 epochs=70
+cifar10 wae           mmd_weight=0.006                               lr=1e-3 epochs=70
+cifar10 two_stage_vae kl_weight=0.024                                lr=1e-4 epochs=100
+cifar10 rae           latent_weight=0.01                             lr=5e-4 epochs=100
+cifar10 rae_l2        latent_weight=1e-3 decoder_weight=1e-6         lr=5e-4 epochs=100
+cifar10 rae_gp        latent_weight=9e-4 gradient_weight=0           lr=5e-4 epochs=70
+cifar10 rae_sn        latent_weight=0.03                             lr=5e-4 epochs=100
+cifar10 ae                                                           lr=5e-4 epochs=100
+cifar10 ae_l2         decoder_weight=1e-6                            lr=5e-4 epochs=100
+celeba  vae           kl_weight=0.09024                              lr=1e-4 epochs=70 batch=1000
+celeba  cv_vae        kl_weight=0.01 sigma=0.7                       lr=1e-4 epochs=70
+celeba  wae           reconstruction_weight=0.05 mmd_weight=100 input_noise=0.01 lr=1e-3 epochs=70
+celeba  two_stage_vae kl_weight=0.09024                              lr=1e-4 epochs=70 batch=1000
+celeba  rae           latent_weight=1e-4                             lr=1e-3 epochs=70
+celeba  rae_l2        latent_weight=1e-4 decoder_weight=1e-7         lr=1e-3 epochs=70
+celeba  rae_gp        latent_weight=1e-4 gradient_weight=1e-7        lr=1e-3 epochs=70
+celeba  rae_sn        latent_weight=0.0024                           lr=1e-3 epochs=70
+celeba  ae                                                           lr=1e-3 epochs=70
+celeba  ae_l2         decoder_weight=1e-6                            lr=1e-3 epochs=100
+"""
+
+
+@pytest.mark.parametrize("line", PUBLISHED.strip().splitlines(), ids=lambda line: "/".join(line.split()[:2]))
+def test_baselines_have_their_published_settings(line):
+    data, row, *settings = line.split()
+    wanted = {name: float(value) for name, value in (text.split("=") for text in settings)}
+    config = load_config(["--config", *(str(ROOT / "configs" / name) for name in (f"{data}.yaml", f"{data}/{row}.yaml"))])
+    config = resolve(config, SHAPES[data])
+    train = {"lr": config.train.learning_rate, "epochs": config.train.epochs, "batch": config.train.global_batch}
+    assert train == {"batch": 100} | {name: wanted.pop(name) for name in train if name in wanted}
+    assert config.train.schedule == "plateau"
+    assert config.model.latent_dim == {"mnist": 16, "cifar10": 128, "celeba": 64}[data]
+    objective = vars(config.objective)
+    assert {name: objective[name] for name in wanted} == wanted
+    # Nothing else was set.
+    own = {name for name, value in objective.items() if value != getattr(ObjectiveConfig(), name)} - {"name"}
+    assert own <= wanted.keys()
 
 
 def test_every_data_set_with_rows_has_every_row():

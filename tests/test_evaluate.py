@@ -4,6 +4,9 @@ import json
 import os
 import re
 import shutil
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
-from conftest import image_of, write_shards
+from conftest import ROOT, image_of, rank_environment, write_shards
 from PIL import Image
 from world_cases import configured
 
@@ -29,6 +32,7 @@ from eae_dist.generation import sample_seeds, spherical_middle
 from eae_dist.latent.densities import DENSITIES
 from eae_dist.latent.mixture import Mixture
 from eae_dist.latent.two_stage import TwoStage
+from eae_dist.local_ranks import first_host
 from eae_dist.metrics.comparison import compare
 from eae_dist.metrics.features import FEATURES, Extractor, build_features
 from eae_dist.metrics.frechet import FeatureStats, frechet_distance
@@ -460,6 +464,39 @@ class Seen(Extractor):
 
 
 NAMELESS = {"metric": "fd", "dimensions": 8, "sha256": None, "preprocessing": "none"}
+
+
+def test_tasks_of_an_srun_step_judge_two_folders_together_as_one_process_does(folders, tmp_path):
+    command = ["--images", *map(str, folders), "evaluate.features=mnistcnn", "evaluate.batch=8"]
+    main([*command, "--out", str(tmp_path / "one")])
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_STEP_TASKS_PER_NODE": "2"}
+    step |= {"MASTER_PORT": str(port), "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "eae_dist.evaluate", *command, "--out", str(tmp_path / "two")],
+            env=rank_environment() | step | {"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)},
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for task in range(2)
+    ]
+    said = [task.communicate(timeout=120)[0] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0]
+    assert "20 images of" in said[0] and said[1] == ""
+    one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
+    assert one["sets"] == two["sets"]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("cpu1", "cpu1"), ("cpu1,cpu2", "cpu1"), ("gpu[07-10,12],cpu1", "gpu07"), ("r[1-2]n[3,5].site", "r1n3.site")],
+)
+def test_first_host_of_a_list_of_slurm(nodes, first):
+    assert first_host(nodes) == first
 
 
 def test_wrong_second_folder_is_said_before_the_first_is_judged(folders, tmp_path, monkeypatch):

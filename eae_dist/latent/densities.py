@@ -1,7 +1,7 @@
 """The densities that latents are drawn from after training, by name.
 
-A density is fitted to latents that stay where they are, on all ranks, and its samples are functions of their seeds: neither
-depends on the number of ranks.
+A density is fitted to the latents of all ranks, and its samples are functions of their seeds: neither depends on the number of
+ranks. But for `two_stage` the latents stay where they are.
 """
 
 from pathlib import Path
