@@ -239,3 +239,10 @@ def test_loss_that_is_not_a_number_stops_all_ranks_and_names_term_step_rank_and_
     assert "reconstruction is nan at step 7" in message
     assert f"on rank {', '.join(map(str, range(ranks)))}" in message  # a batch norm carries it to all ranks in the same step
     assert "the last good checkpoint is" in message and "step-00000005" in message
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_failure_of_the_first_rank_ends_the_others_with_its_words(world, ranks):
+    first, *others = world(ranks)["failure_of_the_first_rank"]
+    assert first == ("OSError", "No space left on device")
+    assert others == [("FirstRankFailed", "OSError: No space left on device")] * (ranks - 1)

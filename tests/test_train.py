@@ -95,29 +95,25 @@ def test_grids_come_every_epoch_and_at_the_end(undisturbed):
     assert names == [f"step-{step:08d}-{grid}.png" for step in (6, 12, STEPS) for grid in grids]
 
 
-def test_killed_rank_ends_the_job_and_the_next_start_resumes_to_the_same_bits(undisturbed, shards, tmp_path):
-    run, mark = tmp_path / "run", tmp_path / "mark"
-    broken = launch(shards, run, mark, SABOTEUR_SIGNAL="SIGKILL")
-    assert broken.returncode != 0 and mark.exists()
+def test_run_with_a_killed_rank_and_a_terminated_launcher_ends_with_the_bits_of_one_without(undisturbed, shards, tmp_path):
+    run, killed, terminated = (tmp_path / name for name in ("run", "killed", "terminated"))
+    broken = launch(shards, run, killed, SABOTEUR_SIGNAL="SIGKILL")
+    assert broken.returncode != 0 and killed.exists()
     assert (run / "checkpoints" / "latest").resolve().name == "step-00000006"  # the best after the first epoch
-    resumed = launch(shards, run, mark)
-    assert resumed.returncode == 0 and "steps 6 to 14" in resumed.stderr, resumed.stderr[-4000:]
+
+    # With loader workers: torchrun signals them too, and they must outlive the step in which the run saves.
+    sabotage = {"SABOTEUR_SIGNAL": "SIGTERM", "SABOTEUR_TARGET": "launcher", "SABOTEUR_STEP": "2"}
+    stopped = launch(shards, run, terminated, "data.workers=1", **sabotage)
+    assert "steps 6 to 14" in stopped.stderr and f"saved in {run}/checkpoints/latest" in stopped.stderr, stopped.stderr[-4000:]
+    step = int((run / "checkpoints" / "latest").resolve().name.removeprefix("step-"))
+    assert 8 <= step < STEPS
+
+    resumed = launch(shards, run, terminated)
+    assert resumed.returncode == 0 and f"steps {step} to 14" in resumed.stderr, resumed.stderr[-4000:]
     expected, found = weights(undisturbed[0]), weights(run)
     assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
     steps = [line["step"] for line in records(run)]
     assert steps == sorted(set(steps))
-
-
-def test_sigterm_to_the_launcher_saves_on_every_rank_and_the_next_start_resumes_to_the_same_bits(undisturbed, shards, tmp_path):
-    run, mark = tmp_path / "run", tmp_path / "mark"
-    # With loader workers: torchrun signals them too, and they must outlive the step in which the run saves.
-    stopped = launch(shards, run, mark, "data.workers=1", SABOTEUR_SIGNAL="SIGTERM", SABOTEUR_TARGET="launcher")
-    assert f"saved in {run}/checkpoints/latest" in stopped.stderr, stopped.stderr[-4000:]
-    assert 7 <= int((run / "checkpoints" / "latest").resolve().name.removeprefix("step-")) < STEPS
-    resumed = launch(shards, run, mark)
-    assert resumed.returncode == 0, resumed.stderr[-4000:]
-    expected, found = weights(undisturbed[0]), weights(run)
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 def test_plain_launch_without_gpu_runs_one_rank_says_how_to_get_two_and_ends_with_its_launcher(shards, tmp_path):

@@ -22,7 +22,16 @@ from world_metrics import CASES as METRIC_CASES
 from eae_dist import checkpoint as checkpoints
 from eae_dist.data.files import walk_images
 from eae_dist.data.stream import ShardStream
-from eae_dist.distributed import barrier, gather_rows, rank, sum_over_ranks, world_size
+from eae_dist.distributed import (
+    FirstRankFailed,
+    barrier,
+    first_rank_first,
+    gather_objects,
+    gather_rows,
+    rank,
+    sum_over_ranks,
+    world_size,
+)
 from eae_dist.draws import derive_key
 from eae_dist.evaluate import evaluate, reconstructed
 from eae_dist.generation import decoded
@@ -304,6 +313,16 @@ def distance_of_two_folders():
         for name in ("a", "b")
     )
     return {root: frechet_distance(a, b, root) for root in ROOTS}
+
+
+@case
+def failure_of_the_first_rank():
+    try:
+        with first_rank_first() as mine:
+            if mine:
+                raise OSError("No space left on device")
+    except (OSError, FirstRankFailed) as error:
+        return gather_objects((type(error).__name__, str(error)))
 
 
 @case

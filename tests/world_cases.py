@@ -28,9 +28,8 @@ OBJECTIVES = {
 ENTROPIC = ("eae", "eae_linear", "eae_redrawn")
 OF_THREE = (*ENTROPIC, "ae")  # rows that are trained on three ranks too
 FLOAT32 = (*ENTROPIC, "ae", "rae_gp")
-STATEFUL = ("rae_sn", "vae", "wae")  # with noise, draws or buffers of their own
 # Ranks -> rows that are interrupted and go on there.
-INTERRUPTED = {1: (*OF_THREE, *STATEFUL), 2: tuple(OBJECTIVES), 3: OF_THREE, 4: (*OF_THREE, *STATEFUL)}
+INTERRUPTED = {1: tuple(OBJECTIVES), 2: tuple(OBJECTIVES), 3: OF_THREE, 4: tuple(OBJECTIVES)}
 
 
 def configured(shards: Path, name: str, *settings: str) -> Config:
