@@ -64,9 +64,7 @@ def rows() -> Iterator[Row]:
         f"{seconds:.2f} s",
         "",
         "",
-        "it fits",
-        True,
-        f"wall; at most {memory:,.0f} MiB a rank, {MANY_LATENTS // 2 * D * 8 / 2**20:,.0f} MiB of them its latents",
+        beside=f"wall; at most {memory:,.0f} MiB a rank, {MANY_LATENTS // 2 * D * 8 / 2**20:,.0f} MiB of them its latents",
     )
 
 

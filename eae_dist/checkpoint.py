@@ -144,7 +144,7 @@ def newest_intact(run: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, damage
 
 
-def discard_after(run: Path, step: int) -> None:
+def set_aside_after(run: Path, step: int) -> None:
     """Sets aside what is newer than `step`, damaged checkpoints as a rule, and removes what an interrupted save left."""
     for path in (run / "checkpoints").glob(".*.partial"):
         shutil.rmtree(path)
@@ -253,7 +253,7 @@ def open_run_folder(run: Path, config: Config, data_identity: dict) -> Checkpoin
                 for line in changed_keys(before, config, changeable=True):
                     log.info("changed since the run was started: %s", line)
                 check_same_data(found.state["stream"], data_identity, run)
-                discard_after(run, found.state["step"])
+                set_aside_after(run, found.state["step"])
                 mark_best(run, found.state["best_step"])
                 path = found.path
             elif damage:

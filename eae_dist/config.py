@@ -182,7 +182,7 @@ class EvaluateConfig:
     frechet: str = changeable("svd")
     """The matrix root of the Fréchet distance: svd, or sqrtm as pytorch-fid takes it."""
     neighbor_images: int = changeable(10_000)
-    """At most this many images of a set are compared by kid, precision, recall, density and coverage; at least 6."""
+    """At most this many images of a set are compared by kid, precision, recall, density and coverage, the last four from 6 on."""
     cache: str = changeable("~/.cache/eae_dist")
     """Folder where the statistics of reference images are kept."""
     batch: int = changeable(256)
@@ -228,6 +228,11 @@ def override(config: Config, assignments: Sequence[str]) -> Config:
 
 def save_config(config: Config, path: Path) -> None:
     replace_file(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def is_assignment(text: str) -> bool:
+    """Whether a word of a command line sets a key, and is not a path with a = in it."""
+    return "=" in text and text.partition(".")[0] in {section.name for section in fields(Config)}
 
 
 def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -402,8 +407,8 @@ def _check_values(config: Config) -> None:
     for key, value in positive.items():
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{key}={value} must be greater than 0" + (" and finite" if value == math.inf else ""))
-    if config.evaluate.neighbor_images < 6:
-        raise ValueError(f"evaluate.neighbor_images={config.evaluate.neighbor_images} must be at least 6, for five neighbors")
+    if config.evaluate.neighbor_images < 2:
+        raise ValueError(f"evaluate.neighbor_images={config.evaluate.neighbor_images} must be at least 2")
     for key, value in vars(objective).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"objective.{key}={value} must be finite")

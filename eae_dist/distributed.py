@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 # The process that started this one, where it is a launcher: a shell may end before what it started.
-_LAUNCHER = os.getppid() if {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys() else None
+_LAUNCHER = os.getppid() if {"ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID"} & os.environ.keys() else None
 
 
 def _initialized() -> bool:
@@ -134,6 +134,16 @@ def from_first_rank(value):
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def require_equal(value, what: str) -> None:
+    """Raises ValueError on every rank unless all were given the same value (picklable, small); `what` names it."""
+    every = gather_objects(value)
+    if other := [at for at, theirs in enumerate(every) if theirs != every[0]]:
+        raise ValueError(
+            f"rank {other[0]} was given other {what} than rank 0, but they are ranks of one job: {every[other[0]]}, {every[0]}. "
+            f"Separate jobs under one launcher want SLURM_STEP_NUM_TASKS=1 and no RANK in their environment"
+        )
 
 
 class FirstRankFailed(RuntimeError):

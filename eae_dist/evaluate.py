@@ -12,7 +12,7 @@ import argparse
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -85,7 +85,7 @@ def evaluate(directory: Path, assignments: Sequence[str], out: Path | None = Non
 
     # The real images' features, the densities of the training latents, the latents of the split.
     real = reference_images(config, index, extractor, device)
-    fitted, reports = fit_densities(autoencoder, config, densities, done, device, needed=settings.densities or [second_stage])
+    fitted, reports = fit_densities(autoencoder, config, densities, done, device, needed={*settings.densities, second_stage})
     through = fitted[second_stage].reconstruct if second_stage else lambda latents: latents
     errors, latents = reconstructed(autoencoder, config, device, through)
 
@@ -306,7 +306,12 @@ def training_latents(autoencoder: Autoencoder, config: Config, device: torch.dev
 
 
 def fit_densities(
-    autoencoder: Autoencoder, config: Config, names: Sequence[str], done: Progress, device: torch.device, needed: Sequence[str]
+    autoencoder: Autoencoder,
+    config: Config,
+    names: Sequence[str],
+    done: Progress,
+    device: torch.device,
+    needed: Collection[str | None],
 ) -> tuple[dict[str, Density], dict[str, dict]]:
     """The densities, fitted to the training latents or read back, and how each fit went.
 

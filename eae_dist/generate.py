@@ -17,6 +17,7 @@ from accelerate import PartialState
 from PIL import Image
 
 from eae_dist.checkpoint import evaluation_config, named_networks, open_checkpoint
+from eae_dist.config import is_assignment
 from eae_dist.distributed import first_rank_first
 from eae_dist.durable import replace_file
 from eae_dist.generation import decoded, sample_seeds, trained_model
@@ -55,11 +56,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=100, help="how many images; default: 100")
     parser.add_argument("--nproc", type=int, help="local ranks; default: one per GPU, or one on a CPU")
     parser.add_argument(
-        "given", nargs="*", metavar=("OUT", "key=value"), help="folder of the images; evaluate.seed and evaluate.batch"
+        "given", nargs="*", metavar="OUT|key=value", help="folder of the images; evaluate.seed and evaluate.batch"
     )
     arguments = parser.parse_intermixed_args(argv)
-    settings = [text for text in arguments.given if "=" in text]
-    folders = [text for text in arguments.given if "=" not in text]
+    settings = [text for text in arguments.given if is_assignment(text)]
+    folders = [text for text in arguments.given if not is_assignment(text)]
     if len(folders) != 1:
         parser.error(f"wanted is one folder OUT for the images, got {' '.join(folders) or 'none'}")
     command = ["--ckpt", str(arguments.ckpt), "--density", arguments.density, "--count", str(arguments.count)]

@@ -3,7 +3,6 @@
 Image i of a set of draws follows from (seed, i) alone, so it does not depend on the number of ranks or on how many are drawn.
 """
 
-import json
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
@@ -69,14 +68,12 @@ class TrainedModel(nn.Module):
         folder = evaluation_folder(self._checkpoint)
         path = folder / "densities" / f"{name}.safetensors"
         advice = f"run `python -m eae_dist.evaluate --ckpt {self._checkpoint.path} evaluate.densities=[{name}]`"
-        if (numbers := folder / "metrics.json").is_file():
-            advice = f"{folder} judges {json.loads(numbers.read_text())['checkpoint']}: take that checkpoint, or {advice}"
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist: the density {name} was not fitted; {advice}")
         try:
             return load_density(name, path, self._checkpoint.model_sha256)
         except ValueError as error:
-            raise ValueError(f"{error}; {advice}") from error
+            raise ValueError(f"{error}; take the checkpoint that {folder}/metrics.json names, or {advice}") from error
 
 
 def load(directory: str | Path, *, device: str | torch.device = "cpu", allow: Collection[str] = ()) -> TrainedModel:

@@ -1,7 +1,7 @@
 """Processes on this machine: commands that start their own ranks, and commands that run side by side.
 
-A command takes all local GPUs, or as many CPU ranks as --nproc says. Under a launcher (torchrun, accelerate, srun) it joins
-the launcher's ranks.
+A command on ranks takes all local GPUs, or as many CPU ranks as --nproc says. Under a launcher (torchrun, accelerate, srun) it
+joins the launcher's ranks.
 """
 
 import logging
@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
@@ -19,7 +19,8 @@ import torch
 from accelerate import PartialState
 
 from eae_dist.data.processes import available_cores
-from eae_dist.distributed import ending_ranks, rank
+from eae_dist.distributed import ending_ranks, rank, require_equal
+from eae_dist.draws import derive_key
 
 Result = TypeVar("Result")
 
@@ -30,7 +31,7 @@ def run_on_ranks(module: str, nproc: int | None, command: Sequence[str], work: C
     Where more ranks are wanted and no launcher made them, this process becomes torchrun with `python -m module command`. What
     a user can set right (ValueError, OSError) ends the process with one line.
     """
-    join_srun()
+    os.environ |= srun_ranks(os.environ)
     gpus = torch.cuda.device_count()
     if nproc is not None and nproc < 1:
         sys.exit(f"error: --nproc={nproc} must be at least 1")
@@ -44,27 +45,27 @@ def run_on_ranks(module: str, nproc: int | None, command: Sequence[str], work: C
     if first:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
     with ending_ranks():
+        require_equal(list(command), "arguments")
         result = work()
     return result if first else None
 
 
-def join_srun() -> None:
-    """Makes the tasks of an srun step ranks: names them as torchrun would. Nothing else, and nothing of a single task."""
-    env = os.environ
-    if "RANK" in env or int(env.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
-        return
-    job, step = (int(env.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
-    own = {"MASTER_ADDR": first_host(env["SLURM_STEP_NODELIST"]), "MASTER_PORT": str(15_000 + (job + step) % 15_000)}
-    gpus = torch.cuda.device_count()  # one, where the step gives each task its own
-    local = int(env["SLURM_LOCALID"])
-    ranks = {
+def srun_ranks(env: Mapping[str, str]) -> dict[str, str]:
+    """What torchrun would set for this task of an srun step, as ranks of one job; nothing for a step of one task.
+
+    Nor for a shell that was started by srun, whose other tasks have ended.
+    """
+    if "RANK" in env or int(env.get("SLURM_STEP_NUM_TASKS", "1")) == 1 or sys.stdin.isatty():
+        return {}
+    gpus, local = torch.cuda.device_count(), int(env["SLURM_LOCALID"])  # one GPU, where the step gives each task its own
+    port = derive_key(int(env["SLURM_JOB_ID"]), int(env["SLURM_STEP_ID"])) % 15_000
+    return {
         "RANK": env["SLURM_PROCID"],
         "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
-        "LOCAL_RANK": str(local % (gpus or local + 1)),
+        "LOCAL_RANK": str(local % gpus if gpus else local),
+        "MASTER_ADDR": env.get("MASTER_ADDR") or first_host(env["SLURM_STEP_NODELIST"]),
+        "MASTER_PORT": env.get("MASTER_PORT") or str(15_000 + port),
     }
-    tasks_of_nodes = env.get("SLURM_STEP_TASKS_PER_NODE", "1")  # 4(x2),3: four on each of two nodes, three on the next
-    env |= own | {name: env[name] for name in own if name in env} | ranks
-    env["LOCAL_WORLD_SIZE"] = re.match(r"\d+", tasks_of_nodes)[0]
 
 
 def first_host(nodes: str) -> str:
@@ -91,7 +92,7 @@ class SideBySide:
     """
 
     def __init__(self, jobs: int, nproc: int | None):
-        if "RANK" in os.environ:
+        if "RANK" in os.environ or srun_ranks(os.environ):
             raise ValueError("this command starts its own ranks; call it without a launcher")
         if jobs < 1 or (nproc is not None and nproc < 1):
             raise ValueError(f"--jobs={jobs} and --nproc={nproc} must be at least 1")
@@ -107,7 +108,7 @@ class SideBySide:
         threads = str(max(available_cores() // (jobs * self.ranks), 1))
         self._environments: SimpleQueue[dict[str, str]] = SimpleQueue()
         for job in range(jobs):
-            environment = {"OMP_NUM_THREADS": threads, **os.environ}
+            environment = {"OMP_NUM_THREADS": threads, **os.environ, "SLURM_STEP_NUM_TASKS": "1"}
             if gpus:
                 environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[job * self.ranks : (job + 1) * self.ranks])
             self._environments.put(environment)

@@ -53,8 +53,8 @@ def table(
     """
     files = row_files(config, only)
     rows = [row for row in files if row in (only or files)]
-    known = [row for row in files if row in {*rows, *(OBJECTIVES[row].first_stage for row in rows)}]
-    every = {(row, seed): planned(config, files[row], row, seed, out, settings) for seed in range(seeds) for row in known}
+    there = [row for row in files if row in rows or (out / "runs" / f"{row}-0").is_dir()]
+    every = {(row, seed): planned(config, files[row], row, seed, out, settings) for seed in range(seeds) for row in there}
     first_stages = {run: every.get((OBJECTIVES[row].first_stage, seed)) for (row, seed), run in every.items()}
     runs = [run for run in every.values() if run.row in rows]
     runs.sort(key=lambda run: (run.seed, first_stages[run] is not None))  # last: those that wait for others' weights
@@ -158,7 +158,8 @@ def trained(run: Run) -> bool:
     config = run.folder / "checkpoints" / "latest" / "config.yaml"
     if steps_taken(run) != last_step(run.config, run.index) or changed_keys(read_config(config), run.config, changeable=False):
         return False
-    return state_of(run)["stream"]["index_sha256"] == run.index.sha256
+    state = state_of(run)
+    return state["stream"]["index_sha256"] == run.index.sha256 and not state.get("unfinished")
 
 
 def steps_taken(run: Run) -> int:

@@ -12,7 +12,7 @@ import resource
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import closing, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -37,12 +37,13 @@ from eae_dist.distributed import (
     first_rank_first,
     gather_rows,
     rank,
+    require_equal,
     row_counts,
     sum_over_ranks,
     world_size,
 )
 from eae_dist.draws import derive_key
-from eae_dist.local_ranks import join_srun
+from eae_dist.local_ranks import srun_ranks
 from eae_dist.losses.entropy import gaussian_reference
 from eae_dist.model.autoencoder import to_unit
 from eae_dist.objectives import Objective, build_objective, objective_class, resolve
@@ -59,6 +60,7 @@ def train(config: Config) -> None:
     """
     # The ranks, the data, the run folder.
     accelerator = start_accelerator(config.train)
+    require_equal(flatten(config), "settings")
     stream = open_stream(config)
     config = resolve(config, stream.index.image_shape)
     run = Path(config.train.output)
@@ -92,7 +94,8 @@ def train(config: Config) -> None:
     batch_images = config.train.global_batch
     epoch_images = stream.samples
     end = last_step(config, stream.index)
-    if step >= end:
+    unfinished = resumed.state.get("unfinished") if resumed is not None else None
+    if step >= end and not unfinished:
         trained = step * batch_images / epoch_images
         return say(
             f"{run} is finished: {step * batch_images:,} images; "
@@ -126,7 +129,7 @@ def train(config: Config) -> None:
         mininterval=0.5 if sys.stderr.isatty() else 30,
     )
 
-    def save() -> None:
+    def save(unfinished: dict | None = None) -> None:
         state = {
             "step": step,
             "images": step * batch_images,
@@ -136,6 +139,7 @@ def train(config: Config) -> None:
             "best_step": best_step,
             "plateau": plateau.state_dict(),
             "grad_scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+            "unfinished": unfinished,
         }
         with first_rank_first() as mine:
             if mine:
@@ -143,9 +147,32 @@ def train(config: Config) -> None:
                 checkpoints.mark_best(run, best_step)
                 checkpoints.prune(run, config.train.keep)
 
+    def finish(record: dict[str, float], due: Collection[str]) -> None:
+        """What is due after a step: validation, pictures, the line of the log, a checkpoint."""
+        nonlocal best, best_step
+        improved = False
+        if "validate" in due and config.data.validation:
+            validation = {f"validation_{name}": value for name, value in validate(accelerator, objective, config).items()}
+            metrics_log.require_finite(validation, step, run)
+            record = record | validation
+            improved = record["validation_loss"] < best
+            if improved:
+                best, best_step = record["validation_loss"], step
+            if config.train.schedule == "plateau":
+                plateau.step(record["validation_loss"])
+        if "sample" in due and accelerator.is_main_process:
+            save_grids(draw_grids(objective.autoencoder.eval(), inputs), run / "samples", f"step-{step:08d}-")
+            objective.train()
+        metrics.write(record)
+        progress.set_postfix(progress_terms(record), refresh=False)
+        if improved or "save" in due:
+            save()
+
     window: list[torch.Tensor] = []  # the terms of every step since the last line of the log
     with progress, StopRequest(config.train.timeout) as stop, closing(iter(stream)) as batches:
-        started = time.perf_counter()
+        if unfinished:
+            finish(**unfinished)
+        stopping, started = False, time.perf_counter()
         while step < end:
             # One step on B images.
             stop.start_asking()
@@ -176,27 +203,10 @@ def train(config: Config) -> None:
             if reference is not None:
                 record["entropy_gaussian_reference"] = reference
             window.clear()
-
-            # Validation, pictures, checkpoint.
-            improved = False
-            if "validate" in due and config.data.validation:
-                if stopping:  # whoever stops this may not wait for a long validation
-                    save()
-                validation = {f"validation_{name}": value for name, value in validate(accelerator, objective, config).items()}
-                record |= validation
-                metrics_log.require_finite(validation, step, run)
-                improved = record["validation_loss"] < best
-                if improved:
-                    best, best_step = record["validation_loss"], step
-                if config.train.schedule == "plateau":
-                    plateau.step(record["validation_loss"])
-            if "sample" in due and accelerator.is_main_process:
-                save_grids(draw_grids(objective.autoencoder.eval(), inputs), run / "samples", f"step-{step:08d}-")
-                objective.train()
-            metrics.write(record)
-            progress.set_postfix(progress_terms(record), refresh=False)
-            if improved or "save" in due:
-                save()
+            if stopping and due & {"validate", "sample"}:  # whoever stops this may not wait so long: the next start does it
+                save({"record": record, "due": sorted(due)})
+            else:
+                finish(record, due)
             if stopping:
                 break
             started = time.perf_counter()
@@ -276,7 +286,8 @@ def open_stream(config: Config) -> ShardStream:
     )
     if config.data.validation is not None:
         images = min(stream.index.split(config.data.validation).samples, config.train.validation_images)
-        wanted = config.objective.k + 1 if "entropy" in objective_class(config.objective.name).penalties else 1
+        smallest = {"entropy": config.objective.k + 1, "discrepancy": 2}
+        wanted = max(smallest.get(name, 1) for name in ("", *objective_class(config.objective.name).penalties))
         if images < wanted:
             raise ValueError(
                 f"data.validation={config.data.validation}: its {images} images (at most train.validation_images) are fewer than "
@@ -428,7 +439,7 @@ def say(text: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    join_srun()
+    os.environ |= srun_ranks(os.environ)
     with ending_ranks(metrics_log.TrainingDiverged):
         train(load_config(sys.argv[1:] if argv is None else argv))
         barrier()

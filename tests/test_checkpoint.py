@@ -295,7 +295,7 @@ def test_what_lies_after_the_resumed_step_is_set_aside_and_what_a_kill_left_remo
     for step in (5, 10, 15):
         write(tmp_path, step)
     (tmp_path / "checkpoints" / ".step-00000020.partial").mkdir()
-    checkpoints.discard_after(tmp_path, 10)
+    checkpoints.set_aside_after(tmp_path, 10)
     assert names_in(tmp_path) == {"step-00000005", "step-00000010", "step-00000015.damaged", "latest"}
     assert open_checkpoint(tmp_path).state["step"] == 10
 
@@ -446,7 +446,6 @@ def test_settings_that_may_change_do_and_are_said(tmp_path, write, caplog):
     with caplog.at_level(logging.INFO, logger="eae_dist"):
         assert opened(tmp_path, longer).state["step"] == 5
     assert f"train.epochs: {CONFIG.train.epochs} -> 99.0" in caplog.text
-    assert read_config(tmp_path / "config.yaml") == longer
 
 
 def test_settings_are_the_checkpoints_where_the_run_folders_own_are_lost(tmp_path, write):

@@ -21,8 +21,8 @@ from world_cases import configured
 
 import eae_dist
 from eae_dist import checkpoint as checkpoints
+from eae_dist import distributed, generation
 from eae_dist import evaluate as evaluate_module
-from eae_dist import generation
 from eae_dist.checkpoint import DamagedCheckpoint, open_checkpoint
 from eae_dist.config import Config
 from eae_dist.data.shards import ShardIndex
@@ -32,7 +32,7 @@ from eae_dist.generation import sample_seeds, spherical_middle
 from eae_dist.latent.densities import DENSITIES
 from eae_dist.latent.mixture import Mixture
 from eae_dist.latent.two_stage import TwoStage
-from eae_dist.local_ranks import first_host
+from eae_dist.local_ranks import first_host, srun_ranks
 from eae_dist.metrics.comparison import compare
 from eae_dist.metrics.features import FEATURES, Extractor, build_features
 from eae_dist.metrics.frechet import FeatureStats, frechet_distance
@@ -312,8 +312,9 @@ def test_two_stage_vae_is_never_judged_without_its_second_stage(shards, tmp_path
     metrics = evaluate(run, ["evaluate.densities=[mvg]", "evaluate.second_stage_epochs=1"])
     assert {"two_stage", "mvg"} <= metrics["sets"].keys()
     monkeypatch.setattr(TwoStage, "fit", refuse)
-    with pytest.raises(ValueError, match="two_stage cannot be fitted: no latents"):
-        evaluate(run, ["evaluate.seed=1"])
+    for settings in (["evaluate.seed=1"], ["evaluate.seed=1", "evaluate.densities=[mvg]"]):
+        with pytest.raises(ValueError, match="two_stage cannot be fitted: no latents"):
+            evaluate(run, settings)
 
 
 def refuse(*_):
@@ -444,7 +445,9 @@ def test_files_are_read_as_pytorch_fid_reads_them(tmp_path, monkeypatch):
     Image.new("RGB", (4, 6), (200, 0, 0)).save(folder / "b.png", exif=turned)
     monkeypatch.setitem(FEATURES, "efflite0", lambda: Seen(kept))
     evaluate_folders(folder, folder, [])
-    assert all(images.shape[2:] == (6, 4) and (images[:, 0] == 200).all() and (images[:, 1:] == 0).all() for images in kept)
+    assert kept and all(
+        images.shape[2:] == (6, 4) and (images[:, 0] == 200).all() and (images[:, 1:] == 0).all() for images in kept
+    )
 
 
 def test_folders_are_seen_in_color_by_networks_for_color(folders, monkeypatch):
@@ -473,22 +476,52 @@ def test_tasks_of_an_srun_step_judge_two_folders_together_as_one_process_does(fo
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
     step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_STEP_TASKS_PER_NODE": "2"}
-    step |= {"MASTER_PORT": str(port), "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}
+    step |= {"MASTER_PORT": str(port), "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "CUDA_VISIBLE_DEVICES": ""}
     tasks = [
         subprocess.Popen(
             [sys.executable, "-m", "eae_dist.evaluate", *command, "--out", str(tmp_path / "two")],
             env=rank_environment() | step | {"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)},
             cwd=ROOT,
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             text=True,
         )
         for task in range(2)
     ]
-    said = [task.communicate(timeout=120)[0] for task in tasks]
+    try:
+        said = [task.communicate(timeout=120)[0] for task in tasks]
+    finally:
+        for task in tasks:
+            task.kill()
     assert [task.returncode for task in tasks] == [0, 0]
     assert "20 images of" in said[0] and said[1] == ""
     one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
     assert one["sets"] == two["sets"]
+
+
+def test_tasks_of_srun_are_named_as_torchrun_names_ranks(monkeypatch):
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    env = {"SLURM_STEP_NUM_TASKS": "6", "SLURM_STEP_NODELIST": "gpu[07-08]", "SLURM_JOB_ID": "1000", "SLURM_STEP_ID": "1"}
+    env |= {"SLURM_PROCID": "5", "SLURM_LOCALID": "1"}
+    ranks = srun_ranks(env)
+    port = int(ranks.pop("MASTER_PORT"))
+    assert ranks == {"RANK": "5", "WORLD_SIZE": "6", "LOCAL_RANK": "1", "MASTER_ADDR": "gpu07"}
+    next_job = srun_ranks(env | {"SLURM_JOB_ID": "1001", "SLURM_STEP_ID": "0"})
+    assert 15_000 <= port < 30_000 and port != int(next_job["MASTER_PORT"])
+    assert srun_ranks(env | {"MASTER_PORT": "9", "MASTER_ADDR": "there"}) == ranks | {"MASTER_PORT": "9", "MASTER_ADDR": "there"}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # a GPU of its own for each task
+    assert srun_ranks(env)["LOCAL_RANK"] == "0"
+    assert srun_ranks(env | {"RANK": "0"}) == srun_ranks(env | {"SLURM_STEP_NUM_TASKS": "1"}) == srun_ranks({}) == {}
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    assert srun_ranks(env) == {}
+
+
+def test_ranks_with_different_arguments_are_refused(monkeypatch):
+    monkeypatch.setattr(distributed, "gather_objects", lambda value: [value, value, ["--ckpt", "b"]])
+    distributed.require_equal(["--ckpt", "b"], "arguments")
+    with pytest.raises(ValueError, match=r"^rank 2 was given other arguments than rank 0.*'b'.*'a'.*SLURM_STEP_NUM_TASKS=1"):
+        distributed.require_equal(["--ckpt", "a"], "arguments")
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def test_density_of_other_weights_is_refused(run):  # noqa: F811
     objective = build_objective(config.model, config.objective, (1, 16, 16), seed=9)
     checkpoints.save(run, config, objective.state_dict(), {}, {"step": 8, "image_shape": [1, 16, 16]})
     trained_on = eae_dist.load(run)
-    judged = r"evaluation judges .*step-00000004: take that checkpoint, or run `.*step-00000008 "
+    judged = r"take the checkpoint that .*evaluation/metrics.json names, or run `.*step-00000008 "
     with pytest.raises(ValueError, match=f"it was fitted to the latents of other weights; .*{judged}"):
         trained_on.sample(2, "gmm")
     assert eae_dist.load(run / "checkpoints" / "step-00000004").sample(2, "gmm").shape == (2, 1, 16, 16)
@@ -75,9 +75,9 @@ def test_images_are_those_of_their_numbers_on_any_number_of_ranks(run, tmp_path)
 
 def test_other_seeds_and_densities_give_other_images(run, tmp_path):  # noqa: F811
     evaluate(run, [])
-    for folder, options in {"a": [], "b": ["evaluate.seed=1"], "c": ["--density", "mvg"]}.items():
+    for folder, options in {"a=0": [], "b": ["evaluate.seed=1"], "c": ["--density", "mvg"]}.items():
         main(["--ckpt", str(run), "--count", "2", *options, str(tmp_path / folder)])
-    a, b, c = (pixels(tmp_path / folder / "000001.png") for folder in "abc")
+    a, b, c = (pixels(tmp_path / folder / "000001.png") for folder in ("a=0", "b", "c"))
     assert (a != b).any() and (a != c).any() and (b != c).any()
 
 

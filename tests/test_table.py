@@ -365,6 +365,11 @@ def test_latex_has_as_many_cells_a_line_as_columns_and_no_bare_special_character
     assert r"fd\_x" in text and "_x" not in text.replace(r"\_x", "") and r"$\pm$" in text and "**" not in text
 
 
+def test_latex_takes_any_name_of_a_data_set():
+    text = as_latex(Results(evaluations(data="train_50%&#$^{}")))
+    assert r"train\_50\%\&\#\$\^{}\{\}" in text
+
+
 def test_evaluations_that_do_not_compare_are_refused():
     one, (row, other) = evaluations(rows=("rae",)), evaluations(rows=("eae",))[0]
     for key, value in {"index_sha256": "b", "reference_images": 10, "features": {"metric": "fid"}}.items():

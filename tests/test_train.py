@@ -54,6 +54,10 @@ def records(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def state_of(run: Path) -> dict:
+    return json.loads((run / "checkpoints" / "latest" / "state.json").read_text())
+
+
 @pytest.fixture(scope="module")
 def undisturbed(shards, tmp_path_factory):
     """The run that nobody breaks: its folder and what it printed."""
@@ -197,6 +201,28 @@ def test_plateau_schedule_lowers_the_learning_rate_when_validation_stands_still(
     assert (rates[1], rates[2], rates[3]) == (1e-6, 1e-6, 0.5e-6)
 
 
+def test_validation_that_a_stop_left_out_is_made_up_for_at_the_next_start(shards, tmp_path):
+    more = ("train.schedule=plateau", "train.plateau_patience=1", f"train.validate_every={8 * BATCH}", "train.learning_rate=1")
+    more = (*more, f"train.sample_every={8 * BATCH}")
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run_in_process(*settings(shards, whole, *more))
+    mark = {"SABOTEUR_MARK": str(tmp_path / "mark"), "SABOTEUR_SIGNAL": "SIGTERM"}
+    arguments = settings(shards, stopped, *more, "model.encoder=saboteur:KillingEncoder")
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in mark.items():
+            environment.setenv(name, value)
+        run_in_process(*arguments)  # signalled in step 7: it stops after step 8, where a validation and grids are due
+        assert records(stopped)[-1]["step"] < 8 and "unfinished" in state_of(stopped)
+        assert not list((stopped / "samples").glob("step-00000008-*"))
+        run_in_process(*arguments)
+    assert [(line["step"], line.get("validation_loss"), line["learning_rate"]) for line in records(stopped)] == [
+        (line["step"], line.get("validation_loss"), line["learning_rate"]) for line in records(whole)
+    ]
+    assert all(torch.equal(weights(whole)[name], tensor) for name, tensor in weights(stopped).items())
+    assert state_of(stopped)["best_step"] == state_of(whole)["best_step"] and not state_of(stopped)["unfinished"]
+    assert list((stopped / "samples").glob("step-00000008-*"))
+
+
 def test_clipping_bounds_the_step_and_logs_the_norm_before_it(shards, tmp_path):
     run_in_process(*settings(shards, tmp_path / "run", "train.clip_norm=1e-6", "train.epochs=0.4"))
     assert records(tmp_path / "run")[-1]["gradient_norm"] > 1e-3
@@ -251,6 +277,7 @@ def test_every_objective_runs_from_the_command_line(shards, tmp_path, name):
         ("train.precision=fp16", "train.precision=fp16 needs a GPU"),
         ("train.output=/proc/run", "train.output=/proc/run cannot be written"),
         ("data.lanes=7", "data.lanes=7 must divide train.global_batch=26"),
+        ("objective.name=wae train.validation_images=1", "its 1 images .* fewer than the 2 that the loss"),
         (
             "objective.k=9 train.validation_images=9",
             "data.validation=validation: its 9 images .* fewer than the 10 that the loss",

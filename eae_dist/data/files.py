@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from eae_dist.data.indexing import image_channels
+from eae_dist.data.indexing import image_channels, is_gray
 from eae_dist.data.order import blocks_of
 from eae_dist.data.processes import available_cores, run_tasks
 from eae_dist.distributed import rank, world_size
@@ -86,10 +86,11 @@ def walk_images(
         path = folder / names[number]
         try:
             with Image.open(path, formats=FORMATS) as image:
+                image_channels(image)  # refuses what would be cut off
                 pixels = np.array(image.convert("RGB"))
         except Exception as error:  # what Pillow raises for a damaged file is of many kinds
             raise ValueError(f"{path} is not a usable image: {error}") from error
-        if channels == 1 and (pixels != pixels[:, :, :1]).any():
+        if channels == 1 and not is_gray(pixels):
             raise ValueError(f"{path} is a color image, and these features see gray ones; take evaluate.features=efflite0")
         return torch.from_numpy(pixels[:, :, :channels]).permute(2, 0, 1)
 

@@ -324,15 +324,16 @@ def _encoded_shape(data: bytes, where: str) -> tuple[tuple[int, int], int]:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
             shape, channels = (image.height, image.width), image_channels(image)
             image.load()  # decodes it: others than Pillow overlook damage in a PNG, or end the process
-            if image.format == "WEBP" and _is_gray(np.asarray(image.convert("RGB"))):  # a format without gray images
+            if image.format == "WEBP" and is_gray(np.asarray(image.convert("RGB"))):  # a format without gray images
                 channels = 1
             return shape, channels
     except Exception as error:  # what Pillow raises for a damaged file is of many kinds
         raise ValueError(f"{where} is not a usable PNG, JPEG or WebP image ({error})") from error
 
 
-def _is_gray(pixels: np.ndarray) -> bool:
-    return bool((pixels == pixels[:, :, :1]).all())
+def is_gray(pixels: np.ndarray) -> bool:
+    """Whether the channels of an image, uint8 [h, w, 3], are equal but for the rounding of a lossy format."""
+    return int(np.ptp(pixels, axis=2).max()) <= 2
 
 
 def _images_and_labels(path: Path, ignored: Counter) -> Iterator[tuple[str, str, int, bytes]]:

@@ -3,6 +3,7 @@ the same data set."""
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 from importlib.resources import files
 from statistics import mean, stdev
@@ -72,7 +73,8 @@ class Results:
         One seed: 85.26; several: 85.26 ± 1.30, with their number where other rows have more; - for none.
         """
         values = {row: [] if name is None else self.values(row, name) for row, name in images.items()}
-        best = min((row for row in values if values[row]), key=lambda row: mean(values[row]), default=None)
+        known = {row: mean(found) for row, found in values.items() if found}
+        best = min(known, key=known.get) if len(known) > 1 else None
         texts = {row: "N/A" if images[row] is None else self.as_text(found) for row, found in values.items()}
         return {row: f"**{text}**" if row == best else text for row, text in texts.items()}
 
@@ -200,4 +202,4 @@ def as_latex(results: Results) -> str:
 def latex(cell: str) -> str:
     if cell.startswith("**"):
         return r"\textbf{" + latex(cell.strip("*")) + "}"
-    return cell.replace("_", r"\_").replace(" ± ", r" $\pm$ ")
+    return re.sub(r"([%&#$_{}])", r"\\\1", cell).replace("^", r"\^{}").replace(" ± ", r" $\pm$ ")
