@@ -150,7 +150,8 @@ def _inception_network(state: dict[str, torch.Tensor], dimensions: int, path: Pa
         2048: [net.Mixed_7a, net.Mixed_7b, net.Mixed_7c],
     }
     layers = [layer for stage, part in stages.items() if stage <= dimensions for layer in part]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return network.to(memory_format=torch.channels_last)  # on a CPU half as fast again
 
 
 def inception_layout() -> nn.Module:
@@ -232,7 +233,7 @@ def efflite0() -> Extractor:
     network = EfficientNet.from_name("efficientnet-lite0", image_size=LITE0_SIDE)
     network.load_state_dict(_load_state(path))
     return Extractor(
-        _Lite0Features(network),
+        _Lite0Features(network).to(memory_format=torch.channels_last),
         lite0_preprocessing,
         metric="fd_efflite0_1280",
         dimensions=1280,
