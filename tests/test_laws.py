@@ -241,8 +241,8 @@ def test_loss_that_is_not_a_number_stops_all_ranks_and_names_term_step_rank_and_
     assert "the last good checkpoint is" in message and "step-00000005" in message
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_failure_of_the_first_rank_ends_the_others_with_its_words(world, ranks):
-    first, *others = world(ranks)["failure_of_the_first_rank"]
-    assert first == ("OSError", "No space left on device")
+@pytest.mark.parametrize("ranks", EVERY)
+def test_full_disk_ends_all_ranks_and_leaves_the_checkpoint_before(world, ranks):
+    (first, *others), left = world(ranks)["disk_that_is_full_at_the_second_checkpoint"]
+    assert first == ("OSError", "No space left on device") and left == 2
     assert others == [("FirstRankFailed", "OSError: No space left on device")] * (ranks - 1)

@@ -25,7 +25,6 @@ from eae_dist.data.stream import ShardStream
 from eae_dist.distributed import (
     FirstRankFailed,
     barrier,
-    first_rank_first,
     gather_objects,
     gather_rows,
     rank,
@@ -316,13 +315,22 @@ def distance_of_two_folders():
 
 
 @case
-def failure_of_the_first_rank():
+def disk_that_is_full_at_the_second_checkpoint():
+    """What each rank raises, and the step that a reader finds afterwards."""
+    run, save = f"full-{world_size()}", checkpoints.save
+
+    def limited(run, config, model_state, optimizer_state, state):
+        if state["step"] > 2:
+            raise OSError("No space left on device")
+        return save(run, config, model_state, optimizer_state, state)
+
+    checkpoints.save = limited  # called by the first rank alone
     try:
-        with first_rank_first() as mine:
-            if mine:
-                raise OSError("No space left on device")
+        train(train_settings(run, epochs(6), f"train.save_every={2 * BATCH}", name="eae_linear"))
     except (OSError, FirstRankFailed) as error:
-        return gather_objects((type(error).__name__, str(error)))
+        return gather_objects((type(error).__name__, str(error))), checkpoints.open_checkpoint(FOLDER / run).state["step"]
+    finally:
+        checkpoints.save = save
 
 
 @case
