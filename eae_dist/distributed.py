@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 # The process that started this one, where it is a launcher: a shell may end before what it started.
-_LAUNCHER = os.getppid() if {"ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID"} & os.environ.keys() else None
+LAUNCHERS = {"accelerate": "ACCELERATE_DYNAMO_BACKEND", "torchrun": "TORCHELASTIC_RUN_ID", "our own": "EAE_DIST_LAUNCHED"}
+_LAUNCHER = os.getppid() if set(LAUNCHERS.values()) & os.environ.keys() else None
 
 
 def _initialized() -> bool:
@@ -199,7 +200,7 @@ def barrier() -> None:
 class StopRequest:
     """Turns SIGTERM and Ctrl-C on any rank into one decision of all ranks to stop after the same step.
 
-    The end of a rank's launcher counts as such a signal: accelerate and torchrun can leave their ranks behind.
+    The end of a rank's launcher counts as such a signal: one that is killed leaves its ranks behind.
     Used as a context, in which these signals are noted and no longer end the process; a second Ctrl-C interrupts at once.
     `start_asking` and `asked` bracket a step: the question travels over a gloo group of its own while the step computes.
     """

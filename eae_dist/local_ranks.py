@@ -19,7 +19,7 @@ import torch
 from accelerate import PartialState
 
 from eae_dist.data.processes import available_cores
-from eae_dist.distributed import ending_ranks, rank, require_equal
+from eae_dist.distributed import LAUNCHERS, ending_ranks, rank, require_equal
 from eae_dist.draws import derive_key
 
 Result = TypeVar("Result")
@@ -108,7 +108,7 @@ class SideBySide:
         threads = str(max(available_cores() // (jobs * self.ranks), 1))
         self._environments: SimpleQueue[dict[str, str]] = SimpleQueue()
         for job in range(jobs):
-            environment = {"OMP_NUM_THREADS": threads, **os.environ, "SLURM_STEP_NUM_TASKS": "1"}
+            environment = {"OMP_NUM_THREADS": threads, **os.environ, "SLURM_STEP_NUM_TASKS": "1", LAUNCHERS["our own"]: "1"}
             if gpus:
                 environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[job * self.ranks : (job + 1) * self.ranks])
             self._environments.put(environment)

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from eae_dist import checkpoint as checkpoints
-from eae_dist.config import Config, changed_keys, load_config, read_config, save_config
+from eae_dist.config import Config, changed_keys, is_assignment, load_config, read_config, save_config
 from eae_dist.data.shards import ShardIndex
 from eae_dist.durable import replace_file
 from eae_dist.local_ranks import CommandFailed, SideBySide
@@ -236,7 +236,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.seeds < 1:
             raise ValueError(f"--seeds={arguments.seeds} must be at least 1")
         side_by_side = SideBySide(arguments.jobs, arguments.nproc)
-        text, failures = table(arguments.config, arguments.only, arguments.seeds, side_by_side, out, arguments.settings)
+        rows = [text for text in arguments.only if not is_assignment(text)]  # --only takes what follows, settings too
+        settings = [*filter(is_assignment, arguments.only), *arguments.settings]
+        text, failures = table(arguments.config, rows, arguments.seeds, side_by_side, out, settings)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -205,12 +205,13 @@ def test_wrong_input_is_one_line(configs, tmp_path, arguments, message):
 
 
 def test_command_trains_and_judges_a_row_in_processes_of_its_own(configs, tmp_path):
-    command = [sys.executable, "-m", "eae_dist.table", str(configs), "--only", "rae", "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "eae_dist.table", str(configs), "--only", "rae", "evaluate.components=3"]
+    command += ["--out", str(tmp_path / "out")]
     done = subprocess.run(command, env=rank_environment(), cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "rae, seed 0: trained in 0:" in done.stderr and "| RAE |" in done.stdout
     metrics = json.loads((tmp_path / "out" / "runs" / "rae-0" / "evaluation" / "metrics.json").read_text())
-    assert metrics["step"] == 2 and metrics["settings"]["components"] == 2
+    assert metrics["step"] == 2 and metrics["settings"]["components"] == 3
     assert f"{metrics['sets']['gmm']['fd_mnistcnn64']:.2f}" in done.stdout
 
 
