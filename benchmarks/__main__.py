@@ -3,8 +3,8 @@
     python -m benchmarks [entropy] [stream] [training] [mixture] [peer] [judging]
 
 Competitors take turns in one process, one thread each, and the medians are compared; several ranks and peak memory are measured
-in processes of their own. "CPU" is time on a processor of all
-threads of a process, user and system, which other work on the machine stretches far less than it does wall time.
+in processes of their own. "CPU" is time on a processor of all threads of a process, user and system, which other work on the
+machine stretches far less than it does wall time.
 """
 
 import os

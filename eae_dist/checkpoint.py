@@ -58,7 +58,7 @@ class Checkpoint:
 
 
 def save(run: Path, config: Config, model_state: dict, optimizer_state: dict, state: dict) -> Path:
-    """Writes run/checkpoints/step-XXXXXXXX and links `latest` to it; call on one rank.
+    """Writes run/checkpoints/step-<step, eight digits> and links `latest` to it; call on one rank.
 
     A failure (OSError, a full disk) leaves every earlier checkpoint and `latest` as they were.
     """
