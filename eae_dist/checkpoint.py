@@ -14,6 +14,7 @@ import fcntl
 import json
 import logging
 import os
+import pickle
 import platform
 import shutil
 from collections.abc import Collection, Sequence
@@ -51,10 +52,21 @@ class Checkpoint:
     model_sha256: str
 
     def model_state(self) -> dict[str, torch.Tensor]:
-        return load_file(self.path / "model.safetensors")
+        """Weights and buffers by name. Raises DamagedCheckpoint for anything else."""
+        try:
+            return load_file(self.path / "model.safetensors")
+        except SafetensorError as error:
+            raise DamagedCheckpoint(f"{self.path}: model.safetensors holds something else than tensors ({error})") from error
 
     def optimizer_state(self) -> dict:
-        return torch.load(self.path / "optimizer.pt", map_location="cpu", weights_only=True)
+        """What the optimizer's load_state_dict takes. Raises DamagedCheckpoint for a file that would run code."""
+        try:
+            return torch.load(self.path / "optimizer.pt", map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise DamagedCheckpoint(
+                f"{self.path}: optimizer.pt holds something else than tensors and plain values, and may run code; "
+                f"it is not loaded"
+            ) from error
 
 
 def save(run: Path, config: Config, model_state: dict, optimizer_state: dict, state: dict) -> Path:

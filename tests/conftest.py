@@ -1,4 +1,4 @@
-"""Small data sets that the tests write themselves, and one launch of torchrun per number of ranks and test session."""
+"""Small data sets that the tests write themselves, and one launch of world.py per number of ranks and test session."""
 
 import io
 import os
@@ -11,6 +11,7 @@ import pytest
 import torch
 import webdataset as wds
 from PIL import Image
+from ranks import run_ranks, run_script
 from torch import nn
 
 from eae_dist.data.indexing import build_index
@@ -41,8 +42,17 @@ def encode(pixels: np.ndarray, extension: str) -> bytes:
     return file.getvalue()
 
 
-def write_shards(root: Path, sizes: dict[str, tuple[int, ...]], shape=(1, 16, 16), extension: str = "png") -> Path:
-    """Shards with the given numbers of samples, numbered through within a split from 0, labels modulo 10; indexed."""
+def write_shards(
+    root: Path,
+    sizes: dict[str, tuple[int, ...]],
+    shape=(1, 16, 16),
+    extension: str = "png",
+    members: dict[str, bytes] | None = None,
+) -> Path:
+    """Shards with the given numbers of samples, numbered through within a split from 0, labels modulo 10; indexed.
+
+    members: what every sample holds besides, by extension.
+    """
     root.mkdir(parents=True)
     for number, (split, shards) in enumerate(sizes.items()):
         sample = 0
@@ -50,7 +60,8 @@ def write_shards(root: Path, sizes: dict[str, tuple[int, ...]], shape=(1, 16, 16
             with wds.TarWriter(str(root / f"{split}-{shard:06d}.tar"), encoder=False, mtime=0) as tar:
                 for _ in range(size):
                     pixels = image_of(10_000 * number + sample, shape)
-                    tar.write({"__key__": f"{sample:06d}", extension: encode(pixels, extension), "cls": b"%d" % (sample % 10)})
+                    own = {extension: encode(pixels, extension), "cls": b"%d" % (sample % 10)}
+                    tar.write({"__key__": f"{sample:06d}", **own, **(members or {})})
                     sample += 1
     build_index(root)
     return root
@@ -115,8 +126,9 @@ def world(tmp_path_factory, shards, fid_case):
             if ranks != 2:
                 results_of(2)  # its run folder is what the others continue
             out = folder / f"world-{ranks}.pt"
-            done = torchrun(ranks, "tests/world.py", str(out), str(shards), str(folder), str(fid_case))
-            assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+            arguments = (str(ROOT / "tests" / "world.py"), str(out), str(shards), str(folder), str(fid_case))
+            ended = run_ranks(ranks, folder / f"logs-{ranks}", run_script, *arguments, timeout=300)
+            assert ended.codes == [0] * ranks, "\n".join(text[-3000:] for text in ended.said)
             results[ranks] = torch.load(out, weights_only=True)
         return results[ranks]
 

@@ -1,4 +1,4 @@
-"""Encoders that break a run at a chosen step, given to it as a user's own network."""
+"""What breaks runs: encoders, given to one as a user's own network, that do at a chosen step, and a pickle that runs code."""
 
 import os
 import signal
@@ -43,3 +43,13 @@ class KillingEncoder(CountingEncoder):
             target = os.getppid() if os.environ.get("SABOTEUR_TARGET") == "launcher" else os.getpid()
             os.kill(target, getattr(signal, os.environ["SABOTEUR_SIGNAL"]))
         return h
+
+
+class Touch:
+    """A pickle of this creates a file when it is loaded by someone who trusts it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)

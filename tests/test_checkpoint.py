@@ -5,7 +5,6 @@ import json
 import logging
 import math
 import os
-import pickle
 import pickletools
 import re
 import shutil
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from saboteur import Touch
 from world_cases import configured
 
 import eae_dist
@@ -310,16 +310,6 @@ def test_optimizer_file_holds_tensors_and_plain_values_only(tmp_path, write):
     assert not any(opcode.name == "STACK_GLOBAL" for opcode, _, _ in pickletools.genops(pickled))
 
 
-class Touch:
-    """A pickle of this creates a file when it is loaded by someone who trusts it."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
 @pytest.mark.parametrize("name", ["optimizer.pt", "model.safetensors"])
 def test_code_pickled_into_a_checkpoint_with_right_checksums_is_not_run(tmp_path, write, name):
     path, marker = write(tmp_path, 5), tmp_path / "ran"
@@ -328,9 +318,8 @@ def test_code_pickled_into_a_checkpoint_with_right_checksums_is_not_run(tmp_path
     (path / "manifest.json").write_text(json.dumps(manifest))
     found = open_checkpoint(tmp_path)
     read = found.optimizer_state if name == "optimizer.pt" else found.model_state
-    with pytest.raises(Exception, match="(?i)weights_only|header|deserializ") as refused:
+    with pytest.raises(DamagedCheckpoint, match=f"{path}: {name} holds something else than tensors"):
         read()
-    assert isinstance(refused.value, pickle.UnpicklingError) or "afetensor" in type(refused.value).__name__
     assert not marker.exists()
     with open(path / name, "rb") as file:  # the pickle does work
         torch.load(file, weights_only=False)

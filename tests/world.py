@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from world_cases import BATCH, FLOAT32, INTERRUPTED, OBJECTIVES, OF_THREE, STEPS, configured, entropy_inputs
+from world_cases import BATCH, CONTINUED, FLOAT32, INTERRUPTED, OBJECTIVES, OF_THREE, STEPS, configured, entropy_inputs
 from world_latent import CASES as LATENT_CASES
 from world_metrics import CASES as METRIC_CASES
 
@@ -253,17 +253,19 @@ def every_row_interrupted():
 
 
 @case
-def run_of_two_ranks_continued():
-    """A run that two ranks took to step 10, continued to step 20 by this many."""
-    if world_size() == 2:
-        train(train_settings("halfway", epochs(10)))
-        return {"state": weights_of("straight-2", 20)}
-    run = f"halfway-{world_size()}"
-    if rank() == 0:
-        shutil.copytree(FOLDER / "halfway", FOLDER / run, symlinks=True)
-    barrier()
-    train(train_settings(run, epochs(20)))
-    return {"state": weights_of(run, 20)}
+def runs_of_two_ranks_continued():
+    """The weights of runs that two ranks took to step 6 and this many continued to step 12."""
+    found = {}
+    for name in CONTINUED:
+        halfway, run = f"halfway-{name}", f"continued-{name}-{world_size()}"
+        if world_size() == 2:
+            train(train_settings(halfway, epochs(6), name=name))
+        if rank() == 0:
+            shutil.copytree(FOLDER / halfway, FOLDER / run, symlinks=True)
+        barrier()
+        train(train_settings(run, epochs(12), name=name))
+        found[name] = weights_of(run, 12)
+    return found
 
 
 @case

@@ -1,0 +1,137 @@
+"""What happens to the other ranks, and to the run, when one is killed, is told to end, or meets what it cannot use."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TRAIN_SIZES, write_shards
+from ranks import noted_keys, run_ranks, train_in_turn
+from saboteur import Touch
+from safetensors.torch import load_file
+from world_cases import BATCH
+
+from eae_dist.durable import sha256_of
+
+RANKS = (1, 2, 3, 4)
+ROWS = ("eae", "eae_linear", "ae")
+STEPS, SAVED, BROKEN = 8, 3, 5  # length of a run, steps between checkpoints, the step in which it is broken
+
+
+def arguments(shards: Path, run: Path, name: str, *more: str) -> list[str]:
+    return [
+        f"objective.name={name}",
+        f"data.root={shards}",
+        f"train.output={run}",
+        f"train.global_batch={BATCH}",
+        f"train.epochs={STEPS * BATCH / 150}",
+        f"train.save_every={SAVED * BATCH}",
+        "train.validate_every=1000000",
+        "train.sample_every=1000000",
+        "train.trackers=[]",
+        "train.device=cpu",
+        "train.timeout=30",
+        "model.encoder=saboteur:KillingEncoder",
+        "model.width=4",
+        "model.latent_dim=5",
+        *more,
+    ]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / f"step-{STEPS:08d}" / "model.safetensors")
+
+
+def latest(run: Path) -> str:
+    return os.readlink(run / "checkpoints" / "latest")
+
+
+@pytest.fixture(scope="module", params=RANKS)
+def ranks(request) -> int:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ranks, shards, tmp_path_factory) -> dict[str, tuple[dict[str, torch.Tensor], list[str]]]:
+    """The weights and the order of the samples of each row's run that nobody breaks, on so many ranks."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    for name in ROWS:
+        (folder / f"{name}.mark").touch()
+    ended = run_ranks(ranks, folder / "logs", train_in_turn, *(arguments(shards, folder / name, name) for name in ROWS))
+    assert ended.codes == [0] * ranks, ended.said
+    return {name: (weights(folder / name), noted_keys(folder / f"{name}.keys", STEPS)) for name in ROWS}
+
+
+def broken(ranks: int, shards: Path, folder: Path, how: str):
+    """One start of the three runs, in the first of which that has not been broken yet one rank is."""
+    runs = [arguments(shards, folder / name, name) for name in ROWS]
+    environment = {"SABOTEUR_SIGNAL": how, "SABOTEUR_STEP": BROKEN}
+    return run_ranks(ranks, folder / "logs", train_in_turn, *runs, environment=environment)
+
+
+def require_same(run: Path, undisturbed: tuple[dict[str, torch.Tensor], list[str]]) -> None:
+    """The run has the bits and the order of samples of the undisturbed one, and each sample came once in the first pass."""
+    expected, keys = undisturbed
+    found = weights(run)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    noted, samples = noted_keys(run.with_name(f"{run.name}.keys"), STEPS), sum(TRAIN_SIZES)
+    assert noted == keys and len(keys) == STEPS * BATCH
+    assert len(set(keys[:samples])) == samples and len(set(keys[samples:])) == STEPS * BATCH - samples
+
+
+def test_killed_rank_ends_the_others_and_the_same_command_ends_with_the_same_bits(ranks, undisturbed, shards, tmp_path):
+    for name in ROWS:
+        ended = broken(ranks, shards, tmp_path, "SIGKILL")
+        *others, killed = ended.codes
+        assert killed == -signal.SIGKILL and all(code > 0 for code in others), (name, ended)
+        assert latest(tmp_path / name) == f"step-{SAVED:08d}"
+    ended = broken(ranks, shards, tmp_path, "SIGKILL")
+    assert ended.codes == [0] * ranks and f"steps {SAVED} to {STEPS}" in ended.said[0], ended.said
+    for name in ROWS:
+        require_same(tmp_path / name, undisturbed[name])
+
+
+def test_signal_to_one_rank_lets_every_rank_save_and_end_well_and_the_run_goes_on(ranks, undisturbed, shards, tmp_path):
+    ended = broken(ranks, shards, tmp_path, "SIGTERM")
+    assert ended.codes == [0] * ranks and ended.said[0].count("stopped by a signal") == len(ROWS), ended.said
+    stopped = {latest(tmp_path / name) for name in ROWS}
+    assert stopped == {f"step-{BROKEN + 1:08d}"}
+    ended = broken(ranks, shards, tmp_path, "SIGTERM")
+    assert ended.codes == [0] * ranks, ended.said
+    for name in ROWS:
+        require_same(tmp_path / name, undisturbed[name])
+
+
+def test_truncated_shard_ends_all_ranks_and_is_named(ranks, shards, tmp_path):
+    root = shutil.copytree(shards, tmp_path / "shards")
+    shard = max(root.glob("train-*.tar"), key=lambda path: path.stat().st_size)
+    os.truncate(shard, shard.stat().st_size - 512)
+    ended = run_ranks(ranks, tmp_path, train_in_turn, arguments(root, tmp_path / "run", "eae"))
+    assert all(code > 0 for code in ended.codes), ended
+    # Which rank comes to it first, and so says it, follows from the order of the data.
+    assert any(f"{shard} is truncated" in text for text in ended.said), ended.said
+
+
+def test_nothing_runs_that_came_with_a_checkpoint_or_a_shard(ranks, shards, tmp_path):
+    marker, runs = tmp_path / "ran", tmp_path / "runs"
+    # Every sample has two more members, whose loading would make a file, and so would the optimizer's.
+    harmful = dict.fromkeys(("pyd", "pickle"), pickle.dumps(Touch(marker)))
+    root = write_shards(tmp_path / "shards", {"train": TRAIN_SIZES, "validation": (40,)}, members=harmful)
+    (tmp_path / "runs.mark").touch()
+    ended = run_ranks(ranks, tmp_path / "logs", train_in_turn, arguments(root, runs, "eae"))
+    assert ended.codes == [0] * ranks, ended.said
+
+    checkpoint = (runs / "checkpoints" / "latest").resolve()
+    torch.save({"state": Touch(marker)}, checkpoint / "optimizer.pt")
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["optimizer.pt"] = sha256_of(checkpoint / "optimizer.pt")
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    ended = run_ranks(ranks, tmp_path / "logs", train_in_turn, arguments(root, runs, "eae", "train.epochs=2"))
+    assert all(code > 0 for code in ended.codes) and "optimizer.pt holds something else than tensors" in ended.said[0], ended
+    assert not marker.exists()
+    pickle.loads(harmful["pyd"])  # it does work
+    assert marker.exists()
