@@ -30,7 +30,7 @@ from eae_dist.checkpoint import (
     versions,
 )
 from eae_dist.config import Config, EvaluateConfig, load_config
-from eae_dist.data.files import walk_images
+from eae_dist.data.files import contents_sha256, walk_images
 from eae_dist.data.order import blocks_of, filled
 from eae_dist.data.shards import ShardIndex
 from eae_dist.data.stream import walk
@@ -123,8 +123,8 @@ def evaluate(directory: Path, assignments: Sequence[str], out: Path | None = Non
 def evaluate_folders(real: Path, generated: Path, assignments: Sequence[str], out: Path | None = None) -> dict:
     """The distances of one folder's images from another's, by evaluate.* alone; written to out/metrics.json if there is an out.
 
-    Call on every rank. Raises ValueError or OSError for other settings, folders without images, broken files and features that
-    are not there.
+    A folder whose files went through the network before is taken from evaluate.cache. Call on every rank. Raises ValueError or
+    OSError for other settings, folders without images, broken files and features that are not there.
     """
     if other := [text for text in assignments if not text.startswith("evaluate.")]:
         raise ValueError(f"{other[0]}: two folders of images are judged by evaluate.* alone")
@@ -139,8 +139,15 @@ def evaluate_folders(real: Path, generated: Path, assignments: Sequence[str], ou
     folders = (real, generated)
     walks = [walk_images(folder, settings.batch, channels=channels, count=settings.count) for folder in folders]
     for folder, (total, blocks) in zip(folders, walks, strict=True):
-        blocks, what = watched(blocks, str(folder), total), f"the images of {folder}"
-        described.append(describe(blocks, extractor, settings.batch, settings.neighbor_images, device, what))
+
+        def taken(folder=folder, total=total, blocks=blocks) -> ImageSet:
+            images, what = watched(blocks, str(folder), total), f"the images of {folder}"
+            return describe(images, extractor, settings.batch, settings.neighbor_images, device, what)
+
+        with first_rank_first() as mine:
+            sha256 = contents_sha256(folder, settings.count) if mine else None
+        which = {"files_sha256": from_first_rank(sha256), "channels": channels}
+        described.append(remembered(which, settings, extractor, device, taken))
     numbers, warnings = compare(*described, extractor.metric, settings.frechet, device, f"the images of {generated}")
     metrics = {
         "real": str(real),
@@ -233,12 +240,24 @@ class Progress:
 
 
 def reference_images(config: Config, index: ShardIndex, extractor: Extractor, device: torch.device) -> ImageSet:
-    """The features of the reference split, from evaluate.cache if they were taken before."""
+    """The features of the reference split."""
     settings = config.evaluate
-    moved_by = {
-        "index_sha256": index.sha256,
-        "split": settings.reference,
-        "count": settings.count,
+
+    def taken() -> ImageSet:
+        blocks = walked(config, settings.reference, f"features of {settings.reference}", settings.count)
+        images = ((int(batch["number"][0]), batch["image"]) for batch in blocks)
+        what = f"the split {settings.reference}"
+        return describe(images, extractor, settings.batch, settings.neighbor_images, device, what)
+
+    which = {"index_sha256": index.sha256, "split": settings.reference, "count": settings.count}
+    return remembered(which, settings, extractor, device, taken)
+
+
+def remembered(
+    which: dict, settings: EvaluateConfig, extractor: Extractor, device: torch.device, taken: Callable[[], ImageSet]
+) -> ImageSet:
+    """What `taken` gives, from evaluate.cache if it was taken before. which: the images, without doubt. Call on every rank."""
+    moved_by = which | {
         "rows": settings.neighbor_images,
         "block": settings.batch,
         "features": extractor.record(),
@@ -251,9 +270,7 @@ def reference_images(config: Config, index: ShardIndex, extractor: Extractor, de
     # The weights of a user's function are unknown; a cache may lie on some of the machines only.
     if extractor.sha256 is not None and all(gather_objects(path.is_file())):
         return ImageSet.from_file(path, key)
-    blocks = walked(config, settings.reference, f"features of {settings.reference}", settings.count)
-    images = ((int(batch["number"][0]), batch["image"]) for batch in blocks)
-    described = describe(images, extractor, settings.batch, settings.neighbor_images, device, f"the split {settings.reference}")
+    described = taken()
     with first_rank_first() as mine:
         if mine and extractor.sha256 is not None:
             try:

@@ -1,5 +1,6 @@
 """What breaks runs: encoders, given to one as a user's own network, that do at a chosen step, and a pickle that runs code."""
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -43,6 +44,16 @@ class KillingEncoder(CountingEncoder):
             target = os.getppid() if os.environ.get("SABOTEUR_TARGET") == "launcher" else os.getpid()
             os.kill(target, getattr(signal, os.environ["SABOTEUR_SIGNAL"]))
         return h
+
+
+def killing_features(images: torch.Tensor) -> torch.Tensor:
+    """Some pixels; kills the last rank, once, when an evaluation (SABOTEUR_PROGRESS) has compared two sets of images."""
+    mark, progress = (Path(os.environ[name]) for name in ("SABOTEUR_MARK", "SABOTEUR_PROGRESS"))
+    if rank() == world_size() - 1 and not mark.exists() and progress.is_file():
+        if len(json.loads(progress.read_text())["sets"]) >= 2:
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+    return images.flatten(1)[:, ::37].float() / 255
 
 
 class Touch:

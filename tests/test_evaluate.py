@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ from eae_dist.latent.densities import DENSITIES
 from eae_dist.latent.mixture import Mixture
 from eae_dist.latent.two_stage import TwoStage
 from eae_dist.local_ranks import first_host, srun_ranks
-from eae_dist.metrics.comparison import compare
+from eae_dist.metrics.comparison import compare, describe
 from eae_dist.metrics.features import FEATURES, Extractor, build_features
 from eae_dist.metrics.frechet import FeatureStats, frechet_distance
 from eae_dist.model.autoencoder import Autoencoder
@@ -403,8 +404,9 @@ def test_images_whose_features_are_not_finite_are_an_error_that_counts_them(run,
 
 
 @pytest.fixture
-def folders(tmp_path) -> tuple[Path, Path]:
+def folders(tmp_path, monkeypatch) -> tuple[Path, Path]:
     """33 and 20 gray images of 16x16, the second lot partly those of the first; in sub-folders and beside other files."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # of the cache
     for name, numbers in {"real": range(33), "generated": range(20, 40)}.items():
         (tmp_path / name / "inner").mkdir(parents=True)
         for number in numbers:
@@ -433,6 +435,26 @@ def test_folders_are_judged_by_all_their_images(folders, tmp_path, capsys):
     assert f"20 images of {folders[1]} against 33 of {folders[0]}, v/255" in capsys.readouterr().out
     first = evaluate_folders(*folders, ["evaluate.features=mnistcnn", "evaluate.count=7"])
     assert (first["sets"]["generated"]["images"], first["reference_images"]) == (7, 7)
+
+
+def test_folder_that_went_through_the_network_before_is_not_taken_again_unless_its_images_changed(folders, monkeypatch):
+    settings, taken = ["evaluate.features=mnistcnn"], []
+
+    def noted(*arguments, stop: int):
+        taken.append(arguments[-1])
+        if len(taken) == stop:
+            raise KeyboardInterrupt
+        return describe(*arguments)
+
+    monkeypatch.setattr(evaluate_module, "describe", partial(noted, stop=2))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_folders(*folders, settings)
+    whole = evaluate_folders(*folders, settings)
+    assert evaluate_folders(*folders, settings)["sets"] == whole["sets"]
+    os.replace(folders[0] / "000.png", folders[0] / "002.png")
+    changed = evaluate_folders(*folders, settings)
+    assert changed["sets"] != whole["sets"] and changed["reference_images"] == 32
+    assert taken == [f"the images of {folder}" for folder in (folders[0], folders[1], folders[1], folders[0])]
 
 
 def test_files_are_read_as_pytorch_fid_reads_them(tmp_path, monkeypatch):

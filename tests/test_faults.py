@@ -15,6 +15,7 @@ from saboteur import Touch
 from safetensors.torch import load_file
 from world_cases import BATCH
 
+from eae_dist import evaluate
 from eae_dist.durable import sha256_of
 
 RANKS = (1, 2, 3, 4)
@@ -46,6 +47,10 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "checkpoints" / f"step-{STEPS:08d}" / "model.safetensors")
 
 
+def samples_of(run: Path) -> list[str]:
+    return noted_keys(run.with_name(f"{run.name}.keys"), STEPS)
+
+
 def latest(run: Path) -> str:
     return os.readlink(run / "checkpoints" / "latest")
 
@@ -56,14 +61,14 @@ def ranks(request) -> int:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(ranks, shards, tmp_path_factory) -> dict[str, tuple[dict[str, torch.Tensor], list[str]]]:
-    """The weights and the order of the samples of each row's run that nobody breaks, on so many ranks."""
+def whole_runs(ranks, shards, tmp_path_factory) -> Path:
+    """The folder of each row's run that nobody breaks, on so many ranks."""
     folder = tmp_path_factory.mktemp("undisturbed")
     for name in ROWS:
         (folder / f"{name}.mark").touch()
     ended = run_ranks(ranks, folder / "logs", train_in_turn, *(arguments(shards, folder / name, name) for name in ROWS))
     assert ended.codes == [0] * ranks, ended.said
-    return {name: (weights(folder / name), noted_keys(folder / f"{name}.keys", STEPS)) for name in ROWS}
+    return folder
 
 
 def broken(ranks: int, shards: Path, folder: Path, how: str):
@@ -73,17 +78,16 @@ def broken(ranks: int, shards: Path, folder: Path, how: str):
     return run_ranks(ranks, folder / "logs", train_in_turn, *runs, environment=environment)
 
 
-def require_same(run: Path, undisturbed: tuple[dict[str, torch.Tensor], list[str]]) -> None:
+def require_same(run: Path, whole: Path) -> None:
     """The run has the bits and the order of samples of the undisturbed one, and each sample came once in the first pass."""
-    expected, keys = undisturbed
-    found = weights(run)
+    found, expected = weights(run), weights(whole)
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
-    noted, samples = noted_keys(run.with_name(f"{run.name}.keys"), STEPS), sum(TRAIN_SIZES)
-    assert noted == keys and len(keys) == STEPS * BATCH
+    keys, samples = samples_of(run), sum(TRAIN_SIZES)
+    assert keys == samples_of(whole) and len(keys) == STEPS * BATCH
     assert len(set(keys[:samples])) == samples and len(set(keys[samples:])) == STEPS * BATCH - samples
 
 
-def test_killed_rank_ends_the_others_and_the_same_command_ends_with_the_same_bits(ranks, undisturbed, shards, tmp_path):
+def test_killed_rank_ends_the_others_and_the_same_command_ends_with_the_same_bits(ranks, whole_runs, shards, tmp_path):
     for name in ROWS:
         ended = broken(ranks, shards, tmp_path, "SIGKILL")
         *others, killed = ended.codes
@@ -92,10 +96,10 @@ def test_killed_rank_ends_the_others_and_the_same_command_ends_with_the_same_bit
     ended = broken(ranks, shards, tmp_path, "SIGKILL")
     assert ended.codes == [0] * ranks and f"steps {SAVED} to {STEPS}" in ended.said[0], ended.said
     for name in ROWS:
-        require_same(tmp_path / name, undisturbed[name])
+        require_same(tmp_path / name, whole_runs / name)
 
 
-def test_signal_to_one_rank_lets_every_rank_save_and_end_well_and_the_run_goes_on(ranks, undisturbed, shards, tmp_path):
+def test_signal_to_one_rank_lets_every_rank_save_and_end_well_and_the_run_goes_on(ranks, whole_runs, shards, tmp_path):
     ended = broken(ranks, shards, tmp_path, "SIGTERM")
     assert ended.codes == [0] * ranks and ended.said[0].count("stopped by a signal") == len(ROWS), ended.said
     stopped = {latest(tmp_path / name) for name in ROWS}
@@ -103,7 +107,7 @@ def test_signal_to_one_rank_lets_every_rank_save_and_end_well_and_the_run_goes_o
     ended = broken(ranks, shards, tmp_path, "SIGTERM")
     assert ended.codes == [0] * ranks, ended.said
     for name in ROWS:
-        require_same(tmp_path / name, undisturbed[name])
+        require_same(tmp_path / name, whole_runs / name)
 
 
 def test_truncated_shard_ends_all_ranks_and_is_named(ranks, shards, tmp_path):
@@ -135,3 +139,25 @@ def test_nothing_runs_that_came_with_a_checkpoint_or_a_shard(ranks, shards, tmp_
     assert not marker.exists()
     pickle.loads(harmful["pyd"])  # it does work
     assert marker.exists()
+
+
+def judge(*words: str) -> None:
+    evaluate.main(list(words))
+
+
+def test_killed_evaluation_goes_on_and_ends_with_the_same_numbers(ranks, whole_runs, tmp_path):
+    def judged(out: Path):
+        named = ("model.encoder=saboteur:KillingEncoder", "evaluate.features=saboteur:killing_features")
+        settings = ("evaluate.batch=8", "evaluate.components=2", f"evaluate.cache={tmp_path}/cache")
+        environment = {"SABOTEUR_MARK": tmp_path / "mark", "SABOTEUR_PROGRESS": out / ".progress.json"}
+        words = ("--ckpt", str(whole_runs / "eae"), "--out", str(out), *named, *settings)
+        return run_ranks(ranks, tmp_path / "logs", judge, *words, environment=environment)
+
+    *others, killed = judged(tmp_path / "broken").codes
+    assert killed == -signal.SIGKILL and all(code > 0 for code in others)
+    again, whole = judged(tmp_path / "broken"), judged(tmp_path / "whole")
+    assert again.codes == whole.codes == [0] * ranks, again.said
+    assert "going on with an evaluation that was interrupted: reconstruction, isotropic" in again.said[0]
+    assert "going on" not in whole.said[0]
+    numbers, expected = (json.loads((tmp_path / out / "metrics.json").read_text()) for out in ("broken", "whole"))
+    assert numbers == expected and len(numbers["sets"]) == 6

@@ -1,5 +1,6 @@
 """Image files as they lie in folders: found, read to uint8 pixels, and what is wrong with the bad ones."""
 
+import hashlib
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from eae_dist.data.indexing import image_channels, is_gray
 from eae_dist.data.order import blocks_of
 from eae_dist.data.processes import available_cores, run_tasks
 from eae_dist.distributed import rank, world_size
+from eae_dist.durable import sha256_of
 
 ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # not EPS, for which Pillow runs a program
@@ -78,9 +80,7 @@ def walk_images(
     the folder count; files with other endings than ENDINGS are not images. A folder without images and a broken first one are a
     ValueError at once, another broken file, one of another size, or a color image where channels = 1, when it is read.
     """
-    names = [name for name in files_under(folder)[0] if name.lower().endswith(ENDINGS)][:count]
-    if not names:
-        raise ValueError(f"{folder} holds no image files ({', '.join(ENDINGS)})")
+    names = image_names(folder, count)
 
     def read(number: int) -> torch.Tensor:
         path = folder / names[number]
@@ -117,6 +117,19 @@ def walk_images(
                 yield stacked(*ahead.popleft())
 
     return stop - start, blocks()
+
+
+def image_names(folder: Path, count: int | None = None) -> list[str]:
+    """The first `count` image files of a folder by name, relative to it. Raises ValueError where there is none."""
+    names = [name for name in files_under(folder)[0] if name.lower().endswith(ENDINGS)][:count]
+    if not names:
+        raise ValueError(f"{folder} holds no image files ({', '.join(ENDINGS)})")
+    return names
+
+
+def contents_sha256(folder: Path, count: int | None = None) -> str:
+    """A checksum of the first `count` image files of a folder, of their bytes in the order of their names."""
+    return hashlib.sha256("".join(sha256_of(folder / name) for name in image_names(folder, count)).encode()).hexdigest()
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
