@@ -17,7 +17,7 @@ import torch
 
 from eae_dist.distributed import gather_padded, rank, row_counts, world_size
 
-QUERY_TILE, KEY_TILE = 512, 4096  # 8 MiB of float32: larger tiles fall out of the caches, smaller ones call more
+QUERY_TILE, KEY_TILE = 2048, 2048  # 16 MiB of float32: larger tiles fall out of the caches, smaller ones call more
 BLOCK = 32  # columns whose minimum is taken first
 
 
@@ -209,6 +209,10 @@ def keep_nearest(
     strides = blocks.stride()
     at = (row * strides[0])[..., None] + place * strides[1] + block * strides[2] + blocks.storage_offset()
     candidates = buffer.index_select(0, at.flatten()).view(at.shape).flatten(1)
+    if k == 1:  # the improvement is the nearest
+        best_value[improved], chosen = _smallest(candidates, 1)
+        best_id[improved] = chosen * place_step + block[:, 0] * block_step + origin
+        return
     ids = (place * place_step + block * block_step + origin).flatten(1)
     best_value[improved], chosen = _smallest(torch.cat([best_value[improved], candidates], 1), k)
     best_id[improved] = torch.cat([best_id[improved], ids], 1).gather(1, chosen)
