@@ -22,7 +22,7 @@ from eae_dist.distributed import StopRequest, barrier, gather_objects, rank, wor
 from eae_dist.losses.entropy import knn_entropy
 from eae_dist.objectives import build_objective, resolve
 from eae_dist.report.metrics_log import averaged
-from eae_dist.train import check_ranks, open_stream, rows_of_micro_batches, start_accelerator, training_step
+from eae_dist.train import check_ranks, open_stream, start_accelerator, training_step
 
 ENTROPY_ROWS = 1024
 
@@ -53,7 +53,6 @@ def training(config: Config) -> Iterator[Callable[[int], None]]:
     optimizer = torch.optim.Adam(objective.parameters(), lr=config.train.learning_rate)
     model, optimizer = accelerator.prepare(objective, optimizer)
     check_ranks(model)
-    batch_rows = rows_of_micro_batches(stream, config.train.accumulate, accelerator.device)
     step = 0
 
     def take_steps(count: int) -> None:
@@ -61,7 +60,7 @@ def training(config: Config) -> Iterator[Callable[[int], None]]:
         window = []
         for _ in range(count):
             stop.start_asking()
-            names, terms = training_step(accelerator, model, optimizer, next(batches), stream.numbers, step, batch_rows, None)
+            names, terms = training_step(accelerator, model, optimizer, next(batches), stream.numbers, step, config.train)
             window.append(terms)
             stop.asked()
             step += 1

@@ -60,6 +60,8 @@ class ModelConfig:
     """Channels of the first encoder layer. Default: the network's own."""
     latent_dim: int | None = None
     """Latent dimensions d. Default: the network's own for gray or color images; the paper advises at least 32 for color."""
+    norm: str = "batch"
+    """batch (a batch norm after every layer but the last) or none; an EAE's latent is batch-normed in either case."""
     norm_momentum: float = 0.1
     """Weight of a new batch in the batch norms' running statistics. The RAE paper's Keras layers: 0.01."""
     norm_eps: float = 1e-3
@@ -116,7 +118,8 @@ class TrainConfig:
     global_batch: int = 128
     """Images a step, over all ranks: the batch that the entropy and the batch norms see."""
     accumulate: int = 1
-    """Micro-batches a step, to save memory; entropy and batch norms then see global_batch / accumulate images."""
+    """Micro-batches a step, to save memory for a second pass through the encoder. Latent norm, entropy and discrepancy are still
+    those of global_batch images, exactly; the networks' own batch norms see global_batch / accumulate."""
     learning_rate: float = 1e-3
     """Adam's, at the start."""
     schedule: str = "exponential"
@@ -451,12 +454,9 @@ def _check_values(config: Config) -> None:
             raise ValueError(f"{key}={value} is unknown; it is one of {', '.join(known)}")
     if train.schedule == "plateau" and data.validation is None:
         raise ValueError("train.schedule=plateau follows the validation loss; set data.validation")
-    if train.global_batch % train.accumulate:
-        raise ValueError(f"train.accumulate={train.accumulate} must divide train.global_batch={train.global_batch}")
     # A neighbor other than itself for every row.
-    micro = train.global_batch // train.accumulate
-    if objective.k >= micro:
-        raise ValueError(f"objective.k={objective.k} needs more than {objective.k} rows, a (micro-)batch has {micro}")
+    if objective.k >= train.global_batch:
+        raise ValueError(f"objective.k={objective.k} needs more than {objective.k} rows, train.global_batch={train.global_batch}")
 
 
 assert all(is_dataclass(section.default_factory) for section in fields(Config))

@@ -7,7 +7,7 @@ times, in the same order. W: ranks, b: this rank's rows, n: all rows.
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 # The process that started this one, where it is a launcher: a shell may end before what it started.
 LAUNCHERS = {"accelerate": "ACCELERATE_DYNAMO_BACKEND", "torchrun": "TORCHELASTIC_RUN_ID", "our own": "EAE_DIST_LAUNCHED"}
+MESSAGE = 6_500_000  # entries that are averaged at once, 25 MiB of float32
 _LAUNCHER = os.getppid() if set(LAUNCHERS.values()) & os.environ.keys() else None
 
 
@@ -55,6 +56,27 @@ def row_counts(rows: int, device: torch.device, group=None) -> list[int]:
 def sum_over_ranks(x: torch.Tensor, group=None) -> torch.Tensor:
     """The sum of x over ranks, on every rank, same shape. Differentiable, twice as well: its gradient is summed over ranks."""
     return x if world_size(group) == 1 else _SumOverRanks.apply(x, group)
+
+
+def average_over_ranks(tensors: Iterable[torch.Tensor]) -> None:
+    """Puts in the place of each tensor its mean over ranks, in few messages. No gradient."""
+    if world_size() == 1:
+        return
+    waiting: list[torch.Tensor] = []
+    for tensor in tensors:
+        waiting.append(tensor)
+        if sum(t.numel() for t in waiting) >= MESSAGE:
+            _average(waiting)
+            waiting = []
+    _average(waiting)
+
+
+def _average(tensors: list[torch.Tensor]) -> None:
+    if not tensors:
+        return
+    means = sum_over_ranks(torch.cat([tensor.flatten() for tensor in tensors])) / world_size()
+    for tensor, mean in zip(tensors, means.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(mean.view(tensor.shape))
 
 
 def gather_padded(x: torch.Tensor, counts: list[int], group=None) -> torch.Tensor:

@@ -24,6 +24,7 @@ from eae_dist.model.autoencoder import LATENT_EPS, Autoencoder, build_autoencode
 from eae_dist.model.networks import kernels_of
 from eae_dist.model.norm import GlobalBatchNorm
 
+Latents = tuple[torch.Tensor, torch.Tensor | None]  # means and the logarithms of deviations, [b, d] each
 POSTERIOR, PRIOR, INPUT, MAP = range(4)  # what a batch's random numbers are drawn for
 REDUCTIONS = {  # of the penalties' terms, in words
     "latent_square": "mean over images and dimensions",
@@ -70,25 +71,45 @@ class Objective(nn.Module):
 
     def per_row(self, images: torch.Tensor, numbers: np.ndarray, key: int) -> dict[str, torch.Tensor]:
         """What the terms are made of: "error" [b], "latent" [b, d] and penalties that are means over rows, [b]."""
-        latents = self.autoencoder.encode(images)
-        return {"error": squared_error(self.autoencoder.decode(latents), images), "latent": latents}
+        return self.decoded(self.latents(self.code(images, numbers, key)), images, numbers, key)
+
+    # A step is made of these three, so that accumulation (accumulation.py) can take them one by one.
+
+    def code(self, images: torch.Tensor, numbers: np.ndarray, key: int) -> torch.Tensor:
+        """The encoder's code of images, before what makes latents of it."""
+        return self.autoencoder.code(images)
+
+    def latents(self, code: torch.Tensor) -> Latents:
+        """Latents, and of a posterior the logarithms of its deviations, from the codes of a whole batch."""
+        return self.autoencoder.latents(code)
+
+    def decoded(self, latents: Latents, images: torch.Tensor, numbers: np.ndarray, key: int) -> dict[str, torch.Tensor]:
+        """What `per_row` gives, from latents of any part of the batch."""
+        mean, _ = latents
+        return {"error": squared_error(self.autoencoder.decode(mean), images), "latent": mean}
 
     def terms(
         self, per_row: dict[str, torch.Tensor], first: torch.Tensor, rows: int, numbers: np.ndarray, key: int
     ) -> dict[str, torch.Tensor]:
         """The terms from what `per_row` gave; validation calls it once for a whole split."""
-        terms = {"reconstruction": mean_share(per_row["error"], rows)}
+        terms = self.terms_of_rows(per_row, rows)
         for name in self.penalties:
-            if name in per_row:
-                terms[name] = mean_share(per_row[name], rows)
-            else:
+            if name not in per_row:
                 terms |= getattr(self, name)(per_row["latent"], first, rows, numbers, key)
-        loss = terms["reconstruction"] * self.reconstruction_weight
-        for name, weight in self.weights().items():
-            loss = loss + terms[name] * weight
+        loss = self.weighted(terms)
         per_pixel = terms["reconstruction"] / self.pixels
         logged = {name: term.detach() for name, term in terms.items() if name != "reconstruction"}
         return {"loss": loss, "reconstruction": terms["reconstruction"], "reconstruction_per_pixel": per_pixel, **logged}
+
+    def terms_of_rows(self, per_row: dict[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
+        """The terms that are means over rows: any part of a batch has its part of them."""
+        means = {name: mean_share(per_row[name], rows) for name in self.penalties if name in per_row}
+        return {"reconstruction": mean_share(per_row["error"], rows), **means}
+
+    def weighted(self, terms: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The part of the loss that these terms have."""
+        weights = {"reconstruction": self.reconstruction_weight, **self.weights()}
+        return sum(terms[name] * weight for name, weight in weights.items() if name in terms)
 
     def weights(self) -> dict[str, float]:
         """What each penalty's term is multiplied with in the loss."""
@@ -151,8 +172,8 @@ class RAEGP(RAE):
 
     penalties = RAE.penalties | {"gradient_square": "gradient_weight"}
 
-    def per_row(self, images, numbers, key):
-        latents = self.autoencoder.encode(images)
+    def decoded(self, latents, images, numbers, key):
+        latents, _ = latents
         learning = torch.is_grad_enabled()  # else validation, where the batch norms couple nothing
         with torch.enable_grad():
             at = latents if learning else latents.requires_grad_()
@@ -175,14 +196,11 @@ class VAE(Objective):
     mean_over_pixels = False
     spread = True
 
-    def per_row(self, images, numbers, key):
-        mean, log_sigma = self.posterior(images)
-        latents = mean + log_sigma.exp() * noise(mean, numbers, key, POSTERIOR)
-        error = squared_error(self.autoencoder.decode(latents), images)
+    def decoded(self, latents, images, numbers, key):
+        mean, log_sigma = latents
+        drawn = mean + log_sigma.exp() * noise(mean, numbers, key, POSTERIOR)
+        error = squared_error(self.autoencoder.decode(drawn), images)
         return {"error": error, "latent": mean, "divergence": gaussian_divergence(mean, log_sigma)}
-
-    def posterior(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.autoencoder.posterior(images)
 
 
 class ConstantVarianceVAE(VAE):
@@ -191,8 +209,8 @@ class ConstantVarianceVAE(VAE):
     settings = ("sigma",)
     spread = False
 
-    def posterior(self, images):
-        mean = self.autoencoder.encode(images)
+    def latents(self, code):
+        mean, _ = self.autoencoder.latents(code)
         return mean, torch.full_like(mean, self.config.sigma).log()
 
 
@@ -208,13 +226,11 @@ class WAE(Objective):
     penalties = {"discrepancy": "mmd_weight"}
     settings = ("input_noise",)
 
-    def per_row(self, images, numbers, key):
+    def code(self, images, numbers, key):
         sigma = self.config.input_noise
-        noisy = images
-        if sigma and torch.is_grad_enabled():
-            noisy = images + (sigma * noise(images.flatten(1), numbers, key, INPUT)).clamp(-sigma, sigma).view_as(images)
-        latents = self.autoencoder.encode(noisy)
-        return {"error": squared_error(self.autoencoder.decode(latents), images), "latent": latents}
+        if sigma and self.training:
+            images = images + (sigma * noise(images.flatten(1), numbers, key, INPUT)).clamp(-sigma, sigma).view_as(images)
+        return super().code(images, numbers, key)
 
 
 class EAE(Objective):

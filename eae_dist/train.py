@@ -13,7 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Collection, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
 from eae_dist import checkpoint as checkpoints
+from eae_dist.accumulation import accumulate
 from eae_dist.config import Config, TrainConfig, flatten, load_config, save_config
 from eae_dist.data.shards import ShardIndex
 from eae_dist.data.stream import ShardStream, walk
@@ -43,7 +44,7 @@ from eae_dist.distributed import (
     world_size,
 )
 from eae_dist.draws import derive_key
-from eae_dist.local_ranks import srun_ranks
+from eae_dist.local_ranks import keep_freed_memory, srun_ranks
 from eae_dist.losses.entropy import gaussian_reference
 from eae_dist.model.autoencoder import to_unit
 from eae_dist.objectives import Objective, build_objective, objective_class, resolve
@@ -78,8 +79,9 @@ def train(config: Config) -> None:
         patience=config.train.plateau_patience - 1,  # of PyTorch: how many it lets pass before the one at which it acts
         threshold_mode="abs",  # relative to a negative loss, standing still would count as better
     )
-    batch_rows = rows_of_micro_batches(stream, config.train.accumulate, accelerator.device)
-    rehearse(accelerator, model, stream, batch_rows)
+    check_micro_batches(stream, config.train.accumulate, accelerator.device)
+    if config.train.accumulate == 1:
+        rehearse(accelerator, model, stream)
 
     # The clock, where the last checkpoint left it.
     step, best, best_step = 0, math.inf, 0
@@ -113,12 +115,12 @@ def train(config: Config) -> None:
     metrics = metrics_log.MetricsLog(run, accelerator, step, flatten(config))
     reference = None
     if "entropy" in objective.penalties:
-        reference = entropy_reference(config, min(batch_rows), accelerator.device)
+        reference = entropy_reference(config, accelerator.device)
     inputs = None
     if accelerator.is_main_process:
         images = next(walk(config.data.root, config.data.validation or config.data.split, 64, rank=0, world=1))["image"]
         inputs = grid_inputs(to_unit(images, accelerator.device), config.model.latent_dim, config.train.seed)
-    describe(config, objective, stream, step, end, batch_rows)
+    describe(config, objective, stream, step, end)
 
     progress = tqdm(
         total=end * batch_images,
@@ -181,9 +183,7 @@ def train(config: Config) -> None:
                 set_learning_rate(optimizer, config.train.learning_rate * config.train.decay**epochs_done)
             torch.manual_seed(derive_key(config.train.seed, step, rank()))  # of random layers in a network of the user's own
             key = derive_key(config.train.seed, step)
-            names, terms = training_step(
-                accelerator, model, stepper, next(batches), stream.numbers, key, batch_rows, config.train.clip_norm
-            )
+            names, terms = training_step(accelerator, model, stepper, next(batches), stream.numbers, key, config.train)
             window.append(terms)
             step += 1
             progress.update(batch_images)
@@ -233,6 +233,8 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     cpu = config.device == "cpu" or not torch.cuda.is_available()
     if cpu and config.precision == "fp16":
         raise ValueError("train.precision=fp16 needs a GPU; take train.precision=bf16 or no")
+    if cpu:
+        keep_freed_memory()
     available = {str(tracker) for tracker in get_available_trackers()}
     if missing := sorted(set(config.trackers) - available):
         raise ValueError(
@@ -296,15 +298,13 @@ def open_stream(config: Config) -> ShardStream:
     return stream
 
 
-def rows_of_micro_batches(stream: ShardStream, accumulate: int, device: torch.device) -> list[int]:
-    """How many rows over all ranks each micro-batch of a step has. Raises ValueError if a rank has too few rows to share out."""
-    per_rank = row_counts(stream.rows, device)
-    if min(per_rank) < accumulate:
+def check_micro_batches(stream: ShardStream, accumulate: int, device: torch.device) -> None:
+    """Raises ValueError if a rank has too few rows to share out."""
+    if (fewest := min(row_counts(stream.rows, device))) < accumulate:
         raise ValueError(
-            f"train.accumulate={accumulate} needs as many images per rank, the smallest has {min(per_rank)}; "
+            f"train.accumulate={accumulate} needs as many images per rank, the smallest has {fewest}; "
             f"lower train.accumulate or raise train.global_batch"
         )
-    return [sum(rows // accumulate + (micro < rows % accumulate) for rows in per_rank) for micro in range(accumulate)]
 
 
 def training_step(
@@ -314,46 +314,41 @@ def training_step(
     batch: dict,
     numbers: np.ndarray,
     key: int,
-    batch_rows: list[int],
-    clip_norm: float | None,
+    config: TrainConfig,
 ) -> tuple[list[str], torch.Tensor]:
     """One optimizer step; the terms' names and this rank's shares of them, float64 [terms], gradient norm last.
 
     numbers: which rows of the global batch this rank holds, int64 [b]; key: of all draws of this step.
     """
     optimizer.zero_grad()
-    total = None
-    images, firsts = (batch[name].tensor_split(len(batch_rows)) for name in ("image", "first"))
-    parts = zip(images, firsts, batch_rows, np.array_split(numbers, len(batch_rows)), strict=True)
-    for micro, (image, first, rows, here) in enumerate(parts):
-        weight = rows / sum(batch_rows)
-        last = micro == len(batch_rows) - 1
-        with nullcontext() if last else accelerator.no_sync(model):
-            terms = model(to_unit(image, accelerator.device), first.to(accelerator.device), rows, here, key)
-            accelerator.backward(terms["loss"] * weight)
-        shares = torch.stack([term.detach().double() for term in terms.values()]) * weight
-        total = shares if total is None else total + shares
+    rows, device = config.global_batch, accelerator.device
+    if config.accumulate > 1:
+        objective = accelerator.unwrap_model(model)
+        terms = accumulate(accelerator, objective, batch, rows, numbers, key, config.accumulate)
+    else:
+        terms = model(to_unit(batch["image"], device), batch["first"].to(device), rows, numbers, key)
+        accelerator.backward(terms["loss"])
     accelerator.unscale_gradients(optimizer)
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]  # a user's may be frozen
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    if clip_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
+    if config.clip_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, config.clip_norm, norm)
     optimizer.step()
-    return [*terms, "gradient_norm"], torch.cat([total, norm.double()[None]])
+    shares = [term.detach().double() for term in (*terms.values(), norm)]
+    return [*terms, "gradient_norm"], torch.stack(shares)
 
 
-def rehearse(accelerator: Accelerator, model: torch.nn.Module, stream: ShardStream, batch_rows: list[int]) -> None:
+def rehearse(accelerator: Accelerator, model: torch.nn.Module, stream: ShardStream) -> None:
     """One backward pass that is thrown away, on a new and on a continued run alike.
 
     DDP rebuilds its buckets after its first backward pass, and sums of three ranks or more then round differently: without
     this, the first step after a resume would not have the bits of the same step in an uninterrupted run.
     """
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    rows = -(-stream.rows // len(batch_rows))  # of the first micro-batch, the largest
-    images = torch.zeros(rows, *stream.index.image_shape, device=accelerator.device)
-    first = torch.ones(len(images), dtype=torch.bool, device=accelerator.device)
+    images = torch.zeros(stream.rows, *stream.index.image_shape, device=accelerator.device)
+    first = torch.ones(stream.rows, dtype=torch.bool, device=accelerator.device)
     for _ in range(2):  # the buckets are rebuilt at the start of the second
-        accelerator.backward(model(images, first, batch_rows[0], np.arange(rows), 0)["loss"])
+        accelerator.backward(model(images, first, stream.order.global_batch, stream.numbers, 0)["loss"])
     model.zero_grad()
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
@@ -385,13 +380,13 @@ def validate(accelerator: Accelerator, objective: Objective, config: Config) -> 
     return dict(zip(terms, means.tolist(), strict=True))
 
 
-def entropy_reference(config: Config, rows: int, device: torch.device) -> float:
-    objective, seed = config.objective, config.train.seed
+def entropy_reference(config: Config, device: torch.device) -> float:
+    rows, objective, seed = config.train.global_batch, config.objective, config.train.seed
     options = {"k": objective.k, "average_k": objective.average_k, "eps2": objective.eps2, "seed": seed, "device": device}
     return gaussian_reference(rows, objective.map_dim or config.model.latent_dim, **options)
 
 
-def describe(config: Config, objective: Objective, stream: ShardStream, step: int, end: int, batch_rows: list[int]) -> None:
+def describe(config: Config, objective: Objective, stream: ShardStream, step: int, end: int) -> None:
     """Says what is about to run and what the settings mean."""
     batch, parameters = config.train.global_batch, sum(p.numel() for p in objective.parameters())
     shape = "x".join(map(str, stream.index.image_shape))
@@ -401,10 +396,10 @@ def describe(config: Config, objective: Objective, stream: ShardStream, step: in
         f"run folder {config.train.output}"
     )
     say(f"loss = {objective.formula()}")
-    if len(batch_rows) > 1:
+    if (parts := config.train.accumulate) > 1:
         say(
-            f"train.accumulate={len(batch_rows)}: the gradient is that of {batch} images, but entropy, latent norm and batch "
-            f"norms see micro-batches of {min(batch_rows)}"
+            f"train.accumulate={parts}: latent norm, entropy and discrepancy are those of all {batch} images; batch norms inside "
+            f"the networks see {batch // parts} to {-(-batch // parts)} at a time"
         )
     if world_size() == 1 and not torch.cuda.is_available():
         say("one CPU rank; for two: accelerate launch --config_file launch/cpu.yaml -m eae_dist.train")

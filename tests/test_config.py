@@ -177,9 +177,8 @@ def test_choices_take_the_listed_values_and_name_them_otherwise(key, known):
     ("argv", "words"),
     [
         (["train.schedule=plateau", "data.validation=null"], "train.schedule=plateau .* set data.validation"),
-        (["train.global_batch=7", "train.accumulate=2"], "train.accumulate=2 must divide train.global_batch=7"),
         (["train.global_batch=6", "objective.k=6"], "objective.k=6 needs more than 6 rows"),
-        (["train.global_batch=12", "train.accumulate=2", "objective.k=6"], "objective.k=6 needs more than 6 rows"),
+        (["train.global_batch=12", "objective.k=12"], "objective.k=12 needs more than 12 rows, train.global_batch=12"),
     ],
 )
 def test_settings_that_do_not_fit_together_name_both_keys(argv, words):

@@ -10,12 +10,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import rank_environment
-from world_cases import BATCH, CONTINUED, FLOAT32, INTERRUPTED, OBJECTIVES, OF_THREE, STEPS, configured, entropy_inputs
+from world_cases import (
+    ACCUMULATED,
+    BATCH,
+    CONTINUED,
+    FLOAT32,
+    INTERRUPTED,
+    OBJECTIVES,
+    OF_THREE,
+    STEPS,
+    configured,
+    entropy_inputs,
+)
 
 from eae_dist.data.stream import ShardStream
+from eae_dist.draws import derive_key
 from eae_dist.losses.entropy import log_unit_ball_volume
 from eae_dist.metrics.frechet import ROOTS
 from eae_dist.model.autoencoder import to_unit
+from eae_dist.model.networks import one_power_iteration
 from eae_dist.objectives import build_objective
 
 SEVERAL = (2, 3, 4)
@@ -70,25 +83,48 @@ def test_loader_workers_change_no_bit(world, ranks):
 
 
 @pytest.mark.parametrize("ranks", EVERY)
-def test_accumulated_gradient_is_the_weighted_sum_over_micro_batches_of_all_ranks(world, shards, ranks):
-    # Micro-batch a consists of the a-th part of every rank's rows; computed here for each alone on one process.
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_accumulated_step_is_that_of_one_graph_whose_networks_see_the_batch_in_parts(world, shards, name, ranks):
+    # Micro-batch a consists of the a-th part of every rank's rows; latent norm and penalties are those of all of them.
     torch.set_default_dtype(torch.float64)
     try:
-        config = configured(shards, "eae", "train.accumulate=2")
+        config = configured(shards, name, "train.accumulate=2")
         objective = build_objective(config.model, config.objective, (1, 16, 16), config.train.seed)
-        batches = [next(iter(ShardStream(shards, "train", BATCH, seed=3, rank=r, world=ranks))) for r in range(ranks)]
-        losses = []
+        streams = [ShardStream(shards, "train", BATCH, seed=3, rank=r, world=ranks) for r in range(ranks)]
+        batches = [next(iter(stream)) for stream in streams]
+        images, firsts, numbers = [], [], []
         for part in range(2):
             image, first = (torch.cat([batch[key].tensor_split(2)[part] for batch in batches]) for key in ("image", "first"))
-            terms = objective(to_unit(image, torch.device("cpu")), first, len(image), np.arange(len(image)), 0)
-            (terms["loss"] * len(image) / BATCH).backward()
-            losses.append(torch.stack([term.detach() for term in terms.values()]) * len(image) / BATCH)
+            images.append(to_unit(image, torch.device("cpu")))
+            firsts.append(first)
+            numbers.append(np.concatenate([np.array_split(stream.numbers, 2)[part] for stream in streams]))
+        key, split = derive_key(3, 0), [len(part) for part in images]
+        with one_power_iteration(objective.autoencoder):
+            codes = [objective.code(*inputs, key) for inputs in zip(images, numbers, strict=True)]
+            latents = objective.latents(torch.cat(codes))
+            parts = zip(*([None] * 2 if x is None else x.split(split) for x in latents), strict=True)
+            decoded = [objective.decoded(*inputs, key) for inputs in zip(parts, images, numbers, strict=True)]
+        per_row = {what: torch.cat([part[what] for part in decoded]) for what in decoded[0]} | {"latent": latents[0]}
+        terms = objective.terms(per_row, torch.cat(firsts), BATCH, np.concatenate(numbers), key)
+        terms["loss"].backward()
     finally:
         torch.set_default_dtype(torch.float32)
-    found = world(ranks)["training_with_accumulation"]
-    assert relative_difference(found["losses"][0, :-1], sum(losses)) < 1e-12
+    found = world(ranks)["training_with_accumulation"]["two"][name]
+    assert relative_difference(found["losses"][0, :-1], torch.stack([term.detach() for term in terms.values()])) < 1e-12
     gradients = {name: p.grad for name, p in objective.named_parameters()}
     assert largest_difference(found["gradients"], gradients) < (1e-12, "")
+    # The running statistics have moved once for each micro-batch, in its first pass.
+    buffers = {what: buffer for what, buffer in objective.named_buffers() if "running" in what}
+    assert largest_difference({what: found["state"][what] for what in buffers}, buffers) < (1e-12, "")
+
+
+@pytest.mark.parametrize("ranks", (2, 4))
+@pytest.mark.parametrize("name", ACCUMULATED)
+def test_without_norms_in_the_networks_ranks_and_micro_batches_are_interchangeable(world, name, ranks):
+    one, several = (world(w)["training_with_accumulation"]["four with the ranks"][name] for w in (1, ranks))
+    assert largest_difference(several["gradients"], one["gradients"]) < (1e-12, "")
+    assert relative_difference(several["losses"], one["losses"]) < 1e-12
+    assert largest_difference(several["state"], one["state"]) < (1e-9, "")
 
 
 def direct_entropy(z: torch.Tensor, *, k: int, average_k: bool = False, eps2: float = 1e-4) -> torch.Tensor:

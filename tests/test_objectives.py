@@ -214,7 +214,7 @@ def test_cases_take_in_every_row():
 
 
 def divergence(objective, x, key):
-    mean, log_sigma = objective.posterior(x)
+    mean, log_sigma = objective.latents(objective.autoencoder.code(x))
     posterior = torch.distributions.Normal(mean, log_sigma.exp())
     return torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).sum(1).mean()
 
@@ -275,7 +275,7 @@ def test_loss_is_that_of_the_official_code(name, channels):
     terms = loss_of(objective, x, key=3)
     model = objective.autoencoder
     if divergence in ADDED[name]:
-        mean, log_sigma = objective.posterior(x)
+        mean, log_sigma = objective.latents(objective.autoencoder.code(x))
         z = mean + log_sigma.exp() * normal(row_keys(derive_key(3, 0), np.arange(ROWS)), 5)
         scale = 1 / channels
     else:
@@ -302,10 +302,10 @@ def test_l2_penalty_takes_in_the_dense_layer_of_celebas_decoder_alone(network, p
 def test_deviation_of_a_vae_is_bounded_and_that_of_a_cv_vae_is_set():
     objective, x = built("vae"), images()
     objective.autoencoder.encoder.head.weight.data *= 1e4
-    assert objective.posterior(x)[1].abs().max().item() == pytest.approx(5)
+    assert objective.latents(objective.autoencoder.code(x))[1].abs().max().item() == pytest.approx(5)
     assert objective.autoencoder.encoder.head.out_features == 10
     objective = built("cv_vae", "objective.sigma=0.7")
-    assert objective.posterior(x)[1].exp().unique().tolist() == pytest.approx([0.7])
+    assert objective.latents(objective.autoencoder.code(x))[1].exp().unique().tolist() == pytest.approx([0.7])
 
 
 def test_spectral_norm_divides_every_kernel_by_its_largest_singular_value():

@@ -231,7 +231,8 @@ def test_clipping_bounds_the_step_and_logs_the_norm_before_it(shards, tmp_path):
 def test_accumulation_says_what_entropy_and_norms_see(shards, tmp_path, caplog):
     caplog.set_level("INFO", "eae_dist")
     run_in_process(*settings(shards, tmp_path / "run", "train.accumulate=2", "train.epochs=0.4"))
-    assert "entropy, latent norm and batch norms see micro-batches of 13" in caplog.text
+    assert "latent norm, entropy and discrepancy are those of all 26 images" in caplog.text
+    assert "batch norms inside the networks see 13 to 13 at a time" in caplog.text
 
 
 def test_bf16_trains_with_float32_entropy(shards, tmp_path):

@@ -15,7 +15,18 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from world_cases import BATCH, CONTINUED, FLOAT32, INTERRUPTED, OBJECTIVES, OF_THREE, STEPS, configured, entropy_inputs
+from world_cases import (
+    ACCUMULATED,
+    BATCH,
+    CONTINUED,
+    FLOAT32,
+    INTERRUPTED,
+    OBJECTIVES,
+    OF_THREE,
+    STEPS,
+    configured,
+    entropy_inputs,
+)
 from world_latent import CASES as LATENT_CASES
 from world_metrics import CASES as METRIC_CASES
 
@@ -41,7 +52,7 @@ from eae_dist.metrics.frechet import ROOTS, frechet_distance
 from eae_dist.model.norm import GlobalBatchNorm
 from eae_dist.objectives import build_objective
 from eae_dist.report.metrics_log import TrainingDiverged
-from eae_dist.train import rehearse, rows_of_micro_batches, train, training_step, validate
+from eae_dist.train import check_micro_batches, rehearse, train, training_step, validate
 
 OUT, SHARDS, FOLDER, FID_CASE = (Path(argument) for argument in sys.argv[1:5])
 CASES = LATENT_CASES | METRIC_CASES
@@ -59,13 +70,12 @@ def run_steps(name: str, steps: int, *settings: str, workers: int = 0):
     stream = ShardStream(SHARDS, "train", BATCH, seed=3, workers=workers)
     objective = build_objective(config.model, config.objective, stream.index.image_shape, config.train.seed)
     model, optimizer = accelerator.prepare(objective, torch.optim.Adam(objective.parameters(), lr=1e-2))
-    rows = rows_of_micro_batches(stream, config.train.accumulate, accelerator.device)
-    rehearse(accelerator, model, stream, rows)
+    check_micro_batches(stream, config.train.accumulate, accelerator.device)
+    if config.train.accumulate == 1:
+        rehearse(accelerator, model, stream)
     losses, gradients, batches = [], None, iter(stream)
     for step in range(steps):
-        _, terms = training_step(
-            accelerator, model, optimizer, next(batches), stream.numbers, derive_key(3, step), rows, config.train.clip_norm
-        )
+        _, terms = training_step(accelerator, model, optimizer, next(batches), stream.numbers, derive_key(3, step), config.train)
         losses.append(gather_rows(terms[None]).mean(0))
         if step == 0:
             gradients = {name: p.grad.clone() for name, p in objective.named_parameters()}
@@ -99,9 +109,15 @@ def training_with_two_workers():
 
 @case
 def training_with_accumulation():
+    """One step of every row in two micro-batches; and without norms in the networks in as many as make four with the ranks."""
     torch.set_default_dtype(torch.float64)
     try:
-        return run_steps("eae", 1, "train.accumulate=2")
+        return {
+            "two": {name: run_steps(name, 1, "train.accumulate=2") for name in OBJECTIVES},
+            "four with the ranks": {
+                name: run_steps(name, 3, "model.norm=none", f"train.accumulate={-(-4 // world_size())}") for name in ACCUMULATED
+            },
+        }
     finally:
         torch.set_default_dtype(torch.float32)
 

@@ -29,6 +29,7 @@ ENTROPIC = ("eae", "eae_linear", "eae_redrawn")
 OF_THREE = (*ENTROPIC, "ae")  # rows that are trained on three ranks too
 FLOAT32 = (*ENTROPIC, "ae", "rae_gp")
 CONTINUED = ("eae", "eae_linear", "ae")  # rows that another number of ranks goes on with
+ACCUMULATED = ("eae", "eae_linear", "wae", "vae", "rae_gp")  # rows that are accumulated without norms in the networks
 # Ranks -> rows that are interrupted and go on there.
 INTERRUPTED = {1: tuple(OBJECTIVES), 2: tuple(OBJECTIVES), 3: OF_THREE, 4: tuple(OBJECTIVES)}
 

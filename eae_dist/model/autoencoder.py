@@ -36,20 +36,23 @@ class Autoencoder(nn.Module):
         self.image_shape, self.latent_dim, self.spread = tuple(image_shape), latent_dim, spread
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        return self.posterior(images)[0]
+        return self.latents(self.code(images))[0]
 
-    def posterior(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Latents [b, d] and, with spread, the logarithms of their standard deviations, [b, d] in [-5, 5]; else None."""
+    def code(self, images: torch.Tensor) -> torch.Tensor:
+        """What the encoder makes of images, before the latent norm: [b, c, h, w] -> [b, heads d], in float32 or better."""
         h = self.encoder(images)
         if h.shape != (wanted := (len(images), self.latent_dim * (2 if self.spread else 1))):
             raise ValueError(f"the encoder (model.encoder) made {tuple(h.shape)} of {len(images)} images; wanted {wanted}")
+        return h.to(torch.promote_types(h.dtype, torch.float32))
+
+    def latents(self, code: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Latents [b, d] and, with spread, the logarithms of their standard deviations, [b, d] in [-5, 5]; else None."""
         # Statistics and entropy in float32, whatever the convolutions ran in.
-        with torch.autocast(h.device.type, enabled=False):
-            h = h.to(torch.promote_types(h.dtype, torch.float32))
+        with torch.autocast(code.device.type, enabled=False):
             if self.spread:
-                mean, raw = h.chunk(2, 1)
+                mean, raw = code.chunk(2, 1)
                 return mean, LOG_SIGMA_LIMIT * torch.tanh(raw)
-            return (h if self.latent_norm is None else self.latent_norm(h)), None
+            return (code if self.latent_norm is None else self.latent_norm(code)), None
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return self.decoder(latents)
@@ -67,6 +70,8 @@ def resolve_model(config: ModelConfig, image_shape: Sequence[int]) -> ModelConfi
             f"pack them with --size {' or --size '.join(map(str, sizes))}, or name a network of your own in model.encoder "
             f"and model.decoder"
         )
+    if config.norm not in ("batch", "none"):
+        raise ValueError(f"model.norm={config.norm} is unknown; it is batch or none")
     latent_dim = config.latent_dim or family.latent_dim.get(channels, family.latent_dim[3])
     return replace(config, width=config.width or family.width, latent_dim=latent_dim)
 
@@ -79,7 +84,7 @@ def build_autoencoder(
     spread: the encoder has a second head. spectral: every kernel is divided by its largest singular value.
     """
     family, shape, heads = _family(config.network), tuple(image_shape), 2 if spread else 1
-    norm = {"eps": config.norm_eps, "momentum": config.norm_momentum}
+    norm = {"eps": config.norm_eps, "momentum": config.norm_momentum} if config.norm == "batch" else None
     bias = not latent_norm  # the head's would be removed by the latent norm
     if config.encoder is None:
         encoder = ConvEncoder(family, shape, config.latent_dim, config.width, heads=heads, bias=bias, norm=norm)

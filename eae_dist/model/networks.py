@@ -6,12 +6,15 @@ rounding noise. `small` is ours, for the embedded data. A network of yours is a 
 """
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.parametrize import is_parametrized
 
 from eae_dist.model.norm import GlobalBatchNorm
 
@@ -59,7 +62,7 @@ class ConvEncoder(nn.Module):
         *,
         heads: int = 1,
         bias: bool,
-        norm: dict,
+        norm: dict | None,
     ):
         super().__init__()
         channels, height, width_pixels = image_shape
@@ -67,9 +70,7 @@ class ConvEncoder(nn.Module):
         sizes = [channels, *(width * m for m in family.encoder)]
         self.layers = nn.Sequential()
         for before, after in zip(sizes, sizes[1:], strict=False):
-            self.layers.append(SameConv2d(before, after, family.kernel, 2, bias=False))
-            self.layers.append(GlobalBatchNorm(after, **norm))
-            self.layers.append(nn.ReLU(inplace=True))
+            self.layers.extend(normalized(SameConv2d(before, after, family.kernel, 2, bias=norm is None), norm))
         features = sizes[-1] * (height // family.multiple) * (width_pixels // family.multiple)
         self.head = nn.Linear(features, heads * latent_dim, bias=bias)
         self.apply(initialize)
@@ -85,7 +86,7 @@ class ConvEncoder(nn.Module):
 class ConvDecoder(nn.Module):
     """One dense layer without norm or activation, then transposed convolutions and a sigmoid: [b, d] -> [b, c, h, w]."""
 
-    def __init__(self, family: Family, image_shape: tuple[int, int, int], latent_dim: int, width: int, *, norm: dict):
+    def __init__(self, family: Family, image_shape: tuple[int, int, int], latent_dim: int, width: int, *, norm: dict | None):
         super().__init__()
         channels, height, width_pixels = image_shape
         sizes = [width * m for m in family.decoder]
@@ -94,9 +95,7 @@ class ConvDecoder(nn.Module):
         self.dense.penalized = family.penalized_dense
         self.layers = nn.Sequential(nn.Unflatten(1, (sizes[0], *start)))
         for before, after in zip(sizes, sizes[1:], strict=False):
-            self.layers.append(SameConvTranspose2d(before, after, family.kernel, 2, bias=False))
-            self.layers.append(GlobalBatchNorm(after, **norm))
-            self.layers.append(nn.ReLU(inplace=True))
+            self.layers.extend(normalized(SameConvTranspose2d(before, after, family.kernel, 2, bias=norm is None), norm))
         self.layers.append(SameConvTranspose2d(sizes[-1], channels, family.kernel, family.last_stride))
         self.apply(initialize)
         self.to(memory_format=torch.channels_last)
@@ -105,6 +104,12 @@ class ConvDecoder(nn.Module):
         logits = self.layers(self.dense(z))
         # At least in float32: bfloat16 has steps of 1/256 near white.
         return torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+
+
+def normalized(layer: nn.Module, norm: dict | None) -> list[nn.Module]:
+    """A convolution, its batch norm unless norm is None, and ReLU."""
+    norms = [] if norm is None else [GlobalBatchNorm(layer.out_channels, **norm)]
+    return [layer, *norms, nn.ReLU(inplace=True)]
 
 
 class SameConv2d(nn.Conv2d):
@@ -150,6 +155,21 @@ def normalize_spectrum(network: nn.Module) -> None:
     for layer in list(network.modules()):
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
             spectral_norm(layer, dim=0)
+
+
+@contextmanager
+def one_power_iteration(network: nn.Module) -> Iterator[None]:
+    """The kernels of `normalize_spectrum` move on by one iteration and then stand still, however often the network is used."""
+    layers = [layer for layer in network.modules() if is_parametrized(layer, "weight")]
+    for layer in layers:
+        with torch.no_grad():
+            layer.weight  # noqa: B018  computing it is the iteration
+        layer.parametrizations.eval()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.parametrizations.train(layer.training)
 
 
 def own_network(name: str, key: str, arguments: dict) -> nn.Module:
