@@ -18,7 +18,7 @@ import torch
 from eae_dist.distributed import gather_padded, rank, row_counts, world_size
 
 QUERY_TILE, KEY_TILE = 2048, 2048  # 16 MiB of float32: larger tiles fall out of the caches, smaller ones call more
-BLOCK = 32  # columns whose minimum is taken first
+BLOCK = 16  # columns whose minimum is taken first
 
 
 class EntropyTerms(NamedTuple):
