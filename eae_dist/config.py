@@ -150,6 +150,8 @@ class TrainConfig:
     """Images between checkpoints. Default: one epoch."""
     log_every: int | None = changeable(None)
     """Images between lines in metrics.jsonl. Default: ten steps."""
+    profile: int = changeable(0)
+    """Steps of this start, after the first three, of which every rank writes a trace: RUN/profile, for https://ui.perfetto.dev."""
     keep: int = changeable(3)
     """How many of the last checkpoints are kept, besides the best."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"], metadata={"changeable": True})

@@ -7,8 +7,10 @@ times, in the same order. W: ranks, b: this rank's rows, n: all rows.
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from datetime import timedelta
 
 import torch
@@ -113,7 +115,8 @@ class _SumOverRanks(torch.autograd.Function):
         if _is_small(x, group):
             return _of_every_rank(x, group).sum(0, dtype=x.dtype)
         out = x.clone()
-        dist.all_reduce(out, group=group)
+        with _waiting():
+            dist.all_reduce(out, group=group)
         return out
 
     @staticmethod
@@ -124,12 +127,13 @@ class _SumOverRanks(torch.autograd.Function):
 def _of_every_rank(x: torch.Tensor, group) -> torch.Tensor:
     """x of every rank, in rank order: [...] -> [W, ...]; of one shape on all ranks."""
     everyone = x.new_empty(world_size(group), *x.shape)
-    if _is_small(x, group):
-        dist.all_to_all_single(everyone, x.expand_as(everyone).contiguous(), group=group)
-    else:
-        # torch 2.14 renamed all_gather_into_tensor and warns about the old name.
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        gather(everyone.flatten(), x.flatten(), group=group)
+    with _waiting():
+        if _is_small(x, group):
+            dist.all_to_all_single(everyone, x.expand_as(everyone).contiguous(), group=group)
+        else:
+            # torch 2.14 renamed all_gather_into_tensor and warns about the old name.
+            gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+            gather(everyone.flatten(), x.flatten(), group=group)
     return everyone
 
 
@@ -139,6 +143,61 @@ def _is_small(x: torch.Tensor, group) -> bool:
     Its own algorithms go around the ring of ranks, one after the other, which pays above about 1 MiB received.
     """
     return x.device.type == "cpu" and 0 < x.numel() * x.element_size() * world_size(group) <= 2**20
+
+
+class Stopwatch:
+    """Seconds that were measured."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - start
+
+    def taken(self) -> float:
+        """The seconds since this was asked last."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
+
+
+_WAITS: ContextVar[Stopwatch | None] = ContextVar("waits", default=None)
+
+
+@contextmanager
+def measured_waits() -> Iterator[Stopwatch]:
+    """A stopwatch that runs while this thread is in a collective; over NCCL, which does not wait, that is no time at all."""
+    before = _WAITS.set(watch := Stopwatch())
+    try:
+        yield watch
+    finally:
+        _WAITS.reset(before)
+
+
+def _waiting():
+    watch = _WAITS.get()
+    return nullcontext() if watch is None else watch.running()
+
+
+def silent_ranks(patience: float) -> list[int]:
+    """The ranks that do not call this within so many seconds: after a collective failed, those that ended or hang.
+
+    Called by the ranks that saw it fail. They meet in the store through which the ranks found each other, not by a collective.
+    """
+    store = dist.distributed_c10d._get_default_store()  # there is no public name for it
+    end, silent = time.monotonic() + patience, []
+    try:
+        store.set(f"eae_dist/alive/{rank()}", "")
+        for other in range(world_size()):
+            try:
+                store.wait([f"eae_dist/alive/{other}"], timedelta(seconds=max(end - time.monotonic(), 0.1)))
+            except RuntimeError:
+                silent.append(other)
+    except RuntimeError:  # the store has ended, and with it the process that holds it: rank 0, without a launcher
+        return [0]
+    return silent
 
 
 def gather_objects(value) -> list:
@@ -258,5 +317,6 @@ class StopRequest:
     def asked(self) -> bool:
         """Whether any rank had been signalled when this step began; the same answer on every rank."""
         if self._group is not None:
-            self._pending.wait()
+            with _waiting():
+                self._pending.wait()
         return bool(self._flags.any())

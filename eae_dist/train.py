@@ -32,11 +32,13 @@ from eae_dist.config import Config, TrainConfig, flatten, load_config, save_conf
 from eae_dist.data.shards import ShardIndex
 from eae_dist.data.stream import ShardStream, walk
 from eae_dist.distributed import (
+    FirstRankFailed,
     StopRequest,
     barrier,
     ending_ranks,
     first_rank_first,
     gather_rows,
+    measured_waits,
     rank,
     require_equal,
     row_counts,
@@ -47,11 +49,17 @@ from eae_dist.draws import derive_key
 from eae_dist.local_ranks import keep_freed_memory, srun_ranks
 from eae_dist.losses.entropy import gaussian_reference
 from eae_dist.model.autoencoder import to_unit
+from eae_dist.model.norm import finite_norms
 from eae_dist.objectives import Objective, build_objective, objective_class, resolve
 from eae_dist.report import metrics_log
+from eae_dist.report.crash import reported_crashes
 from eae_dist.report.grids import draw_grids, grid_inputs, save_grids
+from eae_dist.report.metrics_log import FINITE_NORMS
+from eae_dist.report.step_times import StepTimes, traced
 
 log = logging.getLogger("eae_dist")
+
+SAID = (metrics_log.TrainingDiverged, FirstRankFailed, ValueError, OSError)  # errors whose own words are enough
 
 
 def train(config: Config) -> None:
@@ -171,9 +179,17 @@ def train(config: Config) -> None:
             save()
 
     window: list[torch.Tensor] = []  # the terms of every step since the last line of the log
-    with progress, StopRequest(config.train.timeout) as stop, closing(iter(stream)) as batches:
+    with (
+        reported_crashes(run, lambda: step, config.train.timeout, *SAID),
+        progress,
+        StopRequest(config.train.timeout) as stop,
+        closing(iter(stream)) as batches,
+        measured_waits() as waits,
+        traced(config.train.profile, run / "profile") as profiler,
+    ):
         if unfinished:
             finish(**unfinished)
+        times = StepTimes(stream.rows, waits, model)
         stopping, started = False, time.perf_counter()
         while step < end:
             # One step on B images.
@@ -183,11 +199,16 @@ def train(config: Config) -> None:
                 set_learning_rate(optimizer, config.train.learning_rate * config.train.decay**epochs_done)
             torch.manual_seed(derive_key(config.train.seed, step, rank()))  # of random layers in a network of the user's own
             key = derive_key(config.train.seed, step)
-            names, terms = training_step(accelerator, model, stepper, next(batches), stream.numbers, key, config.train)
+            with times.step():
+                with times.reading():
+                    batch = next(batches)
+                names, terms = training_step(accelerator, model, stepper, batch, stream.numbers, key, config.train)
+                stopping = stop.asked()
             window.append(terms)
             step += 1
             progress.update(batch_images)
-            stopping = stop.asked()
+            if profiler is not None:
+                profiler.step()
             due = {what for what, images in every.items() if step == end or crossed(step, batch_images, images)}
             if stopping:
                 due.add("save")
@@ -200,6 +221,7 @@ def train(config: Config) -> None:
             record["learning_rate"] = optimizer.param_groups[0]["lr"]
             record["images_per_second"] = len(window) * batch_images / (time.perf_counter() - started)
             record["peak_memory_mib"] = peak_memory_mib(accelerator.device)
+            record |= times.record()
             if reference is not None:
                 record["entropy_gaussian_reference"] = reference
             window.clear()
@@ -318,6 +340,8 @@ def training_step(
 ) -> tuple[list[str], torch.Tensor]:
     """One optimizer step; the terms' names and this rank's shares of them, float64 [terms], gradient norm last.
 
+    Before it stands what `finite_norms` says, from which `averaged` names the ranks where a loss that is not finite began.
+
     numbers: which rows of the global batch this rank holds, int64 [b]; key: of all draws of this step.
     """
     optimizer.zero_grad()
@@ -334,8 +358,8 @@ def training_step(
     if config.clip_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, config.clip_norm, norm)
     optimizer.step()
-    shares = [term.detach().double() for term in (*terms.values(), norm)]
-    return [*terms, "gradient_norm"], torch.stack(shares)
+    shares = [torch.as_tensor(term, device=device).double() for term in (*terms.values(), finite_norms(model), norm)]
+    return [*terms, FINITE_NORMS, "gradient_norm"], torch.stack(shares).detach()
 
 
 def rehearse(accelerator: Accelerator, model: torch.nn.Module, stream: ShardStream) -> None:

@@ -36,9 +36,18 @@ class Ended:
 
 
 def run_ranks(
-    ranks: int, logs: Path, work: Callable, *arguments, environment: Mapping[str, str] | None = None, timeout: float = 120
+    ranks: int,
+    logs: Path,
+    work: Callable,
+    *arguments,
+    environment: Mapping[str, str] | None = None,
+    timeout: float = 120,
+    hanging: Sequence[int] = (),
 ) -> Ended:
-    """Calls `work` on so many ranks, each with a log of its own in the folder; one that has not ended in time fails the test."""
+    """Calls `work` on so many ranks, each with a log of its own in the folder; one that has not ended in time fails the test.
+
+    hanging: ranks that are killed when the others have ended.
+    """
     logs.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -53,9 +62,10 @@ def run_ranks(
     for process in processes:
         process.start()
     end = time.monotonic() + timeout
-    for process in processes:
+    awaited = [(number, process) for number, process in enumerate(processes) if number not in hanging]
+    for _, process in awaited:
         process.join(max(0, end - time.monotonic()))
-    late = [number for number, process in enumerate(processes) if process.is_alive()]
+    late = [number for number, process in awaited if process.is_alive()]
     for process in processes:
         process.kill()
         process.join()

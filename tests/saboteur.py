@@ -46,6 +46,21 @@ class KillingEncoder(CountingEncoder):
         return h
 
 
+class HangingEncoder(CountingEncoder):
+    """Does not come back from step 7 of the last rank."""
+
+    def sabotage(self, h: torch.Tensor) -> torch.Tensor:
+        while True:
+            signal.pause()
+
+
+class FailingEncoder(CountingEncoder):
+    """Fails in step 7 of the last rank at something that nobody has foreseen."""
+
+    def sabotage(self, h: torch.Tensor) -> torch.Tensor:
+        raise KeyError("unforeseen")
+
+
 def killing_features(images: torch.Tensor) -> torch.Tensor:
     """Some pixels; kills the last rank, once, when an evaluation (SABOTEUR_PROGRESS) has compared two sets of images."""
     mark, progress = (Path(os.environ[name]) for name in ("SABOTEUR_MARK", "SABOTEUR_PROGRESS"))

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import platform
 import shutil
 import signal
 from pathlib import Path
@@ -35,7 +36,7 @@ def arguments(shards: Path, run: Path, name: str, *more: str) -> list[str]:
         "train.sample_every=1000000",
         "train.trackers=[]",
         "train.device=cpu",
-        "train.timeout=30",
+        "train.timeout=10",
         "model.encoder=saboteur:KillingEncoder",
         "model.width=4",
         "model.latent_dim=5",
@@ -92,6 +93,9 @@ def test_killed_rank_ends_the_others_and_the_same_command_ends_with_the_same_bit
         ended = broken(ranks, shards, tmp_path, "SIGKILL")
         *others, killed = ended.codes
         assert killed == -signal.SIGKILL and all(code > 0 for code in others), (name, ended)
+        for said in ended.said[:-1]:
+            assert f"failed in step {BROKEN}" in said and f"rank {ranks - 1} ended or hangs" in said, said
+            assert f"the last checkpoint is {tmp_path / name}/checkpoints/step-{SAVED:08d}" in said
         assert latest(tmp_path / name) == f"step-{SAVED:08d}"
     ended = broken(ranks, shards, tmp_path, "SIGKILL")
     assert ended.codes == [0] * ranks and f"steps {SAVED} to {STEPS}" in ended.said[0], ended.said
@@ -108,6 +112,38 @@ def test_signal_to_one_rank_lets_every_rank_save_and_end_well_and_the_run_goes_o
     assert ended.codes == [0] * ranks, ended.said
     for name in ROWS:
         require_same(tmp_path / name, whole_runs / name)
+
+
+def test_rank_that_hangs_is_named_by_the_others_within_the_timeout(ranks, shards, tmp_path):
+    if ranks == 1:
+        pytest.skip("nobody waits for a single rank")
+    words = arguments(shards, tmp_path / "run", "eae", "model.encoder=saboteur:HangingEncoder", "train.timeout=3")
+    ended = run_ranks(ranks, tmp_path, train_in_turn, words, environment={"SABOTEUR_STEP": BROKEN}, hanging=[ranks - 1])
+    for who, said in enumerate(ended.said[:-1]):
+        assert ended.codes[who] > 0 and f"rank {ranks - 1} ended or hangs" in said, said
+        report = (tmp_path / "run" / "crashes" / f"rank-{who}.txt").read_text()
+        assert f"rank {ranks - 1} ended or hangs" in report and "Traceback" in report
+
+
+def test_unforeseen_failure_is_reported_with_rank_host_step_and_last_checkpoint(ranks, shards, tmp_path):
+    words = arguments(shards, tmp_path / "run", "ae", "model.encoder=saboteur:FailingEncoder")
+    ended = run_ranks(ranks, tmp_path, train_in_turn, words, environment={"SABOTEUR_STEP": BROKEN})
+    assert all(code > 0 for code in ended.codes)
+    where = f"rank {ranks - 1} of {ranks} on {platform.node()} failed in step {BROKEN}: KeyError: 'unforeseen'"
+    latest = (tmp_path / "run" / "checkpoints" / f"step-{SAVED:08d}").resolve()
+    for text in (ended.said[-1], (tmp_path / "run" / "crashes" / f"rank-{ranks - 1}.txt").read_text()):
+        assert where in text and f"the last checkpoint is {latest}; the same command goes on" in text
+
+
+def test_run_on_four_two_one_and_four_ranks_takes_the_samples_in_the_order_of_one_run(ranks, whole_runs, shards, tmp_path):
+    if ranks != 1:
+        pytest.skip("the numbers of ranks are its own")
+    (tmp_path / "run.mark").touch()
+    for count, steps in ((4, 3), (2, 5), (1, 6), (4, STEPS)):
+        words = arguments(shards, tmp_path / "run", "eae", f"train.epochs={steps * BATCH / 150}")
+        ended = run_ranks(count, tmp_path / f"logs-{steps}", train_in_turn, words)
+        assert ended.codes == [0] * count, ended.said
+    assert samples_of(tmp_path / "run") == samples_of(whole_runs / "eae")
 
 
 def test_truncated_shard_ends_all_ranks_and_is_named(ranks, shards, tmp_path):

@@ -110,7 +110,7 @@ def test_accumulated_step_is_that_of_one_graph_whose_networks_see_the_batch_in_p
     finally:
         torch.set_default_dtype(torch.float32)
     found = world(ranks)["training_with_accumulation"]["two"][name]
-    assert relative_difference(found["losses"][0, :-1], torch.stack([term.detach() for term in terms.values()])) < 1e-12
+    assert relative_difference(found["losses"][0, :-2], torch.stack([term.detach() for term in terms.values()])) < 1e-12
     gradients = {name: p.grad for name, p in objective.named_parameters()}
     assert largest_difference(found["gradients"], gradients) < (1e-12, "")
     # The running statistics have moved once for each micro-batch, in its first pass.
@@ -274,7 +274,7 @@ def test_distance_equals_that_of_pytorch_fids_command(world, distance_by_pytorch
 def test_loss_that_is_not_a_number_stops_all_ranks_and_names_term_step_rank_and_checkpoint(world, ranks):
     message = world(ranks)["loss_that_is_not_a_number_on_the_last_rank"]["message"]
     assert "reconstruction is nan at step 7" in message
-    assert f"on rank {', '.join(map(str, range(ranks)))}" in message  # a batch norm carries it to all ranks in the same step
+    assert f"on rank {ranks - 1};" in message  # though a batch norm carries it to all ranks in the same step
     assert "the last good checkpoint is" in message and "step-00000005" in message
 
 

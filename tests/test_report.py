@@ -16,7 +16,7 @@ from eae_dist.config import ModelConfig
 from eae_dist.model.autoencoder import Autoencoder, build_autoencoder, resolve_model
 from eae_dist.report import metrics_log
 from eae_dist.report.grids import BETWEEN, PAIRS, SAMPLES, draw_grids, grid_inputs, save_grids
-from eae_dist.report.metrics_log import MetricsLog, TrainingDiverged, averaged, lines_up_to, require_finite
+from eae_dist.report.metrics_log import FINITE_NORMS, MetricsLog, TrainingDiverged, averaged, lines_up_to, require_finite
 
 CPU = torch.device("cpu")
 
@@ -148,11 +148,12 @@ def test_picture_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypa
     assert (tmp_path / "samples.png").read_bytes() == before
 
 
-NAMES = ["loss", "entropy", "gradient_norm"]
+NAMES = ["loss", "entropy", FINITE_NORMS, "gradient_norm"]
 
 
-def window(*steps: tuple[float, ...]) -> list[torch.Tensor]:
-    return [torch.tensor(step, dtype=torch.float64) for step in steps]
+def window(*steps: tuple[float, float, float]) -> list[torch.Tensor]:
+    """Loss, entropy and gradient norm of each step; all norms have seen finite rows."""
+    return [torch.tensor([loss, entropy, 7, gradient], dtype=torch.float64) for loss, entropy, gradient in steps]
 
 
 @pytest.fixture
@@ -161,7 +162,7 @@ def three_ranks(monkeypatch):
 
     def gathered(shares: torch.Tensor) -> torch.Tensor:
         late, always = shares.clone(), shares.clone()
-        late[:, -1, 1:] = math.nan
+        late[:, -1, [1, 3]] = math.nan
         always[..., 1] = math.nan
         return torch.cat([shares, late, always])
 
@@ -186,6 +187,17 @@ def test_only_the_ranks_with_the_bad_term_are_named(tmp_path, three_ranks):
         averaged(window((1, 2, 3), (1, 2, 3)), NAMES, 20, tmp_path, ignore_gradient=False)
     with pytest.raises(TrainingDiverged, match="^entropy is nan at step 19 on rank 1, 2;"):
         averaged(window((math.inf, 2, math.nan)), NAMES, 19, tmp_path, ignore_gradient=False)
+
+
+def test_ranks_are_named_whose_rows_were_the_first_to_be_no_numbers(tmp_path, monkeypatch):
+    def gathered(shares: torch.Tensor) -> torch.Tensor:
+        first, second = shares.clone(), shares.clone()
+        first[..., 2], second[..., 2] = 4, 3
+        return torch.cat([first, second, first])
+
+    monkeypatch.setattr(metrics_log, "gather_rows", gathered)
+    with pytest.raises(TrainingDiverged, match="^entropy is nan at step 19 on rank 1;"):
+        averaged(window((math.nan, math.nan, math.nan)), NAMES, 19, tmp_path, ignore_gradient=False)
 
 
 def test_loss_that_overflows_though_its_terms_do_not_is_named_on_every_rank(tmp_path, monkeypatch):

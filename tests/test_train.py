@@ -1,5 +1,6 @@
 """Whole runs: through the launchers with processes that are killed, and in this process for what a user can get wrong."""
 
+import itertools
 import json
 import os
 import re
@@ -16,6 +17,8 @@ from conftest import ROOT, rank_environment
 from safetensors.torch import load_file
 
 from eae_dist.config import read_config
+from eae_dist.distributed import Stopwatch
+from eae_dist.report.step_times import StepTimes
 from eae_dist.train import main
 
 BATCH = 26
@@ -85,6 +88,12 @@ def test_every_logged_line_carries_the_promised_terms_and_the_clock_of_images(un
         terms = {"loss", "reconstruction", "reconstruction_per_pixel", "entropy", "entropy_gaussian_reference", "floored_pairs"}
         assert terms | {"learning_rate", "gradient_norm", "images_per_second", "peak_memory_mib", "epoch"} <= line.keys()
         assert line["reconstruction"] == pytest.approx(256 * line["reconstruction_per_pixel"])
+        speeds, readings, waits = (line[f"rank_{name}"] for name in ("images_per_second", "data_wait", "communication_wait"))
+        assert len(speeds) == len(readings) == len(waits) == 2 and line["straggler_spread"] >= 0
+        # A step of 13 rows a rank takes what its own work, reading and waiting take, the last two of which are not nothing.
+        step_seconds = BATCH / line["images_per_second"]
+        for speed, reading, wait in zip(speeds, readings, waits, strict=True):
+            assert min(speed, reading, wait) > 0 and 13 / speed + reading + wait < 1.5 * step_seconds
     validated = {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
     best = (run / "checkpoints" / "best").resolve().name
     assert len(validated) > 1 and best == f"step-{min(validated, key=validated.get):08d}"
@@ -248,6 +257,30 @@ def test_worse_validations_leave_the_best_checkpoint_where_it_is(shards, tmp_pat
     assert [line["validation_loss"] for line in records(run) if "validation_loss" in line] == losses
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-00000004", f"step-{STEPS:08d}", "best", "latest"}
     assert (run / "checkpoints" / "best").resolve().name == "step-00000004"
+
+
+def test_trace_is_written_of_as_many_steps_as_asked_for(shards, tmp_path):
+    run_in_process(*settings(shards, tmp_path / "run", "train.profile=2", "train.epochs=1.2"))
+    events = json.loads((tmp_path / "run" / "profile" / "rank-0.json").read_text())["traceEvents"]
+    assert {event["name"] for event in events if event["name"].startswith("ProfilerStep")} == {"ProfilerStep#3", "ProfilerStep#4"}
+    assert any("convolution" in event["name"] for event in events)
+
+
+def test_time_of_a_step_is_divided_into_reading_waiting_and_own_work(monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr("eae_dist.distributed.time.perf_counter", lambda: float(next(clock)))
+    waits = Stopwatch()
+    times = StepTimes(26, waits, torch.nn.Identity())
+    for _ in range(2):
+        with times.step():  # 1 second until reading begins, 1 of reading, 1 until waiting, 1 of waiting, 1 until the end
+            with times.reading():
+                pass
+            with waits.running():
+                pass
+    record = times.record()
+    assert record["rank_data_wait"] == [1.0] and record["rank_communication_wait"] == [1.0]
+    assert record["rank_images_per_second"] == [26 / 3] and record["straggler_spread"] == 0
+    assert times.record()["rank_data_wait"] == [0.0]
 
 
 def test_training_without_validation_split(shards, tmp_path):

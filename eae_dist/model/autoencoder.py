@@ -32,7 +32,7 @@ class Autoencoder(nn.Module):
         spread: bool = False,
     ):
         super().__init__()
-        self.encoder, self.decoder, self.latent_norm = encoder, decoder, latent_norm
+        self.encoder, self.latent_norm, self.decoder = encoder, latent_norm, decoder  # as images pass them
         self.image_shape, self.latent_dim, self.spread = tuple(image_shape), latent_dim, spread
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,7 @@ class GlobalBatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_features)) if affine else None
         self.register_buffer("running_mean", torch.zeros(num_features) if track else None)
         self.register_buffer("running_var", torch.ones(num_features) if track else None)
+        self.finite: torch.Tensor | None = None  # whether this rank's rows were, in the passes since `finite_norms` asked
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         evaluating = self.running_mean is not None and not self.training
@@ -33,7 +34,8 @@ class GlobalBatchNorm(nn.Module):
             return F.batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias, not evaluating, self.momentum, self.eps
             )
-        out, mean, variance, count = _GlobalBatchNorm.apply(x, self.weight, self.bias, self.eps)
+        out, mean, variance, count, finite = _GlobalBatchNorm.apply(x, self.weight, self.bias, self.eps)
+        self.finite = finite if self.finite is None else self.finite & finite
         if self.running_mean is not None:
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (count / (count - 1)).to(variance.dtype), self.momentum)
@@ -44,8 +46,23 @@ class GlobalBatchNorm(nn.Module):
         return f"affine={affine}, eps={self.eps}, momentum={self.momentum}, track={track}"
 
 
+def finite_norms(network: nn.Module) -> int | torch.Tensor:
+    """How many norms, in the order of the network, have seen finite rows of this rank before one did not, since last asked.
+
+    A norm carries what is not a number to the rows of all ranks: those with the fewest are where it came from.
+    """
+    norms = [module for module in network.modules() if isinstance(module, GlobalBatchNorm) and module.finite is not None]
+    seen = torch.stack([norm.finite for norm in norms]).long().cumprod(0).sum() if norms else 0
+    for norm in norms:
+        norm.finite = None
+    return seen
+
+
 class _GlobalBatchNorm(torch.autograd.Function):
-    """(x, weight or None, bias or None, eps) -> (y, mean [c], biased variance [c], n); only y is differentiable."""
+    """(x, weight or None, bias or None, eps) -> (y, mean [c], biased variance [c], n, finite); only y is differentiable.
+
+    finite: whether this rank's part of the sums is, before the others' comes to it.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
@@ -57,6 +74,7 @@ class _GlobalBatchNorm(torch.autograd.Function):
         total, center, about_center = total.double(), center.double(), about_center.double()
         squares = about_center + center * total
         count = torch.full_like(total[:1], rows)
+        finite = (total + squares).isfinite().all()
         total, squares, count = sum_over_ranks(torch.cat([total, squares, count])).split([len(total), len(total), 1])
         mean = total / count
         variance = (squares / count - mean.square()).clamp_(min=0)
@@ -64,8 +82,8 @@ class _GlobalBatchNorm(torch.autograd.Function):
         mean, variance = mean.to(wide), variance.to(wide)
         ctx.eps = eps
         ctx.save_for_backward(x, weight, mean, variance)
-        ctx.mark_non_differentiable(mean, variance, count)
-        return _normalize(x, weight, bias, mean, variance, eps), mean, variance, count
+        ctx.mark_non_differentiable(mean, variance, count, finite)
+        return _normalize(x, weight, bias, mean, variance, eps), mean, variance, count, finite
 
     @staticmethod
     def backward(ctx, dy, *_):

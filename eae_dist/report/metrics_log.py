@@ -14,6 +14,8 @@ from eae_dist.durable import replace_file
 
 log = logging.getLogger("eae_dist")
 
+FINITE_NORMS = "finite_norms"  # beside the terms: how many batch norms have seen finite rows of a rank
+
 
 class TrainingDiverged(RuntimeError):
     """A loss or gradient that is not a finite number."""
@@ -40,7 +42,10 @@ class MetricsLog:
         if self.accelerator.is_main_process:
             with open(self.path, "a") as file:
                 file.write(json.dumps(record) + "\n")
-        self.accelerator.log({key: value for key, value in record.items() if key != "step"}, step=record["step"])
+        lists = {key: value for key, value in record.items() if isinstance(value, list)}
+        scalars = {key: value for key, value in record.items() if key not in lists and key != "step"}
+        scalars |= {f"{key}/rank-{who}": value for key, values in lists.items() for who, value in enumerate(values)}
+        self.accelerator.log(scalars, step=record["step"])
 
 
 def lines_up_to(path: Path, step: int) -> list[str]:
@@ -56,7 +61,10 @@ def lines_up_to(path: Path, step: int) -> list[str]:
 
 
 def averaged(window: list[torch.Tensor], names: list[str], step: int, run: Path, *, ignore_gradient: bool) -> dict[str, float]:
-    """Means over ranks and over the steps of the window that ends with `step`; raises TrainingDiverged if one is not finite."""
+    """Means over ranks and over the steps of the window that ends with `step`; raises TrainingDiverged if one is not finite.
+
+    The ranks that it names are those with the fewest FINITE_NORMS, where it began.
+    """
     shares = gather_rows(torch.stack(window)[None]).cpu()  # [W, steps, terms]
     if ignore_gradient:  # fp16's loss scaling skips steps whose gradient overflows
         shares[:, :, -1] = shares[:, :, -1].nan_to_num(posinf=0.0)
@@ -64,10 +72,14 @@ def averaged(window: list[torch.Tensor], names: list[str], step: int, run: Path,
     if len(bad):
         at = int(bad[:, 1].min())
         name = first_cause([names[term] for _, when, term in bad.tolist() if when == at])
-        ranks = [who for who, when, term in bad.tolist() if when == at and names[term] == name]
+        began = shares[:, at, names.index(FINITE_NORMS)]
+        here = [who for who, when, term in bad.tolist() if when == at and names[term] == name]
+        ranks = [who for who in here if began[who] == began[here].min()]
         value = float(shares[ranks[0], at, names.index(name)])
         require_finite({name: value}, step - len(window) + at + 1, run, ranks)
-    return dict(zip(names, shares.mean((0, 1)).tolist(), strict=True))
+    means = dict(zip(names, shares.mean((0, 1)).tolist(), strict=True))
+    del means[FINITE_NORMS]
+    return means
 
 
 def require_finite(terms: dict[str, float], step: int, run: Path, ranks: Sequence[int] = ()) -> None:
