@@ -7,9 +7,10 @@ times, in the same order. W: ranks, b: this rank's rows, n: all rows.
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from datetime import timedelta
 
@@ -187,17 +188,21 @@ def silent_ranks(patience: float) -> list[int]:
     Called by the ranks that saw it fail. They meet in the store through which the ranks found each other, not by a collective.
     """
     store = dist.distributed_c10d._get_default_store()  # there is no public name for it
-    end, silent = time.monotonic() + patience, []
-    try:
-        store.set(f"eae_dist/alive/{rank()}", "")
-        for other in range(world_size()):
-            try:
+    silent = set(range(world_size())) - {rank()}
+
+    def ask() -> None:
+        with suppress(RuntimeError):  # the store has ended with the process that held it
+            store.set(f"eae_dist/alive/{rank()}", "")
+        for other in sorted(silent):
+            with suppress(RuntimeError):  # it did not come
                 store.wait([f"eae_dist/alive/{other}"], timedelta(seconds=max(end - time.monotonic(), 0.1)))
-            except RuntimeError:
-                silent.append(other)
-    except RuntimeError:  # the store has ended, and with it the process that holds it: rank 0, without a launcher
-        return [0]
-    return silent
+                silent.discard(other)
+
+    # In a thread, because a store behind a broken network answers nothing at all, not even that the time is over.
+    end = time.monotonic() + patience
+    (thread := threading.Thread(target=ask, daemon=True)).start()
+    thread.join(patience + 1)
+    return sorted(silent)
 
 
 def gather_objects(value) -> list:

@@ -12,7 +12,7 @@ import resource
 import sys
 import time
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
@@ -255,6 +255,7 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     cpu = config.device == "cpu" or not torch.cuda.is_available()
     if cpu and config.precision == "fp16":
         raise ValueError("train.precision=fp16 needs a GPU; take train.precision=bf16 or no")
+    check_restarts(os.environ)
     if cpu:
         keep_freed_memory()
     available = {str(tracker) for tracker in get_available_trackers()}
@@ -289,6 +290,18 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         log.setLevel(logging.INFO)
     return accelerator
+
+
+def check_restarts(env: Mapping[str, str]) -> None:
+    """Raises ValueError where torchrun would start ranks again in a store that still has the addresses of those before.
+
+    A rank that reads one of these before its peer has written the new one waits for a process that is gone.
+    """
+    if int(env.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ValueError(
+            "torchrun --max-restarts keeps its store from one start to the next, in which ranks can find each other's old "
+            "addresses; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, or leave --max-restarts out"
+        )
 
 
 def check_ranks(model: torch.nn.Module) -> None:

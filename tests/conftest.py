@@ -75,9 +75,9 @@ def shards(tmp_path_factory) -> Path:
 
 
 def rank_environment() -> dict[str, str]:
-    """The environment of a launched rank: one thread, this checkout importable."""
+    """The environment of a launched rank: one thread, this checkout importable, a store of its own for each start."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 def torchrun(ranks: int, *command: str, timeout: float = 300) -> subprocess.CompletedProcess:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import torch
@@ -43,6 +44,17 @@ class KillingEncoder(CountingEncoder):
             mark.touch()
             target = os.getppid() if os.environ.get("SABOTEUR_TARGET") == "launcher" else os.getpid()
             os.kill(target, getattr(signal, os.environ["SABOTEUR_SIGNAL"]))
+        return h
+
+
+class CommandingEncoder(CountingEncoder):
+    """Runs a shell command (SABOTEUR_COMMAND) in step 7 of the last rank, once: SABOTEUR_MARK tells."""
+
+    def sabotage(self, h: torch.Tensor) -> torch.Tensor:
+        mark = Path(os.environ["SABOTEUR_MARK"])
+        if not mark.exists():
+            mark.touch()
+            subprocess.run(os.environ["SABOTEUR_COMMAND"], shell=True, check=True)
         return h
 
 

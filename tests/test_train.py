@@ -325,6 +325,15 @@ def test_wrong_input_is_one_line_that_says_what_to_change(shards, tmp_path, caps
     assert str(stop.value).startswith("error: ")
 
 
+def test_restarts_in_a_store_that_is_kept_are_refused(shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with pytest.raises(SystemExit, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"):
+        run_in_process(*settings(shards, tmp_path / "run"))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    run_in_process(*settings(shards, tmp_path / "run", "train.epochs=0.4"))
+
+
 def test_changed_setting_on_the_same_run_folder_is_an_error_that_shows_the_difference(finished, shards):
     with pytest.raises(SystemExit, match=r"(?s)other settings.*objective.k: 1 -> 2.*train.learning_rate: 0.001 -> 0.1"):
         run_in_process(*settings(shards, finished, "objective.k=2", "train.learning_rate=0.1"))
