@@ -85,6 +85,9 @@ class ObjectiveConfig:
     """eae, eae_linear: take the mean over the first k log distances instead of the k-th: a less noisy gradient."""
     eps2: float = 1e-4
     """eae, eae_linear: added to squared neighbor distances inside the logarithm; latents have unit variance."""
+    group: str | None = None
+    """eae, eae_linear: take the entropy over groups of ranks and its mean over them, where all latents are too many to compare:
+    node (the ranks of a machine) or a number of ranks. Default: over all ranks, the same whatever their number."""
     map: str = "fixed"
     """eae_linear: the orthonormal map is fixed (drawn from the seed) or redrawn (each step, from seed and step)."""
     map_dim: int | None = None
@@ -421,6 +424,7 @@ def _check_values(config: Config) -> None:
         "train.seed": train.seed,
         "evaluate.seed": config.evaluate.seed,
         "data.workers": data.workers,
+        "train.profile": train.profile,
         "objective.kl_weight": objective.kl_weight,
         "objective.mmd_weight": objective.mmd_weight,
         "objective.input_noise": objective.input_noise,

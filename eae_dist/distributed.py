@@ -278,6 +278,26 @@ def ending_ranks(*known: type[Exception]) -> Iterator[None]:
             dist.destroy_process_group()
 
 
+def ranks_of_group(group: str | None) -> int:
+    """How many ranks a group of `objective.group` has: those of this machine for "node", all for None. Raises ValueError."""
+    world = world_size()
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    if group is not None and group != "node" and not (group.isdecimal() and int(group) > 0):
+        raise ValueError(f"objective.group={group} is neither node nor a number of ranks")
+    ranks = {None: world, "node": local}.get(group) or int(group)
+    if world % ranks:
+        raise ValueError(f"objective.group={group} cannot share out {world} ranks in groups of {ranks}")
+    return ranks
+
+
+def subgroup(ranks: int):
+    """The process group of so many consecutive ranks to which this one belongs, None if that is all. Call on every rank."""
+    if ranks == world_size():
+        return None
+    groups = [dist.new_group(range(start, start + ranks)) for start in range(0, world_size(), ranks)]
+    return groups[rank() // ranks]
+
+
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()

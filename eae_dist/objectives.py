@@ -54,6 +54,7 @@ class Objective(nn.Module):
     def __init__(self, autoencoder: Autoencoder, config: ObjectiveConfig, seed: int):
         super().__init__()
         self.autoencoder, self.config, self.seed = autoencoder, config, seed
+        self.group = None  # of processes (distributed.subgroup), whose latents the entropy of training compares; None: all
         channels, height, width = autoencoder.image_shape
         self.pixels = channels * height * width
         self.reconstruction_weight = config.reconstruction_weight or 1 / (self.pixels if self.mean_over_pixels else channels)
@@ -137,8 +138,9 @@ class Objective(nn.Module):
         return {"discrepancy": kernel_discrepancy(latents, noise(latents, numbers, key, PRIOR))}
 
     def entropy(self, latents, first, rows, numbers, key):
-        config = self.config
-        entropy, floored = entropy_terms(latents, k=config.k, average_k=config.average_k, eps2=config.eps2, valid=first)
+        config, group = self.config, self.group if self.training else None  # validation is the same on any ranks
+        options = {"k": config.k, "average_k": config.average_k, "eps2": config.eps2, "group": group}
+        entropy, floored = entropy_terms(latents, valid=first, **options)
         return {"entropy": entropy, "floored_pairs": mean_share(floored, 1)}
 
 
@@ -240,7 +242,7 @@ class EAE(Objective):
     """
 
     penalties = {"entropy": "entropy_weight"}
-    settings = ("k", "average_k", "eps2")
+    settings = ("k", "average_k", "eps2", "group")
     latent_norm = True
 
     def weights(self):

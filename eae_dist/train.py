@@ -40,8 +40,10 @@ from eae_dist.distributed import (
     gather_rows,
     measured_waits,
     rank,
+    ranks_of_group,
     require_equal,
     row_counts,
+    subgroup,
     sum_over_ranks,
     world_size,
 )
@@ -78,6 +80,7 @@ def train(config: Config) -> None:
 
     # The model with its loss, the optimizer, the schedule; a step of no consequence first (see rehearse).
     objective = build_objective(config.model, config.objective, stream.index.image_shape, config.train.seed)
+    objective.group = subgroup(ranks_of_group(config.objective.group))
     optimizer = torch.optim.Adam(objective.parameters(), lr=config.train.learning_rate)
     model, stepper = accelerator.prepare(objective, optimizer)
     check_ranks(model)
@@ -418,7 +421,8 @@ def validate(accelerator: Accelerator, objective: Objective, config: Config) -> 
 
 
 def entropy_reference(config: Config, device: torch.device) -> float:
-    rows, objective, seed = config.train.global_batch, config.objective, config.train.seed
+    objective, seed = config.objective, config.train.seed
+    rows = config.train.global_batch * ranks_of_group(objective.group) // world_size()
     options = {"k": objective.k, "average_k": objective.average_k, "eps2": objective.eps2, "seed": seed, "device": device}
     return gaussian_reference(rows, objective.map_dim or config.model.latent_dim, **options)
 
@@ -433,6 +437,9 @@ def describe(config: Config, objective: Objective, stream: ShardStream, step: in
         f"run folder {config.train.output}"
     )
     say(f"loss = {objective.formula()}")
+    if (ranks := ranks_of_group(config.objective.group)) < world_size():
+        groups = world_size() // ranks
+        say(f"objective.group={config.objective.group}: the entropy is the mean of those of {groups} groups of {ranks} ranks")
     if (parts := config.train.accumulate) > 1:
         say(
             f"train.accumulate={parts}: latent norm, entropy and discrepancy are those of all {batch} images; batch norms inside "

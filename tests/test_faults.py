@@ -197,3 +197,15 @@ def test_killed_evaluation_goes_on_and_ends_with_the_same_numbers(ranks, whole_r
     assert "going on" not in whole.said[0]
     numbers, expected = (json.loads((tmp_path / out / "metrics.json").read_text()) for out in ("broken", "whole"))
     assert numbers == expected and len(numbers["sets"]) == 6
+
+
+def test_run_with_an_entropy_of_groups_says_so_and_a_number_that_does_not_share_out_is_refused(ranks, shards, tmp_path):
+    (tmp_path / "run.mark").touch()
+    words = arguments(shards, tmp_path / "run", "eae", "objective.group=1", f"train.epochs={2 * BATCH / 150}")
+    ended = run_ranks(ranks, tmp_path, train_in_turn, words)
+    assert ended.codes == [0] * ranks, ended.said
+    assert (f"the mean of those of {ranks} groups of 1 ranks" in ended.said[0]) == (ranks > 1)
+    ended = run_ranks(ranks, tmp_path, train_in_turn, arguments(shards, tmp_path / "other", "eae", "objective.group=3"))
+    if ranks != 3:
+        assert all(code > 0 for code in ended.codes)
+        assert f"objective.group=3 cannot share out {ranks} ranks in groups of 3" in ended.said[0]

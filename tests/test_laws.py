@@ -155,6 +155,17 @@ def test_entropy_of_uneven_ranks_equals_the_direct_estimate_and_its_gradient(wor
 
 
 @pytest.mark.parametrize("ranks", EVERY)
+def test_entropy_of_groups_is_their_mean_with_the_exact_gradient(world, ranks):
+    z = entropy_inputs()[0].requires_grad_()
+    groups = {2: [z[:29], z[29:]], 4: [z[:7], z[7:]]}.get(ranks, [z])  # as `uneven` shares the rows out
+    expected = sum(direct_entropy(rows, k=1) for rows in groups) / len(groups)
+    (gradient,) = torch.autograd.grad(expected, z)
+    found = world(ranks)["entropy_of_groups"]
+    assert float(found["entropy"]) == pytest.approx(expected.item(), rel=1e-12)
+    assert relative_difference(found["gradient"], gradient) < 1e-12
+
+
+@pytest.mark.parametrize("ranks", EVERY)
 def test_entropy_under_autocast_is_computed_in_float32(world, ranks):
     found = world(ranks)["entropy_under_autocast"]
     assert found["dtype"] == "torch.float32"

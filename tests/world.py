@@ -39,6 +39,7 @@ from eae_dist.distributed import (
     gather_objects,
     gather_rows,
     rank,
+    subgroup,
     sum_over_ranks,
     world_size,
 )
@@ -149,6 +150,16 @@ def entropy():
             "gradient": gather_rows(local.grad),
         }
     return out
+
+
+@case
+def entropy_of_groups():
+    """The mean of the entropies of two groups of ranks, and its gradient, from uneven ranks; of all ranks where they are odd."""
+    ranks = world_size() // 2 if world_size() % 2 == 0 else world_size()
+    local = uneven(entropy_inputs()[0]).clone().requires_grad_()
+    share = knn_entropy(local, group=subgroup(ranks))
+    (share / world_size()).backward()
+    return {"entropy": sum_over_ranks(share.detach()) / world_size(), "gradient": gather_rows(local.grad)}
 
 
 @case

@@ -101,9 +101,7 @@ def test_cable_that_is_out_for_a_moment_costs_nothing_but_the_moment(hosts, undi
     assert all(torch.equal(found[name], expected) for name, expected in undisturbed.items())
 
 
-def test_cable_that_stays_out_ends_both_hosts_in_time_and_the_same_command_goes_on(
-    hosts, undisturbed, shards, tmp_path
-):
+def test_cable_that_stays_out_ends_both_hosts_in_time_and_the_same_command_goes_on(hosts, undisturbed, shards, tmp_path):
     run = tmp_path / "run"
     ended = trained(hosts, shards, run, 5, f"ip link set {CABLE} down")
     assert all(status != 0 for status, _ in ended) and (tmp_path / "run.mark").exists()
