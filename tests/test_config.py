@@ -16,7 +16,7 @@ TYPES = {f"{section.name}.{key.name}": key.type for section in fields(Config) fo
 INTEGERS = [key for key, kind in TYPES.items() if kind in (int, int | None)]
 FLOATS = [key for key, kind in TYPES.items() if kind in (float, float | None)]
 PENALTIES = ("kl_weight", "mmd_weight", "latent_weight", "decoder_weight", "gradient_weight", "input_noise")
-MAY_BE_ZERO = {"train.seed", "evaluate.seed", "data.workers", *(f"objective.{name}" for name in PENALTIES)}
+MAY_BE_ZERO = {"train.seed", "evaluate.seed", "data.workers", "train.profile", *(f"objective.{name}" for name in PENALTIES)}
 UNBOUNDED = {"objective.entropy_weight"}  # a weight of 0 or below is a legitimate experiment
 FRACTIONS = ("train.decay", "train.plateau_factor", "model.norm_momentum")
 
