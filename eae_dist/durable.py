@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import secrets
 from pathlib import Path
 
 
@@ -24,8 +25,11 @@ def fsync(path: Path) -> None:
 
 
 def replace_file(path: Path, data: bytes | str) -> None:
-    """Writes `data` aside, then puts it in the place of `path`; whoever reads finds the old content or the new, never a part."""
-    aside = path.with_name(f".{path.name}.partial")
+    """Writes `data` aside, then puts it in the place of `path`; whoever reads finds the old content or the new, never a part.
+
+    Several processes may replace the same file, also on several machines: the content of one of them remains.
+    """
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
         aside.write_bytes(data.encode() if isinstance(data, str) else data)
         fsync(aside)

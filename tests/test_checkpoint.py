@@ -12,6 +12,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ import eae_dist
 from eae_dist import checkpoint as checkpoints
 from eae_dist.checkpoint import FILES, Checkpoint, DamagedCheckpoint, newest_intact, open_checkpoint, open_run_folder
 from eae_dist.config import Config, read_config, save_config
-from eae_dist.durable import sha256_of
+from eae_dist.durable import replace_file, sha256_of
 from eae_dist.objectives import Objective, build_objective
 
 SHAPE = (1, 16, 16)
@@ -523,3 +524,12 @@ def test_users_copy_of_a_checkpoint_is_left_alone(tmp_path, write):
         write(tmp_path, step)
     checkpoints.prune(tmp_path, 1)
     assert opened(tmp_path).state["step"] == 7 and kept.is_dir()
+
+
+def test_file_may_be_replaced_by_several_at_once(tmp_path):
+    path, contents = tmp_path / "table.md", [f"{number}\n" * 1000 for number in range(8)]
+    with ThreadPoolExecutor(len(contents)) as pool:
+        for _ in range(20):
+            list(pool.map(lambda content: replace_file(path, content), contents))  # raises what a thread raised
+            assert path.read_text() in contents
+    assert list(tmp_path.iterdir()) == [path]
