@@ -141,7 +141,10 @@ class SideBySide:
                 with self._lock:
                     if self._stopped:
                         raise CommandFailed("not started: the whole was stopped")
-                    process = subprocess.Popen(line, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+                    # Out of reach of what is sent to our process group, as Ctrl-C and SLURM's signals are: `stop` passes it on,
+                    # and torchrun that is told twice leaves its ranks before they have saved.
+                    streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
+                    process = subprocess.Popen(line, env=environment, start_new_session=True, **streams)
                     self._running.add(process)
                 status = process.wait()
                 with self._lock:

@@ -248,6 +248,13 @@ def test_commands_are_ended_and_none_is_started_after_a_stop(tmp_path):
     assert "not started" in failures[1]
 
 
+def test_what_is_sent_to_our_process_group_reaches_commands_once(tmp_path):
+    """By `stop`: torchrun that is told twice leaves its ranks before they have saved."""
+    said = "import os; print(os.getpgid(0) == os.getpid())"
+    SideBySide(1, 1).call("timeit", ["-n", "1", "-r", "1", said], tmp_path / "log")
+    assert (tmp_path / "log").read_text().startswith("True")
+
+
 def test_gpus_are_shared_out_among_jobs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7,8")
