@@ -1,5 +1,7 @@
 # make train   the whole way: environment, data, training, evaluation
-# make test    the same environment, then every test
+# make test    the same environment, then every test that needs nothing else
+# make test-cluster   tests on a SLURM cluster of two nodes and two hosts on this machine, and kills at random; root gets
+#                     missing Debian packages installed
 # make setup   the environment alone, made or brought up to date
 # make bench   speed, against what one would use otherwise
 # make lint    style; make clean removes the environment, not the runs
@@ -10,11 +12,12 @@ BIN := $(VENV)/bin
 RUN := runs/mnist5k-eae
 INSTALLED := $(VENV)/.installed
 SHARDS := shards/mnist5k/index.json
+CLUSTER_TESTS := tests/slurm tests/cluster
 
 # GPUs where torch sees any, else two CPU ranks.
 LAUNCH = $(BIN)/accelerate launch $(shell $(BIN)/python -c "import torch; print('' if torch.cuda.is_available() else '--config_file launch/cpu.yaml')")
 
-.PHONY: train test setup bench lint clean
+.PHONY: train test test-cluster setup bench lint clean
 
 train: $(INSTALLED) $(SHARDS)
 	$(LAUNCH) -m eae_dist.train
@@ -25,6 +28,11 @@ train: $(INSTALLED) $(SHARDS)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+# Interrupted rather than ended after twelve minutes, so that the daemons end too.
+test-cluster: $(INSTALLED)
+	tests/slurm/install.sh
+	timeout --signal=INT 12m $(BIN)/python -m pytest $(CLUSTER_TESTS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
