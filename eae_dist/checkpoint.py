@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import eae_dist
-from eae_dist.config import Config, changed_keys, override, read_config, save_config
+from eae_dist.config import WHERE_DATA_LIES, Config, changed_keys, override, read_config, save_config
 from eae_dist.distributed import first_rank_first, from_first_rank
 from eae_dist.durable import fsync, sha256_of
 from eae_dist.objectives import Objective, build_objective
@@ -196,14 +196,15 @@ def named_networks(assignments: Sequence[str]) -> list[str]:
 
 
 def evaluation_config(checkpoint: Checkpoint, assignments: Sequence[str]) -> Config:
-    """The checkpoint's configuration with evaluate.* and data.root changed; anything else that would change is a ValueError."""
+    """The checkpoint's configuration with evaluate.* and what says where the data lies changed; else it is a ValueError."""
     config = override(checkpoint.config, assignments)
-    judged = replace(checkpoint.config, evaluate=config.evaluate, data=replace(checkpoint.config.data, root=config.data.root))
+    data = replace(checkpoint.config.data, **{key: getattr(config.data, key) for key in WHERE_DATA_LIES})
+    judged = replace(checkpoint.config, evaluate=config.evaluate, data=data)
     changed = changed_keys(judged, config, changeable=False) + changed_keys(judged, config, changeable=True)
     if changed:
         raise ValueError(
-            f"only evaluate.* and data.root can be set beside the checkpoint {checkpoint.path}; the rest is its own:\n  "
-            + "\n  ".join(changed)
+            f"only evaluate.* and data.root can be set beside the checkpoint {checkpoint.path}, and how a remote data.root is "
+            "read; the rest is its own:\n  " + "\n  ".join(changed)
         )
     return config
 

@@ -30,17 +30,30 @@ class DataConfig:
     """Where the images come from and how they are read."""
 
     root: str = changeable("shards/mnist5k")
-    """Folder of shards with an index.json, as `python -m eae_dist.pack` writes it."""
+    """Folder of shards with an index.json, as `python -m eae_dist.pack` writes it; or its http, https or s3 address."""
     split: str = "train"
     """The split to train on."""
     validation: str | None = "validation"
     """The split whose loss chooses the best checkpoint and steers a plateau schedule; null: none."""
     lanes: int | None = None
-    """Into how many runs a pass is cut; divides train.global_batch, bounds the number of ranks. Default: train.global_batch."""
+    """Into how many runs a pass is cut; divides train.global_batch, bounds the number of ranks. Default: train.global_batch; for
+    remote shards the largest divisor of it such that twice as many shards as lanes fit into data.cache_bytes."""
     workers: int = changeable(0)
     """Processes that read and decode, per rank; 0 reads ahead in a thread."""
     prefetch: int = changeable(2)
     """Batches read ahead, per worker."""
+    cache: str = changeable("~/.cache/eae_dist/shards")
+    """Folder on a local disk in which remote shards are kept; ranks, workers and jobs of a machine share it."""
+    cache_bytes: int = changeable(50_000_000_000)
+    """At most this many bytes are kept there. Another value makes other lanes: to change it in a run, also set data.lanes to
+    what the run's config.yaml says."""
+    retries: int = changeable(5)
+    """How often a failed fetch is tried again, after 1 second, then 2, 4, ..., at most 30."""
+    timeout: float = changeable(30.0)
+    """Seconds without a byte from a server after which a fetch has failed."""
+
+
+WHERE_DATA_LIES = ("root", "cache", "cache_bytes", "retries", "timeout")  # of DataConfig; a judged model may be given others
 
 
 @dataclass
@@ -397,6 +410,8 @@ def _check_values(config: Config) -> None:
         "train.clip_norm": train.clip_norm,
         "data.lanes": data.lanes,
         "data.prefetch": data.prefetch,
+        "data.cache_bytes": data.cache_bytes,
+        "data.timeout": data.timeout,
         "model.width": config.model.width,
         "model.latent_dim": config.model.latent_dim,
         "model.norm_eps": config.model.norm_eps,
@@ -424,6 +439,7 @@ def _check_values(config: Config) -> None:
         "train.seed": train.seed,
         "evaluate.seed": config.evaluate.seed,
         "data.workers": data.workers,
+        "data.retries": data.retries,
         "train.profile": train.profile,
         "objective.kl_weight": objective.kl_weight,
         "objective.mmd_weight": objective.mmd_weight,

@@ -32,6 +32,7 @@ from eae_dist.checkpoint import (
 from eae_dist.config import Config, EvaluateConfig, load_config
 from eae_dist.data.files import contents_sha256, walk_images
 from eae_dist.data.order import blocks_of, filled
+from eae_dist.data.remote import Cache
 from eae_dist.data.shards import ShardIndex
 from eae_dist.data.stream import walk
 from eae_dist.distributed import first_rank_first, from_first_rank, gather_objects, gather_rows, rank, world_size
@@ -112,7 +113,7 @@ def evaluate(directory: Path, assignments: Sequence[str], out: Path | None = Non
     }
     with first_rank_first() as mine:
         if mine:
-            images = next(walk(config.data.root, settings.split, 64, rank=0, world=1))["image"]
+            images = next(walk(config.data.root, settings.split, 64, rank=0, world=1, cache=Cache.of(config.data)))["image"]
             inputs = grid_inputs(to_unit(images, device), autoencoder.latent_dim, settings.seed)
             save_grids(draw_grids(autoencoder, inputs) | sample_grids(autoencoder, fitted, settings, device), out)
             replace_file(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
@@ -168,7 +169,7 @@ def evaluate_folders(real: Path, generated: Path, assignments: Sequence[str], ou
 
 def open_data(checkpoint: Checkpoint, config: Config) -> ShardIndex:
     """The index of the data; ValueError if it does not fit the checkpoint or a split is missing or empty."""
-    index = ShardIndex.load(config.data.root)
+    index = ShardIndex.load(config.data.root, Cache.of(config.data))
     if index.image_shape != tuple(checkpoint.state["image_shape"]):
         raise ValueError(
             f"data.root={config.data.root} holds images of shape {index.image_shape} (c, h, w), the checkpoint was trained on "
@@ -283,10 +284,10 @@ def remembered(
 
 def walked(config: Config, split: str, description: str, count: int | None = None) -> Iterable[dict]:
     """`walk` over the first images of a split in blocks of evaluate.batch, watched."""
-    root, block = config.data.root, config.evaluate.batch
-    images = ShardIndex.load(root).split(split).samples
+    root, block, cache = config.data.root, config.evaluate.batch, Cache.of(config.data)
+    images = ShardIndex.load(root, cache).split(split).samples
     start, stop = blocks_of(min(images, count or images), block, rank(), world_size())
-    return watched(walk(root, split, block, count=count), description, stop - start)
+    return watched(walk(root, split, block, count=count, cache=cache), description, stop - start)
 
 
 @torch.no_grad()

@@ -310,8 +310,8 @@ def orthonormal(d: int, m: int, key: int) -> torch.Tensor:
     return q * r.diagonal().sign()  # Mezzadri 2007: makes the QR's choice of signs immaterial
 
 
-def resolve(config: Config, image_shape: tuple[int, int, int]) -> Config:
-    """The configuration with every default that depends on the data filled in.
+def resolve(config: Config, image_shape: tuple[int, int, int], lanes: int | None = None) -> Config:
+    """The configuration with every default that depends on the data filled in; lanes: the stream's, by default a local one's.
 
     Raises ValueError for an unknown objective or network, and for a setting that the objective does not read.
     """
@@ -324,7 +324,7 @@ def resolve(config: Config, image_shape: tuple[int, int, int]) -> Config:
                 f"objective.{setting.name}={value} means nothing to objective.name={config.objective.name}, which reads "
                 f"{', '.join(sorted(read))}; leave it out"
             )
-    lanes = config.data.lanes or config.train.global_batch
+    lanes = lanes or config.data.lanes or config.train.global_batch
     return replace(config, data=replace(config.data, lanes=lanes), model=resolve_model(config.model, image_shape))
 
 

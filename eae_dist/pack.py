@@ -4,6 +4,7 @@
     python -m eae_dist.pack imagefolder photos/ shards/photos --size 64
     python -m eae_dist.pack npz images.npz shards/images
     python -m eae_dist.pack --index DIR                                 an index for tar shards that others made
+    python -m eae_dist.pack --index s3://BUCKET/FOLDER --out DIR        the same for shards on a server, which stay there
     python -m eae_dist.pack --verify DIR                                check every file against the index
 
 Samples are written in a random order, never by class: training reads a shard for many steps. DIR appears at the end and
@@ -27,9 +28,11 @@ from PIL import Image
 from tqdm import tqdm
 from webdataset.writer import TarWriter
 
-from eae_dist.data.indexing import ShardScan, build_index, index_shard, verify, write_index
+from eae_dist.config import DataConfig
+from eae_dist.data.indexing import ShardScan, build_index, build_remote_index, index_shard, verify, write_index
 from eae_dist.data.order import permutation
 from eae_dist.data.processes import available_cores, run_tasks
+from eae_dist.data.remote import Cache, is_address
 from eae_dist.data.sources import CACHE, SOURCES, SPLITS, Samples, Source
 from eae_dist.draws import derive_key
 from eae_dist.durable import fsync
@@ -44,7 +47,12 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parsed(argv)
     try:
         if arguments.verify:
-            return print_damage(arguments.verify, verify(arguments.verify, arguments.workers))
+            return print_damage(arguments.verify, verify(arguments.verify, arguments.workers, Cache.of(DataConfig())))
+        if arguments.out:
+            folder, cache = free_folder(arguments.out), Cache.of(DataConfig())
+            info, notes = build_remote_index(arguments.index, folder, cache, arguments.split, arguments.workers)
+            print_summary("indexed", folder, info, notes)
+            return 0
         if arguments.index:
             info, notes = build_index(arguments.index, arguments.split, arguments.workers)
             print_summary("indexed", arguments.index, info, notes)
@@ -211,7 +219,7 @@ def print_summary(verb: str, folder: Path, info: dict, notes: Iterable[str]) -> 
         print(f"  {note}")
 
 
-def print_damage(folder: Path, problems: list[str]) -> int:
+def print_damage(folder: Path | str, problems: list[str]) -> int:
     for problem in problems:
         print(problem)
     print(f"{folder}: {len(problems)} damaged" if problems else f"{folder}: every file is as the index says")
@@ -236,9 +244,11 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     quality = f"of jpeg (default: {JPEG_QUALITY})"
 
     parser = _Parser(prog="python -m eae_dist.pack", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--index", type=Path, metavar="DIR", help="write the index of the tar shards in DIR")
+    where = {"type": lambda text: text if is_address(text) else Path(text), "metavar": "DIR"}
+    parser.add_argument("--index", **where, help="write the index of the tar shards in DIR, or at an address with --out")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="with --index ADDRESS: where the index goes")
     parser.add_argument("--split", metavar="NAME", help="with --index: the split of all shards (default: from their names)")
-    parser.add_argument("--verify", type=Path, metavar="DIR", help="check every file of a data set; exit code 1 for damage")
+    parser.add_argument("--verify", **where, help="check every file of a data set; exit code 1 for damage")
     parser.add_argument("--workers", default=available_cores(), **workers)
     sources = parser.add_subparsers(dest="source", metavar="SOURCE", title="sources (SOURCE --help says more)")
     for name, load in SOURCES.items():
@@ -259,6 +269,8 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"give one source ({', '.join(SOURCES)}), or --index DIR, or --verify DIR")
     if arguments.split and not arguments.index:
         parser.error("--split goes with --index")
+    if (arguments.out is not None) != isinstance(arguments.index, str):
+        parser.error("--out DIR goes with --index and an address, which cannot be written to")
     return arguments
 
 

@@ -20,8 +20,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from eae_dist import checkpoint as checkpoints
-from eae_dist.config import Config, changed_keys, is_assignment, load_config, read_config, save_config
+from eae_dist.config import WHERE_DATA_LIES, Config, changed_keys, is_assignment, load_config, read_config, save_config
+from eae_dist.data.remote import Cache
 from eae_dist.data.shards import ShardIndex
+from eae_dist.data.stream import resolve_lanes
 from eae_dist.durable import replace_file
 from eae_dist.local_ranks import CommandFailed, SideBySide
 from eae_dist.objectives import OBJECTIVES, resolve
@@ -69,7 +71,7 @@ def table(
         replace_file(out / name, content)
     models = {row: next(chosen(run) for run in found if run.row == row) for row in results.rows}
     data, judging, allow = runs[0].config.data, runs[0].config.evaluate, own_networks(runs[0]).values()
-    save_figure(models, data.root, judging.split, judging.seed, out / "figure.png", allow)
+    save_figure(models, data.root, judging.split, judging.seed, out / "figure.png", allow, Cache.of(data))
     return text, failures
 
 
@@ -95,8 +97,10 @@ def planned(config: Path, file: Path, row: str, seed: int, out: Path, settings: 
     loaded = load_config(arguments)
     if loaded.objective.name != row:
         raise ValueError(f"{file}: objective.name={loaded.objective.name}, but the file's name says {row}")
-    index = ShardIndex.load(loaded.data.root)
-    return Run(row, seed, folder, arguments, resolve(loaded, index.image_shape), index)
+    data, cache = loaded.data, Cache.of(loaded.data)
+    index = ShardIndex.load(data.root, cache)
+    lanes = resolve_lanes(index, data.split, loaded.train.global_batch, data.lanes, cache)
+    return Run(row, seed, folder, arguments, resolve(loaded, index.image_shape, lanes), index)
 
 
 def finish_all(runs: Sequence[Run], first_stages: dict[Run, Run | None], side_by_side: SideBySide, logs: Path) -> list[str]:
@@ -143,7 +147,7 @@ def finish(run: Run, first_stage: Run | None, ends: Future | None, side_by_side:
         if not trained(run):
             raise CommandFailed(f"training was stopped after {steps_taken(run)} of {wanted} steps; the same command goes on")
     training = clock(time.monotonic() - started)
-    command = ["--ckpt", str(chosen(run)), f"data.root={run.config.data.root}"]
+    command = ["--ckpt", str(chosen(run)), *(f"data.{key}={getattr(run.config.data, key)}" for key in WHERE_DATA_LIES)]
     for key, value in asdict(run.config.evaluate).items():
         command.append(f"evaluate.{key}={value if isinstance(value, str) else json.dumps(value)}")
     command += [f"model.{part}={name}" for part, name in own_networks(run).items()]

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from eae_dist import checkpoint as checkpoints
 from eae_dist.accumulation import accumulate
 from eae_dist.config import Config, TrainConfig, flatten, load_config, save_config
+from eae_dist.data.remote import Cache
 from eae_dist.data.shards import ShardIndex
 from eae_dist.data.stream import ShardStream, walk
 from eae_dist.distributed import (
@@ -73,7 +74,7 @@ def train(config: Config) -> None:
     accelerator = start_accelerator(config.train)
     require_equal(flatten(config), "settings")
     stream = open_stream(config)
-    config = resolve(config, stream.index.image_shape)
+    config = resolve(config, stream.index.image_shape, stream.lanes)
     run = Path(config.train.output)
     _lock = checkpoints.lock(run)  # held until this function returns
     resumed = checkpoints.open_run_folder(run, config, stream.identity())
@@ -129,7 +130,8 @@ def train(config: Config) -> None:
         reference = entropy_reference(config, accelerator.device)
     inputs = None
     if accelerator.is_main_process:
-        images = next(walk(config.data.root, config.data.validation or config.data.split, 64, rank=0, world=1))["image"]
+        data, cache = config.data, Cache.of(config.data)
+        images = next(walk(data.root, data.validation or data.split, 64, rank=0, world=1, cache=cache))["image"]
         inputs = grid_inputs(to_unit(images, accelerator.device), config.model.latent_dim, config.train.seed)
     describe(config, objective, stream, step, end)
 
@@ -323,6 +325,7 @@ def open_stream(config: Config) -> ShardStream:
         seed=config.train.seed,
         workers=config.data.workers,
         prefetch=config.data.prefetch,
+        cache=Cache.of(config.data),
     )
     if config.data.validation is not None:
         images = min(stream.index.split(config.data.validation).samples, config.train.validation_images)
@@ -403,7 +406,8 @@ def validate(accelerator: Accelerator, objective: Objective, config: Config) -> 
     objective.eval()
     key = derive_key(config.train.seed)
     numbers, blocks = [np.zeros(0, dtype=np.int64)], []
-    for batch in walk(config.data.root, config.data.validation, config.evaluate.batch, count=config.train.validation_images):
+    data, count = config.data, config.train.validation_images
+    for batch in walk(data.root, data.validation, config.evaluate.batch, count=count, cache=Cache.of(data)):
         with accelerator.autocast():
             blocks.append(objective.per_row(to_unit(batch["image"], accelerator.device), batch["number"], key))
         numbers.append(batch["number"])

@@ -16,7 +16,8 @@ TYPES = {f"{section.name}.{key.name}": key.type for section in fields(Config) fo
 INTEGERS = [key for key, kind in TYPES.items() if kind in (int, int | None)]
 FLOATS = [key for key, kind in TYPES.items() if kind in (float, float | None)]
 PENALTIES = ("kl_weight", "mmd_weight", "latent_weight", "decoder_weight", "gradient_weight", "input_noise")
-MAY_BE_ZERO = {"train.seed", "evaluate.seed", "data.workers", "train.profile", *(f"objective.{name}" for name in PENALTIES)}
+ZEROS = ("train.seed", "evaluate.seed", "data.workers", "data.retries", "train.profile")
+MAY_BE_ZERO = {*ZEROS, *(f"objective.{name}" for name in PENALTIES)}
 UNBOUNDED = {"objective.entropy_weight"}  # a weight of 0 or below is a legitimate experiment
 FRACTIONS = ("train.decay", "train.plateau_factor", "model.norm_momentum")
 
@@ -134,12 +135,12 @@ def test_no_number_may_be_negative_and_the_error_names_its_key(key):
 
 
 @pytest.mark.parametrize("key", [key for key in [*INTEGERS, *FLOATS] if key not in UNBOUNDED | MAY_BE_ZERO])
-def test_only_seeds_workers_and_penalties_may_be_zero(key):
+def test_only_seeds_workers_retries_and_penalties_may_be_zero(key):
     with pytest.raises(ValueError, match=rf"^{re.escape(key)}=0.* must"):
         load_config([f"{key}=0"])
 
 
-def test_seeds_workers_and_penalties_may_be_zero():
+def test_seeds_workers_retries_and_penalties_may_be_zero():
     config = flatten(load_config([f"{key}=0" for key in MAY_BE_ZERO]))
     assert {config[key] for key in MAY_BE_ZERO} == {0}
 

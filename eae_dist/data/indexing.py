@@ -2,38 +2,44 @@
 
     index_shard     one tar -> what its tables need, and what its images are
     write_index     the tables of all shards and splits, then `index.json`
-    build_index     both, for shards that others made
+    build_index     both, for shards that others made in a folder
+    build_remote_index      the same for shards at an address
     verify          every checksum of a data set -> what is damaged
 
 Only images (.png .jpg .jpeg .webp .npy) and .cls are read. Everything else in a shard is counted and left alone.
 """
 
+import fnmatch
 import hashlib
 import io
 import json
 import math
 import re
 import tarfile
+import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+import braceexpand
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from eae_dist.data.processes import run_tasks
+from eae_dist.data.remote import Cache, FetchError, RemoteFolder, checked_address
 from eae_dist.data.shards import (
     INDEX_VERSION,
     MEMBER_DTYPE,
     SHARD_DTYPE,
     SHARD_NAME,
+    LocalFolder,
     ShardIndex,
-    member_table_path,
-    safe_shard_path,
+    member_table,
+    plain_name,
 )
 from eae_dist.durable import replace_file, sha256_of
 
@@ -160,10 +166,12 @@ def write_index(
     preprocessing: str,
     seed: int | None,
     channels: int | None = None,
+    base: str | None = None,
 ) -> dict:
     """Writes the tables of all shards and then `root/index.json`; returns what stands in that.
 
     seed: of the order in which the samples were written, None if unknown. channels: 1 or 3; default: what the images are.
+    base: the address at which the shards lie, None if that is beside the index.
     Raises ValueError for shards that do not fit together, before anything is written.
     """
     image = _image_of_all([scan for scans in splits.values() for scan in scans], channels)
@@ -179,12 +187,13 @@ def write_index(
         "license": license,
         "preprocessing": preprocessing,
         "seed": seed,
+        **({} if base is None else {"base": base}),
         "splits": {},
     }
     for split, scans in splits.items():
         table = np.zeros(len(scans), dtype=[("name", _bytes_dtype([scan.name for scan in scans])), *SHARD_DTYPE])
         for row, scan in enumerate(scans):
-            digest = _write_table(member_table_path(root, scan.name), scan.members)
+            digest = _write_table(root / member_table(scan.name), scan.members)
             table[row] = (scan.name.encode(), len(scan.members), scan.bytes, scan.sha256, digest)
         info["splits"][split] = {
             "samples": int(table["samples"].sum()),
@@ -206,23 +215,92 @@ def build_index(root: Path, split: str | None = None, workers: int = 1) -> tuple
     root = Path(root)
     if not root.is_dir():
         raise NotADirectoryError(f"{root} is not a folder; give the folder that holds the tar shards")
-    if split is not None and not re.fullmatch(r"\w[\w.-]*", split):
-        raise ValueError(f"--split {split!r} must be a plain name such as train")
     paths = sorted(path for path in root.iterdir() if TAR_NAME.fullmatch(path.name))
     if not paths:
         raise ValueError(f"{root} holds no .tar file; give the folder that holds the tar shards")
-    split_of = {}
     for path in paths:
-        safe_shard_path(root, path.name)
         _refuse_compressed(path)
-        found = SHARD_NAME.fullmatch(path.name)
-        if split is None and not found:
-            raise ValueError(f"{path} has no split in its name (as train-000000.tar has); say which one it is: --split NAME")
-        split_of[path.name] = split or found["split"]
+    split_of = _splits_of([path.name for path in paths], root, split)
+    return _index_all(root, index_shard, paths, split_of, workers, name=root.resolve().name)
 
+
+def build_remote_index(
+    pattern: str, out: Path, cache: Cache, split: str | None = None, workers: int = 1
+) -> tuple[dict, list[str]]:
+    """Writes into `out` the index of the shards at an address, as `build_index` does for a folder; the shards stay there.
+
+    pattern: FOLDER/train-{000000..000009}.tar; for S3 also FOLDER/*.tar, or FOLDER alone for all. Each shard is fetched once,
+    into the cache's folder, and removed when it is scanned.
+    """
+    folder, names = remote_shards(pattern, cache)
+    split_of = _splits_of(names, folder.base, split)
+    out.mkdir(parents=True, exist_ok=True)
+    cache.folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="indexing-", dir=cache.folder) as aside:
+        tasks = [(folder, name, Path(aside)) for name in names]
+        return _index_all(
+            out, _index_remote_shard, tasks, split_of, workers, name=folder.base.rpartition("/")[2], base=folder.base
+        )
+
+
+def remote_shards(pattern: str, cache: Cache) -> tuple[RemoteFolder, list[str]]:
+    """The folder of an address with a pattern, and the names of the shards that it means, sorted."""
+    checked_address(re.sub(r"[{},*]", "", pattern), "--index ")
+    if pattern.endswith("/") or not pattern.endswith((".tar", "}")):
+        pattern = pattern.rstrip("/") + "/*.tar"
+    base, _, last = pattern.rpartition("/")
+    folder = RemoteFolder(checked_address(base, "--index "), cache)
+    try:
+        names = list(braceexpand.braceexpand(last))
+    except braceexpand.UnbalancedBracesError as error:
+        raise ValueError(f"--index {pattern}: the braces do not match; write for example train-{{000000..000009}}.tar") from error
+    if any("*" in name for name in names):
+        if not folder.base.startswith("s3:"):
+            raise ValueError(
+                f"--index {pattern}: a web server has no list of its files; name them: {base}/train-{{000000..000009}}.tar"
+            )
+        found = folder.names()
+        names = [name for wanted in names for name in fnmatch.filter(found, wanted)]
+    if not names:
+        raise ValueError(f"--index {pattern}: there is no such file; give the folder that holds the tar shards")
+    return folder, sorted(set(names))
+
+
+def _index_remote_shard(task: tuple[RemoteFolder, str, Path]) -> ShardScan:
+    folder, name, aside = task
+    path = aside / name
+    try:
+        with open(path, "wb") as file:
+            folder.copy(name, file)
+        return index_shard(path)
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(path), folder.place(name))) from error
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _splits_of(names: list[str], root: Path | str, split: str | None) -> dict[str, str]:
+    """The split that each shard belongs to."""
+    if split is not None and not re.fullmatch(r"\w[\w.-]*", split):
+        raise ValueError(f"--split {split!r} must be a plain name such as train")
+    split_of = {}
+    for name in names:
+        found = SHARD_NAME.fullmatch(plain_name(root, name))
+        if split is None and not found:
+            raise ValueError(
+                f"{root}/{name} has no split in its name (as train-000000.tar has); say which one it is: --split NAME"
+            )
+        split_of[name] = split or found["split"]
+    return split_of
+
+
+def _index_all(
+    root: Path, scan_of: Callable, tasks: list, split_of: dict[str, str], workers: int, *, name: str, base: str | None = None
+) -> tuple[dict, list[str]]:
+    """Scans every shard and writes the index into `root`; what stands in it, and sentences on what was noticed."""
     splits: dict[str, list[ShardScan]] = {}
-    with closing(run_tasks(index_shard, paths, min(workers, len(paths)))) as scans:
-        for scan in tqdm(scans, total=len(paths), desc="indexing", unit=" shards", disable=None):
+    with closing(run_tasks(scan_of, tasks, min(workers, len(tasks)))) as scans:
+        for scan in tqdm(scans, total=len(tasks), desc="indexing", unit=" shards", disable=None):
             splits.setdefault(split_of[scan.name], []).append(scan)
 
     every = [scan for scans in splits.values() for scan in scans]
@@ -231,15 +309,15 @@ def build_index(root: Path, split: str | None = None, workers: int = 1) -> tuple
     left_alone = ", ".join(f"{count:,} {kind}" for kind, count in ignored.most_common())
     if not any(len(scan.members) for scan in every):
         wanted = " ".join(f".{extension}" for extension in ENCODINGS)
-        raise ValueError(f"the shards in {root} hold no image ({wanted}); they hold {left_alone or 'nothing at all'}")
+        raise ValueError(f"the shards in {base or root} hold no image ({wanted}); they hold {left_alone or 'nothing at all'}")
     if ignored:
         notes.append(f"members left alone: {left_alone}")
     if len(frozenset().union(*(scan.channels for scan in every))) > 1:
         notes.append("gray and color images are mixed; all are read as RGB")
-    names = {"name": root.resolve().name, "classes": [], "source": "", "license": "", "preprocessing": "as found in shards"}
+    names = {"name": name, "classes": [], "source": "", "license": "", "preprocessing": "as found in shards"}
     if kept := _names_in_index(root, names):
         notes.append(f"kept from the index.json that lay there: {', '.join(kept)}")
-    info = write_index(root, splits, **(names | kept), seed=None)
+    info = write_index(root, splits, **(names | kept), seed=None, base=base)
     for name, totals in info["splits"].items():
         if (rho := totals["class_correlation"] or 0) > SORTED_BY_CLASS:
             notes.append(
@@ -249,32 +327,31 @@ def build_index(root: Path, split: str | None = None, workers: int = 1) -> tuple
     return info, notes
 
 
-def verify(root: Path, workers: int = 1) -> list[str]:
+def verify(root: Path | str, workers: int = 1, cache: Cache | None = None) -> list[str]:
     """Checks every table and tar of a data set against the index: one line for each damaged file, none if all is well.
 
-    Raises FileNotFoundError if there is no index.
+    Remote files are read at their address, whatever the cache keeps. Raises OSError if there is no index.
     """
-    root = Path(root)
     problems, files = [], []
     try:
-        index = ShardIndex.load(root)
+        index = ShardIndex.load(root, cache)
         splits = dict(index.info["splits"])
     except (ValueError, KeyError, TypeError) as error:
-        return [f"{root / 'index.json'} is damaged ({error})"]
+        return [f"{root}/index.json is damaged ({error})"]
     for split, totals in splits.items():
         try:
             table = index.split(split).table
             counted = {"samples": int(table["samples"].sum()), "shards": len(table), "bytes": int(table["bytes"].sum())}
             for what, count in counted.items():
                 if totals[what] != count:
-                    problems.append(f"{root / 'index.json'}: split {split} has {totals[what]} {what}, its table {count}")
-        except (ValueError, KeyError, TypeError) as error:
-            problems.append(f"split {split} in {root / 'index.json'} cannot be checked ({error})")
+                    problems.append(f"{root}/index.json: split {split} has {totals[what]} {what}, its table {count}")
+        except (ValueError, KeyError, TypeError, FetchError) as error:
+            problems.append(f"split {split} in {root}/index.json cannot be checked ({error})")
             continue
         for row in table:
-            path = safe_shard_path(root, row["name"].decode())
-            files.append((path, row["sha256"].decode()))
-            files.append((member_table_path(root, path.name), row["members_sha256"].decode()))
+            name = plain_name(root, row["name"].decode())
+            files.append((index.tars, name, row["sha256"].decode()))
+            files.append((index.tables, member_table(name), row["members_sha256"].decode()))
     with closing(run_tasks(_damage, files, min(workers, max(1, len(files))))) as checked:
         found = tqdm(checked, total=len(files), desc="verifying", unit=" files", disable=None)
         return problems + [problem for problem in found if problem]
@@ -449,14 +526,16 @@ def _names_in_index(root: Path, names: Iterable[str]) -> dict:
     return {name: known[name] for name in names if name in known}
 
 
-def _damage(file: tuple[Path, str]) -> str | None:
-    path, sha256 = file
+def _damage(file: tuple[LocalFolder | RemoteFolder, str, str]) -> str | None:
+    folder, name, sha256 = file
     try:
-        if not path.is_file():
-            return f"{path} is missing"
-        return None if sha256_of(path) == sha256 else f"{path} is damaged: its sha256 is not the index's"
+        return None if folder.digest(name) == sha256 else f"{folder.place(name)} is damaged: its sha256 is not the index's"
+    except FetchError as error:
+        return str(error)
+    except FileNotFoundError:
+        return f"{folder.place(name)} is missing"
     except OSError as error:
-        return f"{path} cannot be read ({error.strerror})"
+        return f"{folder.place(name)} cannot be read ({error.strerror})"
 
 
 def _write_table(path: Path, table: np.ndarray) -> str:

@@ -107,18 +107,27 @@ class SampleOrder:
         per_lane = self.global_batch // self.lanes
         given = np.asarray(steps, dtype=np.int64)[:, None, None] * per_lane + np.arange(per_lane)  # [t, 1, B/L]
         lane = np.arange(lane_start, lane_stop, dtype=np.int64)[:, None]
-        number = (given * self.lanes + lane).reshape(len(steps), -1)
-        passes, place = np.divmod(number, self.total)
-
-        quotient, extra = divmod(self.total, self.lanes)
-        run, within = place % self.lanes, place // self.lanes
-        position = run * quotient + np.minimum(run, extra) + within
-
+        passes, position, _ = self._positions((given * self.lanes + lane).reshape(len(steps), -1))
         shards, members = np.empty_like(position), np.empty_like(position)
         for p in np.unique(passes).tolist():
             rows = passes == p
             shards[rows], members[rows] = self._locate(p, position[rows])
         return shards, members
+
+    def next_shards(self, step: int, lanes: np.ndarray) -> np.ndarray:
+        """The shard that each of these lanes enters after the one in which `step` leaves it, int64 [l] -> int64 [l]."""
+        number = ((step + 1) * (self.global_batch // self.lanes) - 1) * self.lanes + np.asarray(lanes, dtype=np.int64)
+        passes, position, run_end = self._positions(number)
+        left = np.empty_like(position)  # samples of the lane in its shard, from this one on
+        for p in np.unique(passes).tolist():
+            rows, (_, ends) = passes == p, self._pass(p)
+            left[rows] = np.minimum(ends[np.searchsorted(ends, position[rows], side="right")], run_end[rows]) - position[rows]
+        passes, position, _ = self._positions(number + left * self.lanes)
+        shards = np.empty_like(position)
+        for p in np.unique(passes).tolist():
+            rows, (order, ends) = passes == p, self._pass(p)
+            shards[rows] = order[np.searchsorted(ends, position[rows], side="right")]
+        return shards
 
     def first(self, step: int) -> np.ndarray:
         """False where the same sample stands earlier in the global batch of `step`, bool [B].
@@ -133,6 +142,14 @@ class SampleOrder:
             first[:] = False
             first[seen] = True
         return first
+
+    def _positions(self, number: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Samples by the number in which they are handed out -> pass, place in its sequence, and where their lane's run ends."""
+        passes, place = np.divmod(number, self.total)
+        quotient, extra = divmod(self.total, self.lanes)
+        run, within = place % self.lanes, place // self.lanes
+        start = run * quotient + np.minimum(run, extra)
+        return passes, start + within, start + quotient + (run < extra)
 
     def _locate(self, p: int, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Places in the sequence of pass p -> (shard, member)."""

@@ -6,6 +6,8 @@ A data set is a folder of tar files in WebDataset form (`KEY.png` + `KEY.cls`, o
     train.shards.npy            the shard table of a split: name, samples, bytes, sha256 of every tar
     train-000000.members.npy    the members of a shard: key, offset, bytes, label, crc32 of every image
 
+The folder may lie at an address, or its tars alone (`base` in the index): `remote.py` fetches them.
+
 The tables are plain structured arrays, so that a split of 10^6 shards is opened by mapping one file. `build_index` makes
 them for shards from anywhere; nothing in a shard is ever unpickled, and only the images and `.cls` files are read.
 """
@@ -13,17 +15,24 @@ them for shards from anywhere; nothing in a shard is ever unpickled, and only th
 import hashlib
 import io
 import json
+import logging
 import os
 import re
+import threading
 import zlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 import numpy as np
 import torch
 
+from eae_dist.config import DataConfig
 from eae_dist.data.decode import decode_image
+from eae_dist.data.remote import FETCHES, Cache, FetchAhead, RemoteFolder, checked_address, is_address
 from eae_dist.durable import sha256_of
 
 INDEX_VERSION = 1
@@ -31,6 +40,8 @@ SHARD_NAME = re.compile(r"(?P<split>.+)-\d{6,}\.tar")
 SHARD_DTYPE = [("samples", "<i8"), ("bytes", "<i8"), ("sha256", "S64"), ("members_sha256", "S64")]
 MEMBER_DTYPE = [("offset", "<i8"), ("bytes", "<i8"), ("label", "<i8"), ("crc32", "<u4")]
 OPEN_FILES = 256  # well below the usual limit of 1,024 for a process
+
+log = logging.getLogger("eae_dist")
 
 
 @dataclass(frozen=True)
@@ -43,35 +54,76 @@ class Split:
 
 
 @dataclass(frozen=True)
-class ShardIndex:
-    """What `index.json` says. `image_shape` is (c, h, w); `npy_header` is the header that all raw members share, else None."""
+class LocalFolder:
+    """The files of a folder; `RemoteFolder` is the same for an address."""
 
     root: Path
+    remote = False
+
+    def place(self, name: str) -> str:
+        return str(self.root / name)
+
+    def digest(self, name: str) -> str:
+        """The sha256 of a file."""
+        return sha256_of(self.root / name)
+
+    def open(self, name: str, sha256: str, size: int | None = None, stop: threading.Event | None = None) -> BinaryIO:
+        """The file, of the right size if that is given; its content is not checked here, but when a sample is read."""
+        path = self.root / name
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is named in the index and missing; restore it or pack the data set again")
+        if size is not None and (found := path.stat().st_size) != size:
+            kind = "truncated" if found < size else "not the file that was indexed"
+            raise ValueError(f"{path} is {kind}: {found} bytes, the index says {size}; restore it or run `pack --index` again")
+        return open(path, "rb", buffering=0)
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """What `index.json` says. `image_shape` is (c, h, w); `npy_header` is the header that all raw members share, else None.
+
+    tables, tars: where the data set's tables and shards lie.
+    """
+
+    root: Path | str
     sha256: str
     name: str
     image_shape: tuple[int, int, int]
     npy_header: bytes | None
     classes: list[str]
     info: dict
+    tables: LocalFolder | RemoteFolder
+    tars: LocalFolder | RemoteFolder
 
     @classmethod
-    def load(cls, root: str | Path) -> "ShardIndex":
-        """Reads and checks `root/index.json`. Raises FileNotFoundError or ValueError with what to do."""
-        root = Path(root)
-        path = root / "index.json"
-        if not path.is_file():
-            what = "has no index.json" if root.is_dir() else "is not a folder" if root.exists() else "does not exist"
-            raise FileNotFoundError(
-                f"data.root={root} {what}; make shards with `python -m eae_dist.pack SOURCE {root}`, or index tar files that "
-                f"lie there with `python -m eae_dist.pack --index {root}`"
-            )
-        text = path.read_bytes()
+    def load(cls, root: str | Path, cache: Cache | None = None) -> "ShardIndex":
+        """Reads and checks `root/index.json`; root is a folder, or an address whose files come through `cache`.
+
+        cache: default: that of the default configuration. Raises OSError or ValueError with what to do.
+        """
+        cache = cache or Cache.of(DataConfig())
+        if is_address(root):
+            tables = RemoteFolder(checked_address(root, "data.root"), cache)
+            path, text = tables.place("index.json"), tables.read("index.json")
+        else:
+            tables = LocalFolder(root := Path(root))
+            path = root / "index.json"
+            if not path.is_file():
+                what = "has no index.json" if root.is_dir() else "is not a folder" if root.exists() else "does not exist"
+                raise FileNotFoundError(
+                    f"data.root={root} {what}; make shards with `python -m eae_dist.pack SOURCE {root}`, or index tar files that "
+                    f"lie there with `python -m eae_dist.pack --index {root}`"
+                )
+            text = path.read_bytes()
         try:
             info = json.loads(text)
             if info["version"] != INDEX_VERSION:
                 raise ValueError(f"version {info['version']}, this program reads version {INDEX_VERSION}")
             info["splits"] = dict(info["splits"])
             header = info["image"]["npy_header"]
+            base = info.get("base")
+            if base is not None and tables.remote:
+                raise ValueError(f"it has a base, {base}, but the shards of an index on a server lie beside it")
             return cls(
                 root=root,
                 sha256=hashlib.sha256(text).hexdigest(),
@@ -80,6 +132,8 @@ class ShardIndex:
                 npy_header=None if header is None else bytes.fromhex(header),
                 classes=info["classes"],
                 info=info,
+                tables=tables,
+                tars=tables if base is None else RemoteFolder(checked_address(base, "base"), cache),
             )
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} cannot be read as a shard index ({error}); write it again with `pack --index`") from error
@@ -89,27 +143,39 @@ class ShardIndex:
         splits = self.info["splits"]
         if name not in splits:
             raise ValueError(f"data set {self.name} has no split {name!r}; it has {', '.join(sorted(splits))}")
-        path = self.root / f"{name}.shards.npy"
-        if not path.is_file() or sha256_of(path) != splits[name]["table_sha256"]:
-            raise ValueError(f"{path} is missing or is not the table that index.json was written with (checksum mismatch)")
-        return Split(name, splits[name]["samples"], np.load(path, mmap_mode="r", allow_pickle=False))
+        with self.open_table(f"{name}.shards.npy", splits[name]["table_sha256"], "index.json") as file:
+            return Split(name, splits[name]["samples"], np.load(file.name, mmap_mode="r", allow_pickle=False))
+
+    def open_table(self, name: str, sha256: str, holder: str, stop: threading.Event | None = None) -> BinaryIO:
+        """A table with the checksum that the `holder` gives it; ValueError if there is none."""
+        try:
+            file = self.tables.open(name, sha256, stop=stop)
+            if sha256_of(Path(file.name)) == sha256:
+                return file
+        except FileNotFoundError:
+            pass
+        raise ValueError(
+            f"{self.tables.place(name)} is missing or is not the table that {holder} was written with (checksum mismatch)"
+        )
 
 
-def member_table_path(root: Path, shard: str) -> Path:
-    return root / (shard.removesuffix(".tar") + ".members.npy")
+def member_table(shard: str) -> str:
+    """The name of a shard's member table."""
+    return shard.removesuffix(".tar") + ".members.npy"
 
 
-def safe_shard_path(root: Path, name: str) -> Path:
-    """The path of a shard named in an index, which must stay inside the data set's folder."""
+def plain_name(root: Path | str, name: str) -> str:
+    """The name of a shard in the index of `root`, which must be that of a file in one folder; else a ValueError."""
     if PurePosixPath(name).name != name or name in ("", ".", "..") or ":" in name:
         raise ValueError(f"{root}/index.json names the shard {name!r}; a shard is a plain file name inside that folder")
-    return root / name
+    return name
 
 
 class ShardReader:
     """Reads samples of one split by (shard, member), checking each one's crc32 and shape.
 
-    `open_shards`: how many shards are in use at once; their member tables stay in memory.
+    open_shards: how many shards are in use at once, half of them open and half about to be; their member tables stay in memory.
+    A copy opens files of its own.
     """
 
     def __init__(self, index: ShardIndex, split: str, open_shards: int = OPEN_FILES):
@@ -119,7 +185,10 @@ class ShardReader:
         self._open_caches()
 
     def _open_caches(self):
-        self._file = lru_cache(maxsize=OPEN_FILES)(self._open_file)
+        self._ahead = FetchAhead()
+        # A shard that is open has its place in the cache of remote ones: no more of them than lanes.
+        files = min(OPEN_FILES, max(1, self.open_shards // 2)) if self.index.tars.remote else OPEN_FILES
+        self._file = lru_cache(maxsize=files)(self._open_file)
         self._members = lru_cache(maxsize=max(self.open_shards, OPEN_FILES))(self._load_members)
 
     def __getstate__(self):  # a worker process opens its own files
@@ -183,27 +252,67 @@ class ShardReader:
                 raise self._damaged(shard, key, "its checksum is not the index's")
         return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
-    def _shard_path(self, shard: int) -> Path:
-        return safe_shard_path(self.index.root, self.split.table["name"][shard].decode())
+    def fetch(self, shards: Iterable[int]) -> None:
+        """Fetches what is not kept of these shards, several at a time; nothing for a local folder. Raises OSError."""
+        wanted = [file for shard in shards for file in self._remote_files(shard)]
+        missing = [(folder, *file) for folder, *file in wanted if not folder.keeps(file[1])]
+        if not missing:
+            return
+        bytes_ = sum(size or 0 for *_, size in missing)
+        log.info(
+            "fetching %d files, %s MB, from %s before the first batch", len(missing), f"{bytes_ / 1e6:,.1f}", self.index.tars.base
+        )
+        stop = threading.Event()
+        with ThreadPoolExecutor(FETCHES) as pool:
+            try:
+                for _ in pool.map(lambda file: file[0].fetch(*file[1:], stop=stop), missing):
+                    pass
+            except BaseException:
+                stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
-    def _open_file(self, shard: int):
-        path, wanted = self._shard_path(shard), int(self.split.table["bytes"][shard])
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is named in the index and missing; restore it or pack the data set again")
-        if (size := path.stat().st_size) != wanted:
-            kind = "truncated" if size < wanted else "not the file that was indexed"
-            raise ValueError(f"{path} is {kind}: {size} bytes, the index says {wanted}; restore it or run `pack --index` again")
-        return open(path, "rb", buffering=0)
+    def fetch_ahead(self, shards: Iterable[int]) -> None:
+        """Has these shards fetched in the background; nothing for a local folder."""
+        for shard in shards:
+            for folder, *file in self._remote_files(shard):
+                self._ahead.ask(folder, *file)
+
+    def stop_fetching(self) -> None:
+        """Ends fetching, also that of a `read` in another thread, which then fails."""
+        self._ahead.close()
+
+    def close(self) -> None:
+        """Ends fetching and closes the shards."""
+        self._ahead.close()
+        self._file.cache_clear()
+
+    def _remote_files(self, shard: int) -> list[tuple]:
+        """What is to be fetched of a shard: folder, name, sha256, bytes (None: unknown) of each file."""
+        index, row, files = self.index, self.split.table[shard], []
+        if index.tars.remote:
+            name = self._shard_name(shard)
+            files.append((index.tars, name, row["sha256"].decode(), int(row["bytes"])))
+            if index.tables.remote:
+                files.append((index.tables, member_table(name), row["members_sha256"].decode(), None))
+        return files
+
+    def _shard_name(self, shard: int) -> str:
+        return plain_name(self.index.root, self.split.table["name"][shard].decode())
+
+    def _open_file(self, shard: int) -> BinaryIO:
+        row = self.split.table[shard]
+        sha256 = row["sha256"].decode()
+        self._ahead.forget(sha256)
+        return self.index.tars.open(self._shard_name(shard), sha256, int(row["bytes"]), self._ahead.stop)
 
     def _load_members(self, shard: int) -> np.ndarray:
-        path = member_table_path(self.index.root, self._shard_path(shard).name)
-        data = path.read_bytes() if path.is_file() else b""
-        if hashlib.sha256(data).hexdigest().encode() != self.split.table["members_sha256"][shard]:
-            raise ValueError(f"{path} is missing or is not the table that the index was written with (checksum mismatch)")
-        return np.load(io.BytesIO(data), allow_pickle=False)
+        name, sha256 = member_table(self._shard_name(shard)), self.split.table["members_sha256"][shard].decode()
+        with self.index.open_table(name, sha256, "the index", self._ahead.stop) as file:
+            return np.load(io.BytesIO(file.read()), allow_pickle=False)
 
     def _damaged(self, shard: int, key: str, why: str) -> ValueError:
-        path = self._shard_path(shard)
         return ValueError(
-            f"sample {key!r} of {path} is damaged: {why}; see all damage with `python -m eae_dist.pack --verify {path.parent}`"
+            f"sample {key!r} of {self.index.tars.place(self._shard_name(shard))} is damaged: {why}; see all damage with "
+            f"`python -m eae_dist.pack --verify {self.index.root}`"
         )

@@ -5,6 +5,7 @@ number of ranks and loader workers, and gives every sample exactly once a pass.
 """
 
 import atexit
+import copy
 import queue
 import signal
 import threading
@@ -15,7 +16,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from eae_dist.config import DataConfig
 from eae_dist.data.order import ORDER_VERSION, SampleOrder, blocks_of, lane_range
+from eae_dist.data.remote import Cache
 from eae_dist.data.shards import ShardIndex, ShardReader
 from eae_dist.distributed import rank as this_rank
 from eae_dist.distributed import world_size
@@ -30,10 +33,11 @@ class ShardStream(IterableDataset):
     list of str, "first" bool [b] (False: the same sample stands earlier in the global batch, as it can where two passes meet).
     Iterating again starts again at start_step.
 
+    root: a folder of shards, or an address of one, which is read through `cache` (default: that of the default configuration).
     lanes: into how many runs a pass is cut; it divides the global batch, and no more ranks than lanes can take part.
-        Default: the global batch. workers: processes that read ahead; 0 reads ahead in a thread.
-    Raises FileNotFoundError or ValueError for a missing or damaged index or shard, an unknown split, an image of another
-    shape, a batch larger than the split, lanes that do not divide the batch, more ranks than lanes.
+        Default: as `resolve_lanes` says. workers: processes that read ahead; 0 reads ahead in a thread.
+    Raises OSError or ValueError for a missing or damaged index or shard, an unknown split, an image of another shape, a batch
+    larger than the split, lanes that do not divide the batch, more ranks than lanes, a cache too small for the lanes.
     """
 
     def __init__(
@@ -48,13 +52,17 @@ class ShardStream(IterableDataset):
         world: int | None = None,
         workers: int = 0,
         prefetch: int = 2,
+        cache: Cache | None = None,
     ):
-        self.index = ShardIndex.load(root)
-        self.lanes = global_batch if lanes is None else lanes
+        cache = cache or Cache.of(DataConfig())
+        self.index = ShardIndex.load(root, cache)
+        self.lanes = resolve_lanes(self.index, split, global_batch, lanes, cache)
         self.rank = this_rank() if rank is None else rank
         self.world = world_size() if world is None else world
         if self.world > self.lanes:
-            what = f"train.global_batch={global_batch}" if lanes is None else f"data.lanes={lanes}"
+            what = f"data.lanes={lanes}" if lanes is not None else f"train.global_batch={global_batch}"
+            if lanes is None and self.lanes < global_batch:
+                what = f"data.cache_bytes={cache.bytes}"
             raise ValueError(
                 f"{what} needs at most {self.lanes} ranks, got {self.world}; lower the ranks or raise {what.split('=')[0]}"
             )
@@ -98,10 +106,15 @@ class ShardStream(IterableDataset):
             # Worker j of w makes whole steps start + j, start + j + w, ...: the loader takes turns, so nothing is joined.
             worker = get_worker_info()
             try:
-                yield from self._batches(self.start_step + worker.id, worker.num_workers)
+                yield from self._batches(copy.copy(self.reader), self.start_step + worker.id, worker.num_workers)
             except (ValueError, OSError) as error:  # raised there, it would arrive with the worker's traceback as its text
                 yield error
-        elif self.workers:
+            return
+        # Shards that are not here yet: those that are open at the first step now, the others as `_batches` comes near them.
+        per_lane = self.order.global_batch // self.lanes
+        shards, _ = self.order.rows(np.array([self.start_step]), *self.lane_range)
+        self.reader.fetch(np.unique(shards[0, ::per_lane]).tolist())
+        if self.workers:
             yield from _closing_workers(
                 DataLoader(
                     self,
@@ -113,22 +126,55 @@ class ShardStream(IterableDataset):
                 )
             )
         else:
-            yield from _read_ahead(self._batches(self.start_step, 1), self.prefetch)
+            reader = copy.copy(self.reader)
+            yield from _read_ahead(self._batches(reader, self.start_step, 1), self.prefetch, reader)
 
-    def _batches(self, step: int, stride: int) -> Iterator[dict]:
+    def _batches(self, reader: ShardReader, step: int, stride: int) -> Iterator[dict]:
         lane_start, lane_stop = self.lane_range
         per_lane = self.order.global_batch // self.lanes
+        entered = np.full(lane_stop - lane_start, -1)
         while True:
             steps = step + stride * np.arange(STEPS_PER_BLOCK)
             shards, members = self.order.rows(steps, lane_start, lane_stop)
             for t, shard, member in zip(steps.tolist(), shards, members, strict=True):
                 first = self.order.first(t)[lane_start * per_lane : lane_stop * per_lane]
-                yield self.reader.read(shard, member) | {"first": torch.from_numpy(first)}
+                if self.index.tars.remote:  # a lane asks for its next shard as it enters one
+                    before, entered = entered, shard[per_lane - 1 :: per_lane]
+                    lanes = lane_start + np.flatnonzero(entered != before)
+                    reader.fetch_ahead(dict.fromkeys(self.order.next_shards(t, lanes).tolist()))
+                yield reader.read(shard, member) | {"first": torch.from_numpy(first)}
             step = int(steps[-1]) + stride
 
 
+def resolve_lanes(index: ShardIndex, split: str, global_batch: int, lanes: int | None, cache: Cache) -> int:
+    """Into how many lanes a pass is cut: `lanes`, or by default as many as the batch has rows.
+
+    For remote shards the default is the largest divisor of the batch with which the cache holds an open and a next shard for
+    every lane, whichever these are: it follows from index and configuration, never from a machine.
+    Raises ValueError for a cache that is too small for the lanes.
+    """
+    if not index.tars.remote:
+        return global_batch if lanes is None else lanes
+    largest = np.cumsum(np.sort(index.split(split).table["bytes"])[::-1])
+    for candidate in [lanes] if lanes is not None else range(global_batch, 0, -1):
+        needed = int(largest[min(2 * candidate, len(largest)) - 1])
+        if (lanes is not None or global_batch % candidate == 0) and needed <= cache.bytes:
+            return candidate
+    raise ValueError(
+        f"data.cache_bytes={cache.bytes} holds less than an open and a next shard for every lane: {candidate} lane(s) of "
+        f"{index.root} take {needed} bytes; raise data.cache_bytes" + ("" if candidate == 1 else " or lower data.lanes")
+    )
+
+
 def walk(
-    root: str | Path, split: str, batch: int, *, count: int | None = None, rank: int | None = None, world: int | None = None
+    root: str | Path,
+    split: str,
+    batch: int,
+    *,
+    count: int | None = None,
+    rank: int | None = None,
+    world: int | None = None,
+    cache: Cache | None = None,
 ) -> Iterator[dict]:
     """The first `count` samples of a split (default: all) in order, this rank's contiguous run of whole blocks of `batch` rows.
 
@@ -137,16 +183,23 @@ def walk(
     [b]), instead of "first".
     """
     rank, world = this_rank() if rank is None else rank, world_size() if world is None else world
-    return _read_ahead(_blocks(ShardReader(ShardIndex.load(root), split), batch, count, rank, world), depth=2)
+    reader = ShardReader(ShardIndex.load(root, cache), split, open_shards=2)
+    return _read_ahead(_blocks(reader, batch, count, rank, world), 2, reader)
 
 
 def _blocks(reader: ShardReader, batch: int, count: int | None, rank: int, world: int) -> Iterator[dict]:
     samples = np.asarray(reader.split.table["samples"])
     ends = np.cumsum(samples)
     total = int(ends[-1]) if count is None else min(count, int(ends[-1]))
-    for block in range(*blocks_of(total, batch, rank, world)):
+    start, stop = blocks_of(total, batch, rank, world)
+    last = int(np.searchsorted(ends, min(stop * batch, total) - 1, side="right"))
+    entered = -1
+    for block in range(start, stop):
         position = np.arange(block * batch, min((block + 1) * batch, total))
         shard = np.searchsorted(ends, position, side="right")
+        if shard[-1] != entered:
+            entered = shard[-1]
+            reader.fetch_ahead(range(entered + 1, min(entered + 1, last) + 1))
         yield reader.read(shard, position - (ends - samples)[shard]) | {"number": position}
 
 
@@ -174,8 +227,11 @@ def _closing_workers(loader: DataLoader) -> Iterator[dict]:
         atexit.unregister(end)
 
 
-def _read_ahead(batches: Iterator[dict], depth: int) -> Iterator[dict]:
-    """The same iterator, read in a thread that stays `depth` batches ahead; its exceptions are raised here."""
+def _read_ahead(batches: Iterator[dict], depth: int, reader: ShardReader) -> Iterator[dict]:
+    """The same iterator, read in a thread that stays `depth` batches ahead; its exceptions are raised here.
+
+    The reader, which is that of the batches, is closed at the end.
+    """
     ahead: queue.Queue = queue.Queue(maxsize=depth)
     closed = threading.Event()
 
@@ -211,4 +267,6 @@ def _read_ahead(batches: Iterator[dict], depth: int) -> Iterator[dict]:
             yield batch
     finally:
         closed.set()
+        reader.stop_fetching()
         thread.join()  # a thread that is still inside torch when the process ends aborts it
+        reader.close()

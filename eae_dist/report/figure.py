@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from eae_dist.data.remote import Cache
 from eae_dist.data.stream import walk
 from eae_dist.durable import replace_file
 from eae_dist.generation import TrainedModel, load
@@ -20,13 +21,23 @@ GAP, LETTERS, NAMES = 12, 13, 130  # pixels between the kinds, of a letter's hei
 KINDS = ("reconstructions", "random samples", "interpolations")
 
 
-def save_figure(models: dict[str, Path], data: str, split: str, seed: int, path: Path, allow: Collection[str] = ()) -> None:
-    """Writes a PNG with a row of pictures for each model, given as name in OBJECTIVES -> checkpoint; allow: as of eae_dist.load.
+def save_figure(
+    models: dict[str, Path],
+    data: str,
+    split: str,
+    seed: int,
+    path: Path,
+    allow: Collection[str] = (),
+    cache: Cache | None = None,
+) -> None:
+    """Writes a PNG with a row of pictures for each model, given as name in OBJECTIVES -> checkpoint.
+
+    allow: as of eae_dist.load. cache: through which remote data is read.
 
     The reconstructions are of the split's first images, an interpolation goes from the first of them to the second, linear in
     the latent. A model's samples are draws of N(0, I), or of its mixture where it was not trained for N(0, I).
     """
-    images = next(walk(data, split, COLUMNS, rank=0, world=1))["image"]
+    images = next(walk(data, split, COLUMNS, rank=0, world=1, cache=cache))["image"]
     rows: list[tuple[str, list[torch.Tensor]]] = [("ground truth", [images])]
     for name, checkpoint in models.items():
         model = load(checkpoint, allow=allow)

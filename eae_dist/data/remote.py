@@ -1,0 +1,408 @@
+"""Shards on a web server or in S3: fetched once, checked against their sha256 and kept in a local folder of bounded size.
+
+    RemoteFolder    opens the files of a data set at an address, fetching what is not kept yet
+    FetchAhead      threads that fetch files before they are needed
+
+A file is kept under its sha256, so that data sets, ranks, loader workers and jobs on a machine share one cache. Locks (flock)
+say what is going on, and end with the process that holds them, however it ends:
+
+    SHA256.partial  locked by whoever fetches it; the others wait, and find it kept
+    SHA256          locked, shared, by whoever has it open; only what nobody has open is removed to make room
+    .lock           held while room is made, which the file's full size then takes at once
+
+What is read never depends on the cache: a file is whole and right, or there is an error that names it.
+"""
+
+import asyncio
+import fcntl
+import hashlib
+import io
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import quote, unquote, urlsplit
+
+import fsspec
+
+from eae_dist.config import DataConfig
+
+SCHEMES = ("http", "https", "s3")
+SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+KEPT = re.compile(r"[0-9a-f]{64}(\.partial)?")  # nothing else in the cache's folder is ever removed
+BLOCK = 1 << 20
+FETCHES = 4  # at once, in a process: enough to fill a line that gives each connection its share
+LONGEST_WAIT = 30.0  # seconds between two tries
+WAIT_FOR_ROOM = 0.2  # seconds until a fetch ahead of need looks again whether something was closed
+
+log = logging.getLogger("eae_dist")
+
+
+class FetchError(OSError):
+    """A remote file could not be fetched; the message names it and says what to do."""
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Where remote files are kept, how many bytes of them, and how patiently they are fetched."""
+
+    folder: Path
+    bytes: int
+    timeout: float
+    retries: int
+    first_wait: float = 1.0  # seconds before the first retry, twice as many before each further one
+
+    @classmethod
+    def of(cls, data: DataConfig) -> "Cache":
+        return cls(Path(data.cache).expanduser(), data.cache_bytes, data.timeout, data.retries)
+
+
+def is_address(root: str | Path) -> bool:
+    """Whether the root of a data set has a scheme, and so is not a local folder."""
+    return isinstance(root, str) and SCHEME.match(root) is not None and not Path(root).exists()
+
+
+def checked_address(address: str, what: str) -> str:
+    """The address of a folder without its last slash. Raises ValueError, which begins with `what`, for any that is not plain.
+
+    No other scheme can be had here, whatever fsspec knows: some read local files, and some tools' run commands.
+    """
+    scheme = (SCHEME.match(address) or [""])[0].rstrip(":").lower()
+    if scheme not in SCHEMES or not address.lower().startswith(f"{scheme}://"):
+        raise ValueError(f"{what}={address} is no address that data is read from; wanted http://, https:// or s3://")
+    parts = urlsplit(address)
+    folders = [unquote(folder) for folder in parts.path.strip("/").split("/")]
+    if not parts.netloc or {"@", "$"} & set(address) or parts.query or parts.fragment or not address.isprintable():
+        raise ValueError(f"{what}={address} is not a plain address; wanted SCHEME://HOST/FOLDER without user, $, ? or #")
+    if {".", ".."} & set(folders) or ("" in folders and len(folders) > 1) or any("/" in folder for folder in folders):
+        raise ValueError(f"{what}={address} is not a plain address; leave out '.', '..' and empty folders")
+    return scheme + address[len(scheme) :].rstrip("/")
+
+
+@dataclass(frozen=True)
+class RemoteFolder:
+    """The files at an address, which `checked_address` has passed, through a cache."""
+
+    base: str
+    cache: Cache
+    remote = True
+
+    def place(self, name: str) -> str:
+        """The address of a file."""
+        return f"{self.base}/{name if self.base.startswith('s3:') else quote(name, safe='')}"
+
+    def open(self, name: str, sha256: str, size: int | None = None, stop: threading.Event | None = None) -> BinaryIO:
+        """The file, whole and checked, fetched if it is not kept; it stays kept while it is open.
+
+        size: in bytes, where it is known. stop: set by another thread, ends the fetching with a FetchError.
+        Raises FetchError if the file cannot be fetched, OSError if it cannot be kept.
+        """
+        while True:
+            self.fetch(name, sha256, size, stop=stop)
+            try:
+                file = open(self._kept(sha256), "rb", buffering=0)
+            except FileNotFoundError:  # removed in between, as another process made room
+                continue
+            fcntl.flock(file, fcntl.LOCK_SH)
+            return file
+
+    def keeps(self, sha256: str) -> bool:
+        return self._kept(sha256).exists()
+
+    def fetch(
+        self, name: str, sha256: str, size: int | None = None, *, ahead: bool = False, stop: threading.Event | None = None
+    ) -> bool:
+        """Puts the file into the cache if it is not there; it is then the last to be removed.
+
+        ahead: returns False, with nothing fetched, if there is no room for it; else the bound gives way to what is needed.
+        """
+        kept = self._kept(sha256)
+        try:
+            self.cache.folder.mkdir(parents=True, exist_ok=True)
+            if _touch(kept):
+                return True
+            with _alone(kept.with_name(f"{sha256}.partial")) as partial:
+                if _touch(kept):  # whoever held the lock before has fetched it
+                    return True
+                partial.truncate(0)  # what a killed process left
+                while not self._take_room(partial, sha256, size or 0, needed=not ahead):
+                    if ahead:
+                        return False
+                    time.sleep(WAIT_FOR_ROOM)
+                self.copy(name, partial, size, sha256, stop)
+                if size is None:
+                    self._take_room(partial, sha256, 0, needed=True)  # its own size counts by now
+                partial.flush()
+                os.fsync(partial.fileno())
+                os.replace(kept.with_name(f"{sha256}.partial"), kept)
+                return True
+        except FetchError:
+            raise
+        except OSError as error:
+            raise OSError(
+                f"data.cache={self.cache.folder} cannot keep {self.place(name)}: {error.strerror or error}; free some space, "
+                f"lower data.cache_bytes={self.cache.bytes} or take another folder on a local disk"
+            ) from error
+
+    def digest(self, name: str) -> str:
+        """The sha256 of the file at its address; nothing is kept."""
+        return self.copy(name, None)
+
+    def copy(
+        self,
+        name: str,
+        file: BinaryIO | None,
+        size: int | None = None,
+        sha256: str | None = None,
+        stop: threading.Event | None = None,
+    ) -> str:
+        """Writes the remote file into `file` (None: nowhere) and returns its sha256; tries again where that can help.
+
+        Raises FetchError if the last try fails too, also for another size or sha256 than is wanted.
+        """
+        stop, failure = stop or threading.Event(), None
+        for attempt in range(self.cache.retries + 1):
+            if attempt:
+                log.warning("%s %s; trying again (%d of %d)", self.place(name), failure, attempt, self.cache.retries)
+                stop.wait(min(self.cache.first_wait * 2 ** (attempt - 1), LONGEST_WAIT))
+            if stop.is_set():
+                raise FetchError(f"{self.place(name)} was not fetched: the stream is closed")
+            if file is not None:
+                file.seek(0)
+                if size is None:  # else it has its size already, see _take_room
+                    file.truncate()
+            digest, received = hashlib.sha256(), 0
+            try:
+                for block in self._blocks(name, size):
+                    if stop.is_set():
+                        break
+                    received += len(block)
+                    if size is not None and received > size:
+                        raise _Failure(f"sent more than the {size:,} bytes that the index says")
+                    digest.update(block)
+                    if file is not None:
+                        file.write(block)
+                if stop.is_set():
+                    continue
+                if size is not None and received < size:
+                    raise _Failure(f"ended after {received:,} of {size:,} bytes")
+                if sha256 is not None and digest.hexdigest() != sha256:
+                    raise _Failure(f"sent other bytes than were indexed: sha256 {digest.hexdigest()}, the index says {sha256}")
+                return digest.hexdigest()
+            except _Failure as error:
+                failure = error
+                if not error.passing:
+                    break
+        tries, patience = "", ""
+        if failure.passing:
+            tries = f" in {attempt + 1} tries"
+            patience = f", or raise data.retries={self.cache.retries} or data.timeout={self.cache.timeout:g}"
+        raise FetchError(
+            f"{self.place(name)} could not be fetched{tries}: it {failure}; restore the file or its server{patience}"
+        )
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a small file that no checksum is known of and that is not kept."""
+        file = io.BytesIO()
+        self.copy(name, file)
+        return file.getvalue()
+
+    def names(self) -> list[str]:
+        """The names of the files there; for S3, a web server has no list."""
+        try:
+            found = _filesystem(self.base, self.cache.timeout, os.getpid()).ls(self.base, detail=False)
+        except Exception as error:  # what the libraries behind fsspec raise is of many kinds
+            raise FetchError(f"{self.base} cannot be listed: it {_Failure.of(error, self.cache.timeout)}") from error
+        return sorted(path.rpartition("/")[2] for path in found)
+
+    def _blocks(self, name: str, size: int | None) -> Iterator[bytes]:
+        """The content of the remote file; raises _Failure for whatever goes wrong on the way."""
+        # A web server is asked for all at once; any size keeps fsspec from asking for it beforehand.
+        how = {"cache_type": "none"} if self.base.startswith("s3:") else {"block_size": 0, "size": size or -1}
+        try:
+            with _filesystem(self.base, self.cache.timeout, os.getpid()).open(self.place(name), "rb", **how) as file:
+                while block := file.read(BLOCK):
+                    yield block
+        except Exception as error:  # what the libraries behind fsspec raise is of many kinds
+            raise _Failure.of(error, self.cache.timeout) from error
+
+    def _kept(self, sha256: str) -> Path:
+        if not SHA256.fullmatch(sha256):  # it comes with the data, and becomes a path
+            raise ValueError(f"the index of {self.base} gives {sha256!r} for a sha256; write it again with `pack --index`")
+        return self.cache.folder / sha256
+
+    def _take_room(self, partial: BinaryIO, sha256: str, size: int, *, needed: bool) -> bool:
+        """Gives the file its size, having removed what was used longest ago and nobody has open; False if that is not enough.
+
+        needed: it is enough unless other files are being fetched, which can be removed afterwards.
+        """
+        others = False
+        with open(self.cache.folder / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            files = []
+            for entry in os.scandir(self.cache.folder):
+                if KEPT.fullmatch(entry.name):
+                    try:
+                        status = entry.stat()
+                    except FileNotFoundError:  # a partial file was renamed
+                        continue
+                    files.append((status.st_mtime_ns, status.st_size, entry.path))
+                    # One that waits here has no size yet: no two wait for each other.
+                    others |= entry.name.endswith(".partial") and not entry.name.startswith(sha256) and status.st_size > 0
+            excess = sum(file[1] for file in files) + size - self.cache.bytes
+            for _, bytes_, path in sorted(files):
+                if excess <= 0:
+                    break
+                if _remove_unless_used(path):
+                    excess -= bytes_
+            if excess > 0 and (others or not needed):
+                return False
+            if excess > 0:
+                log.warning(
+                    "data.cache=%s holds %s bytes more than data.cache_bytes=%s, all of them in use; raise data.cache_bytes, "
+                    "lower data.lanes or let fewer jobs share the folder",
+                    *(self.cache.folder, f"{excess:,}", self.cache.bytes),
+                )
+            if size:
+                partial.truncate(size)
+            return True
+
+
+class FetchAhead:
+    """Fetches what it is asked for in background threads, which end with `close`.
+
+    An error is left to whoever needs the file: `RemoteFolder.open` tries again then, and raises it.
+    """
+
+    def __init__(self):
+        self.stop = threading.Event()
+        self._wanted: dict[str, tuple] = {}  # by sha256, in the order in which they were asked for
+        self._changed = threading.Condition()
+        self._threads = 0
+
+    def ask(self, folder: RemoteFolder, name: str, sha256: str, size: int | None) -> None:
+        with self._changed:
+            self._wanted[sha256] = (folder, name, sha256, size)
+            self._changed.notify()
+        if self._threads < FETCHES:
+            self._threads += 1
+            threading.Thread(target=self._work, name="fetch-ahead", daemon=True).start()
+
+    def forget(self, sha256: str) -> None:
+        """It is needed now: fetched later, it would take the room of others for nothing."""
+        with self._changed:
+            self._wanted.pop(sha256, None)
+
+    def close(self) -> None:
+        with self._changed:
+            self.stop.set()
+            self._changed.notify_all()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._wanted or self.stop.is_set())
+                if self.stop.is_set():
+                    return
+                folder, name, sha256, size = wanted = self._wanted.pop(next(iter(self._wanted)))
+            try:
+                if not folder.fetch(name, sha256, size, ahead=True, stop=self.stop):
+                    with self._changed:
+                        self._wanted = {sha256: wanted} | self._wanted
+                    self.stop.wait(WAIT_FOR_ROOM)
+            except (OSError, ValueError) as error:
+                log.debug("not fetched ahead of need: %s", error)
+
+
+class _Failure(Exception):
+    """Why one try failed, as a predicate of the file; `passing`: whether another try can help."""
+
+    def __init__(self, what: str, passing: bool = True):
+        super().__init__(what)
+        self.passing = passing
+
+    @classmethod
+    def of(cls, error: Exception, timeout: float) -> "_Failure":
+        if isinstance(error, FileNotFoundError):
+            return cls("is not there", passing=False)
+        if isinstance(error, PermissionError):
+            return cls(f"may not be read ({error})", passing=False)
+        if isinstance(error, ImportError):
+            return cls("needs s3fs: pip install 'eae-dist[s3]'", passing=False)
+        if isinstance(error, (TimeoutError, asyncio.TimeoutError)):  # which are one from Python 3.11 on
+            return cls(f"sent nothing for data.timeout={timeout:g} seconds")
+        if (status := getattr(error, "status", None)) is not None:
+            # Of the errors that are the client's, these alone pass: too slow, too early, too many requests.
+            return cls(
+                f"was answered with {status} {getattr(error, 'message', '')}", passing=status >= 500 or status in (408, 425, 429)
+            )
+        return cls(f"broke off ({type(error).__name__}: {error})")
+
+
+@lru_cache(maxsize=4)
+def _filesystem(base: str, timeout: float, process: int) -> fsspec.AbstractFileSystem:
+    """fsspec's view of a server; one a process, as its connections do not survive a fork."""
+    if base.startswith("s3:"):
+        limits = {"connect_timeout": timeout, "read_timeout": timeout, "retries": {"total_max_attempts": 1}}
+        options = {"config_kwargs": limits}
+    else:
+        import aiohttp  # takes a fifth of a second, and most data is local
+
+        # Its default would end every download after five minutes.
+        limits = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
+        options = {"client_kwargs": {"timeout": limits}}
+    found = fsspec.filesystem(base.partition(":")[0].lower(), **options, use_listings_cache=False, skip_instance_cache=True)
+    found.retries = 1  # s3fs would try five times by itself
+    return found
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[BinaryIO]:
+    """The file at `path`, made if it is not there, for one process at a time; removed at the end if it is still there."""
+    while True:
+        with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not _is_at(file, path):
+                continue  # it was renamed or removed by the one before
+            try:
+                yield file
+            finally:
+                if _is_at(file, path):
+                    os.unlink(path)
+                # By hand: a process that was forked meanwhile has the file open too.
+                fcntl.flock(file, fcntl.LOCK_UN)
+            return
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _touch(path: Path) -> bool:
+    """Notes that a file was used just now; False if it is not there."""
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _remove_unless_used(path: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(path)
+            return True
+    except (BlockingIOError, FileNotFoundError):  # in use, or renamed by now
+        return False
