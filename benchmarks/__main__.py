@@ -15,6 +15,7 @@ import torch
 
 from benchmarks import entropy, judging, mixture, peer, stream, training
 from benchmarks.table import HEADER
+from eae_dist.local_ranks import keep_freed_memory
 
 BENCHMARKS = {
     "entropy": entropy.rows,
@@ -32,6 +33,7 @@ def main() -> None:
         sys.exit(f"error: there is no benchmark {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started
     torch.set_num_threads(1)
+    keep_freed_memory()  # as training does on CPUs; all competitors have it
     print(f"{platform.machine()}, {os.cpu_count()} processors, torch {torch.__version__}, one thread a process\n")
     print(HEADER, flush=True)
     for name in names:

@@ -18,30 +18,31 @@ srun_options=()
 # export NCCL_SOCKET_IFNAME=ib0 NCCL_DEBUG=INFO
 
 ranks=${NPROC:-${SLURM_GPUS_ON_NODE:-1}} # of a node: a rank for each GPU of the allocation, without any one CPU rank
-logs=${LOGS:-logs}/$SLURM_JOB_ID
 cores=${SLURM_CPUS_PER_TASK:-1} # of a node; since SLURM 22.05 srun wants to be told again
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
 export PYTHONUNBUFFERED=1
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=90 # seconds that ranks have to save; torchrun kills them after 30 otherwise
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=90 # seconds that ranks have to save, if torchrun is new enough to read it; else 30
 
 # on_ranks MODULE ARGUMENTS: `python -m MODULE ARGUMENTS` on all ranks of all nodes, in one step that ends as run_step says.
 on_ranks() {
-  local first
-  first=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)} # MASTER_ADDR: another name of this node
+  local hosts logs=${LOGS:-logs}/$SLURM_JOB_ID
+  mkdir -p "$logs"
+  hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
   echo "$SLURM_JOB_NUM_NODES node(s) with $ranks rank(s) each, start $((${SLURM_RESTART_COUNT:-0} + 1)) of job $SLURM_JOB_ID:" \
     "what the ranks say is in $logs/rank-*.log"
-  # torchrun numbers the ranks, so it is torchrun's processes that know which log is theirs. A requeued job adds to its logs.
+  # The torchruns meet on the first node, where this script runs; MASTER_ADDR may be a better name of it. They number the ranks,
+  # so it is a rank's own process that knows which log is its. A requeued job adds to its logs.
   # shellcheck disable=SC2016  # the ranks' own shell expands it
   run_step python -m torch.distributed.run \
     --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "$ranks" \
-    --rdzv-backend c10d --rdzv-endpoint "$first:${MASTER_PORT:-$((15000 + SLURM_JOB_ID % 15000))}" --rdzv-id "$SLURM_JOB_ID" \
+    --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" \
+    --rdzv-endpoint "${MASTER_ADDR:-${hosts%%$'\n'*}}:${MASTER_PORT:-$((15000 + SLURM_JOB_ID % 15000))}" \
     --no-python bash -c 'exec python -m "${@:2}" >> "$1/rank-$RANK.log" 2>&1' rank "$logs" "$@"
 }
 
 # run_step COMMAND: runs it in one task on every node, and ends this script with the command's status. If it was told to stop
 # before its end, the job is queued again, and the same command continues.
 run_step() {
-  mkdir -p "$logs"
   local status=0
   stop_asked=
   trap stop_step USR1
@@ -60,7 +61,7 @@ run_step() {
     echo "stopped before its end; queued again"
     scontrol requeue "$SLURM_JOB_ID"
   else
-    echo "error: the step ended with status $status; what its processes said is in $logs" >&2
+    echo "error: the step ended with status $status; the reason stands above, or in the logs that are named above" >&2
   fi
   exit "$status"
 }
@@ -73,10 +74,11 @@ stop_step() {
   echo "told to stop; the step may save first"
   # The step may not have begun, and scancel says nothing of that.
   until scontrol show step "$SLURM_JOB_ID.0" &> /dev/null || ! kill -0 "$step" 2> /dev/null; do sleep 1; done
-  scancel --signal=TERM "$SLURM_JOB_ID.0"
+  scancel --signal=TERM "$SLURM_JOB_ID.0" || true # it may have ended
 }
 
-# A preempted job's step gets SIGTERM from SLURM itself, without a word to this script.
+# A step that is preempted with a GraceTime gets SIGTERM from SLURM itself, without a word to this script; one that ends before
+# that time is over would not be queued again. Without a GraceTime SLURM does all of it: SIGTERM, KillWait, requeue.
 was_preempted() {
-  scontrol show job "$SLURM_JOB_ID" | grep -q 'PreemptTime=[0-9]'
+  [[ $(scontrol show job "$SLURM_JOB_ID") =~ PreemptTime=[0-9] ]]
 }

@@ -13,7 +13,7 @@ from pathlib import Path
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 PATH = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"])  # where Debian keeps the daemons
-PATIENCE = 60  # seconds in which anything here happens on a busy machine
+PATIENCE = 180  # seconds in which anything here happens, on a busy machine too
 
 
 class Cluster:
