@@ -19,10 +19,11 @@ import torch
 from eae_dist.config import Config, load_config
 from eae_dist.data.shards import ShardIndex
 from eae_dist.distributed import StopRequest, barrier, gather_objects, rank, world_size
+from eae_dist.engines import engine_of
 from eae_dist.losses.entropy import knn_entropy
 from eae_dist.objectives import build_objective, resolve
 from eae_dist.report.metrics_log import averaged
-from eae_dist.train import check_ranks, open_stream, start_accelerator, training_step
+from eae_dist.train import open_stream, start_accelerator, training_step
 
 ENTROPY_ROWS = 1024
 
@@ -51,8 +52,7 @@ def training(config: Config) -> Iterator[Callable[[int], None]]:
     stream = open_stream(config)
     objective = build_objective(config.model, config.objective, stream.index.image_shape, config.train.seed)
     optimizer = torch.optim.Adam(objective.parameters(), lr=config.train.learning_rate)
-    model, optimizer = accelerator.prepare(objective, optimizer)
-    check_ranks(model)
+    model, optimizer = engine_of(accelerator).prepare(objective, optimizer, config, stream.lanes)
     step = 0
 
     def take_steps(count: int) -> None:

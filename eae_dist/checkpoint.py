@@ -288,7 +288,7 @@ def check_same_data(before: dict, now: dict, run: Path) -> None:
 def versions() -> dict[str, str]:
     """Versions of what a result can depend on."""
     found = {"eae_dist": eae_dist.__version__, "python": platform.python_version()}
-    for package in ("torch", "torchvision", "accelerate", "numpy"):
+    for package in ("torch", "torchvision", "accelerate", "deepspeed", "numpy"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

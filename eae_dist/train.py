@@ -14,15 +14,12 @@ import time
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
@@ -49,6 +46,7 @@ from eae_dist.distributed import (
     world_size,
 )
 from eae_dist.draws import derive_key
+from eae_dist.engines import accelerator_options, engine_of
 from eae_dist.local_ranks import keep_freed_memory, srun_ranks
 from eae_dist.losses.entropy import gaussian_reference
 from eae_dist.model.autoencoder import to_unit
@@ -83,8 +81,8 @@ def train(config: Config) -> None:
     objective = build_objective(config.model, config.objective, stream.index.image_shape, config.train.seed)
     objective.group = subgroup(ranks_of_group(config.objective.group))
     optimizer = torch.optim.Adam(objective.parameters(), lr=config.train.learning_rate)
-    model, stepper = accelerator.prepare(objective, optimizer)
-    check_ranks(model)
+    engine = engine_of(accelerator)
+    model, stepper = engine.prepare(objective, optimizer, config, stream.lanes)
     plateau = ReduceLROnPlateau(
         optimizer,
         factor=config.train.plateau_factor,
@@ -99,8 +97,7 @@ def train(config: Config) -> None:
     step, best, best_step = 0, math.inf, 0
     if resumed is not None:
         step, best, best_step = (resumed.state[name] for name in ("step", "best_validation_loss", "best_step"))
-        objective.load_state_dict(resumed.model_state())
-        optimizer.load_state_dict(resumed.optimizer_state())
+        engine.load(objective, optimizer, resumed.model_state(), resumed.optimizer_state())
         plateau.load_state_dict(resumed.state["plateau"])
         if accelerator.scaler is not None and resumed.state["grad_scaler"]:
             accelerator.scaler.load_state_dict(resumed.state["grad_scaler"])
@@ -156,9 +153,10 @@ def train(config: Config) -> None:
             "grad_scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
             "unfinished": unfinished,
         }
+        optimizer_state = engine.optimizer_state(objective, optimizer)
         with first_rank_first() as mine:
             if mine:
-                checkpoints.save(run, config, objective.state_dict(), optimizer.state_dict(), state)
+                checkpoints.save(run, config, objective.state_dict(), optimizer_state, state)
                 checkpoints.mark_best(run, best_step)
                 checkpoints.prune(run, config.train.keep)
 
@@ -274,16 +272,9 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     # torch 2.14 renames DDP's broadcast_buffers; accelerate still passes the old name.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     accelerator = Accelerator(
-        # Without cpu=True accelerate makes W separate runs of one rank, without a word.
-        cpu=cpu,
-        mixed_precision=config.precision,
         log_with=config.trackers or None,
         project_dir=Path(config.output) / "trackers",
-        kwargs_handlers=[
-            # GlobalBatchNorm keeps its buffers equal by itself.
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout)),
-        ],
+        **accelerator_options(config, cpu),
     )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if not accelerator.num_processes == world_size() == launched:
@@ -307,12 +298,6 @@ def check_restarts(env: Mapping[str, str]) -> None:
             "torchrun --max-restarts keeps its store from one start to the next, in which ranks can find each other's old "
             "addresses; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, or leave --max-restarts out"
         )
-
-
-def check_ranks(model: torch.nn.Module) -> None:
-    """Raises ValueError if accelerate left the model unwrapped, so that every rank would train a model of its own."""
-    if world_size() > 1 and not isinstance(model, DistributedDataParallel):
-        raise ValueError(f"accelerate did not wrap the model for {world_size()} ranks; check the file given to --config_file")
 
 
 def open_stream(config: Config) -> ShardStream:
@@ -371,12 +356,7 @@ def training_step(
     else:
         terms = model(to_unit(batch["image"], device), batch["first"].to(device), rows, numbers, key)
         accelerator.backward(terms["loss"])
-    accelerator.unscale_gradients(optimizer)
-    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]  # a user's may be frozen
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    if config.clip_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, config.clip_norm, norm)
-    optimizer.step()
+    norm = engine_of(accelerator).step(model, optimizer, config.clip_norm)
     shares = [torch.as_tensor(term, device=device).double() for term in (*terms.values(), finite_norms(model), norm)]
     return [*terms, FINITE_NORMS, "gradient_norm"], torch.stack(shares).detach()
 
@@ -408,7 +388,7 @@ def validate(accelerator: Accelerator, objective: Objective, config: Config) -> 
     numbers, blocks = [np.zeros(0, dtype=np.int64)], []
     data, count = config.data, config.train.validation_images
     for batch in walk(data.root, data.validation, config.evaluate.batch, count=count, cache=Cache.of(data)):
-        with accelerator.autocast():
+        with engine_of(accelerator).autocast():
             blocks.append(objective.per_row(to_unit(batch["image"], accelerator.device), batch["number"], key))
         numbers.append(batch["number"])
     numbers = np.concatenate(numbers)
