@@ -90,7 +90,7 @@ def train(config: Config) -> None:
         threshold_mode="abs",  # relative to a negative loss, standing still would count as better
     )
     check_micro_batches(stream, config.train.accumulate, accelerator.device)
-    if config.train.accumulate == 1:
+    if config.train.accumulate == 1 and engine.rehearsed:
         rehearse(accelerator, model, stream)
 
     # The clock, where the last checkpoint left it.
