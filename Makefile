@@ -1,7 +1,7 @@
 # make train   the whole way: environment, data, training, evaluation
 # make test    the same environment, then every test that needs nothing else
-# make test-cluster   tests on a SLURM cluster of two nodes and two hosts on this machine, and kills at random; root gets
-#                     missing Debian packages installed
+# make test-cluster   tests on a SLURM cluster of two nodes and two hosts on this machine, kills at random, and DeepSpeed; root
+#                     gets missing Debian packages installed
 # make setup   the environment alone, made or brought up to date
 # make bench   speed, against what one would use otherwise
 # make lint    style; make clean removes the environment, not the runs

@@ -157,7 +157,12 @@ def assert_same_training(run: Path, other: Path) -> None:
     found, expected = ([json.loads(line) for line in (at / "metrics.jsonl").read_text().splitlines()] for at in (run, other))
     assert len(found) == len(expected) == STEPS
     for now, then in zip(found, expected, strict=True):
-        for name in now.keys() & then.keys() - {"images_per_second", "peak_memory_mib"}:  # a leg's end is validated as well
+        timings = {name for name in now if name.startswith("rank_")} | {
+            "images_per_second",
+            "straggler_spread",
+            "peak_memory_mib",
+        }
+        for name in now.keys() & then.keys() - timings:  # a leg's end is validated as well
             assert now[name] == pytest.approx(then[name], rel=PRECISE), (now["step"], name)
     found, expected = state_of(run), state_of(other)
     assert found.keys() == expected.keys()
