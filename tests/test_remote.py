@@ -1,5 +1,6 @@
 """Shards on a server: real ones on this machine, that stop, fail, stall and lie; the batches are those of the local folder."""
 
+import fcntl
 import json
 import logging
 import shutil
@@ -123,13 +124,15 @@ def assert_same(found: list[dict], expected: list[dict]) -> None:
 
 
 def kept_bytes(cache: Cache) -> int:
-    """What the cache holds; while others rename and remove files this is tried until it sees one moment."""
-    while True:
-        try:
-            found = [path.stat() for path in cache.folder.iterdir() if remote.KEPT.fullmatch(path.name)]
-            return sum({status.st_ino: status.st_size for status in found}.values())
-        except FileNotFoundError:
-            continue
+    """What the cache holds at one moment: nobody makes room for a file meanwhile."""
+    with open(cache.folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        while True:
+            try:
+                found = [path.stat() for path in cache.folder.iterdir() if remote.KEPT.fullmatch(path.name)]
+                return sum({status.st_ino: status.st_size for status in found}.values())
+            except FileNotFoundError:  # a file that was fetched has got its name
+                continue
 
 
 # The same batches
