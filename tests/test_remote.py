@@ -124,15 +124,17 @@ def assert_same(found: list[dict], expected: list[dict]) -> None:
 
 
 def kept_bytes(cache: Cache) -> int:
-    """What the cache holds at one moment: nobody makes room for a file meanwhile."""
+    """What the cache holds at one moment: nobody makes room for a file or names one meanwhile."""
     with open(cache.folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        while True:
-            try:
-                found = [path.stat() for path in cache.folder.iterdir() if remote.KEPT.fullmatch(path.name)]
-                return sum({status.st_ino: status.st_size for status in found}.values())
-            except FileNotFoundError:  # a file that was fetched has got its name
-                continue
+        return sum(size_of(path) for path in cache.folder.iterdir() if remote.KEPT.fullmatch(path.name))
+
+
+def size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # of a fetch that was given up
+        return 0
 
 
 # The same batches

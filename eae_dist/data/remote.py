@@ -8,7 +8,7 @@ say what is going on, and end with the process that holds them, however it ends:
 
     SHA256.partial  locked by whoever fetches it; the others wait, and find it kept
     SHA256          locked, shared, by whoever has it open; only what nobody has open is removed to make room
-    .lock           held while room is made, which the file's full size then takes at once
+    .lock           held while room is made, which the file's full size then takes at once, and while a file gets its name
 
 What is read never depends on the cache: a file is whole and right, or there is an error that names it.
 """
@@ -142,7 +142,8 @@ class RemoteFolder:
                     self._take_room(partial, sha256, 0, needed=True)  # its own size counts by now
                 partial.flush()
                 os.fsync(partial.fileno())
-                os.replace(kept.with_name(f"{sha256}.partial"), kept)
+                with self._room():
+                    os.replace(kept.with_name(f"{sha256}.partial"), kept)
                 return True
         except FetchError:
             raise
@@ -239,20 +240,26 @@ class RemoteFolder:
             raise ValueError(f"the index of {self.base} gives {sha256!r} for a sha256; write it again with `pack --index`")
         return self.cache.folder / sha256
 
+    @contextmanager
+    def _room(self) -> Iterator[None]:
+        """Held by whoever counts, removes or names files: meanwhile no other adds to what there is."""
+        with open(self.cache.folder / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
     def _take_room(self, partial: BinaryIO, sha256: str, size: int, *, needed: bool) -> bool:
         """Gives the file its size, having removed what was used longest ago and nobody has open; False if that is not enough.
 
         needed: it is enough unless other files are being fetched, which can be removed afterwards.
         """
         others = False
-        with open(self.cache.folder / ".lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with self._room():
             files = []
             for entry in os.scandir(self.cache.folder):
                 if KEPT.fullmatch(entry.name):
                     try:
                         status = entry.stat()
-                    except FileNotFoundError:  # a partial file was renamed
+                    except FileNotFoundError:  # of a fetch that was given up
                         continue
                     files.append((status.st_mtime_ns, status.st_size, entry.path))
                     # One that waits here has no size yet: no two wait for each other.
