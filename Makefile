@@ -29,10 +29,10 @@ train: $(INSTALLED) $(SHARDS)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
 
-# Interrupted rather than ended after twelve minutes, so that the daemons end too.
+# Interrupted rather than ended after twenty minutes, so that the daemons end too.
 test-cluster: $(INSTALLED)
 	tests/slurm/install.sh
-	timeout --signal=INT 12m $(BIN)/python -m pytest $(CLUSTER_TESTS)
+	timeout --signal=INT 20m $(BIN)/python -m pytest $(CLUSTER_TESTS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
