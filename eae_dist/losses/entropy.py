@@ -204,7 +204,7 @@ def keep_nearest(
     k = best_value.shape[1]
     row = (minima.amin(1) < best_value[:, -1]).nonzero()
     improved = row[:, 0]
-    block = _smallest(minima[improved], min(k, minima.shape[1]))[1][:, None]  # [m', 1, up to k]
+    block = _smallest(minima.index_select(0, improved), min(k, minima.shape[1]))[1][:, None]  # [m', 1, up to k]
     place = torch.arange(BLOCK, device=blocks.device)[:, None]
     strides = blocks.stride()
     at = (row * strides[0])[..., None] + place * strides[1] + block * strides[2] + blocks.storage_offset()
