@@ -79,6 +79,7 @@ def srun_ranks(env: Mapping[str, str]) -> dict[str, str]:
         "RANK": env["SLURM_PROCID"],
         "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
         "LOCAL_RANK": str(local % gpus if gpus else local),
+        "LOCAL_WORLD_SIZE": str(tasks_of_nodes(env["SLURM_STEP_TASKS_PER_NODE"])[int(env["SLURM_NODEID"])]),
         "MASTER_ADDR": env.get("MASTER_ADDR") or first_host(env["SLURM_STEP_NODELIST"]),
         "MASTER_PORT": env.get("MASTER_PORT") or str(15_000 + port),
     }
@@ -88,6 +89,11 @@ def first_host(nodes: str) -> str:
     """The first name in SLURM's short form of a list: gpu[07-10,12],cpu1 -> gpu07."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)[0]
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first)
+
+
+def tasks_of_nodes(counts: str) -> list[int]:
+    """The numbers in SLURM's short form of a list: 4(x2),3 -> [4, 4, 3]."""
+    return [int(tasks) for tasks, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts) for _ in range(int(times or 1))]
 
 
 def launched(module: str, ranks: int, command: Sequence[str]) -> list[str]:

@@ -325,7 +325,8 @@ def resolve(config: Config, image_shape: tuple[int, int, int], lanes: int | None
                 f"{', '.join(sorted(read))}; leave it out"
             )
     lanes = lanes or config.data.lanes or config.train.global_batch
-    return replace(config, data=replace(config.data, lanes=lanes), model=resolve_model(config.model, image_shape))
+    model = resolve_model(config.model, image_shape, latent_norm=objective.latent_norm)
+    return replace(config, data=replace(config.data, lanes=lanes), model=model)
 
 
 def build_objective(model: ModelConfig, objective: ObjectiveConfig, image_shape: tuple[int, int, int], seed: int) -> Objective:

@@ -33,7 +33,7 @@ from eae_dist.generation import sample_seeds, spherical_middle
 from eae_dist.latent.densities import DENSITIES
 from eae_dist.latent.mixture import Mixture
 from eae_dist.latent.two_stage import TwoStage
-from eae_dist.local_ranks import first_host, srun_ranks
+from eae_dist.local_ranks import first_host, srun_ranks, tasks_of_nodes
 from eae_dist.metrics.comparison import compare, describe
 from eae_dist.metrics.features import FEATURES, Extractor, build_features
 from eae_dist.metrics.frechet import FeatureStats, frechet_distance
@@ -498,7 +498,7 @@ def test_tasks_of_an_srun_step_judge_two_folders_together_as_one_process_does(fo
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
     step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_STEP_TASKS_PER_NODE": "2"}
-    step |= {"MASTER_PORT": str(port), "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "CUDA_VISIBLE_DEVICES": ""}
+    step |= {"SLURM_NODEID": "0", "MASTER_PORT": str(port), "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "CUDA_VISIBLE_DEVICES": ""}
     tasks = [
         subprocess.Popen(
             [sys.executable, "-m", "eae_dist.evaluate", *command, "--out", str(tmp_path / "two")],
@@ -525,10 +525,11 @@ def test_tasks_of_srun_are_named_as_torchrun_names_ranks(monkeypatch):
     monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     env = {"SLURM_STEP_NUM_TASKS": "6", "SLURM_STEP_NODELIST": "gpu[07-08]", "SLURM_JOB_ID": "1000", "SLURM_STEP_ID": "1"}
-    env |= {"SLURM_PROCID": "5", "SLURM_LOCALID": "1"}
+    env |= {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_STEP_TASKS_PER_NODE": "4,2"}
     ranks = srun_ranks(env)
     port = int(ranks.pop("MASTER_PORT"))
-    assert ranks == {"RANK": "5", "WORLD_SIZE": "6", "LOCAL_RANK": "1", "MASTER_ADDR": "gpu07"}
+    where = {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    assert ranks == {"RANK": "5", "WORLD_SIZE": "6", **where, "MASTER_ADDR": "gpu07"}
     next_job = srun_ranks(env | {"SLURM_JOB_ID": "1001", "SLURM_STEP_ID": "0"})
     assert 15_000 <= port < 30_000 and port != int(next_job["MASTER_PORT"])
     assert srun_ranks(env | {"MASTER_PORT": "9", "MASTER_ADDR": "there"}) == ranks | {"MASTER_PORT": "9", "MASTER_ADDR": "there"}
@@ -552,6 +553,11 @@ def test_ranks_with_different_arguments_are_refused(monkeypatch):
 )
 def test_first_host_of_a_list_of_slurm(nodes, first):
     assert first_host(nodes) == first
+
+
+@pytest.mark.parametrize(("counts", "tasks"), [("4", [4]), ("4(x2),3", [4, 4, 3]), ("1,12(x3)", [1, 12, 12, 12])])
+def test_tasks_of_nodes_of_slurm(counts, tasks):
+    assert tasks_of_nodes(counts) == tasks
 
 
 def test_wrong_second_folder_is_said_before_the_first_is_judged(folders, tmp_path, monkeypatch):

@@ -114,9 +114,8 @@ def test_signal_to_one_rank_lets_every_rank_save_and_end_well_and_the_run_goes_o
         require_same(tmp_path / name, whole_runs / name)
 
 
+@pytest.mark.parametrize("ranks", RANKS[1:], indirect=True)  # nobody waits for a single one
 def test_rank_that_hangs_is_named_by_the_others_within_the_timeout(ranks, shards, tmp_path):
-    if ranks == 1:
-        pytest.skip("nobody waits for a single rank")
     words = arguments(shards, tmp_path / "run", "eae", "model.encoder=saboteur:HangingEncoder", "train.timeout=3")
     ended = run_ranks(ranks, tmp_path, train_in_turn, words, environment={"SABOTEUR_STEP": BROKEN}, hanging=[ranks - 1])
     for who, said in enumerate(ended.said[:-1]):
@@ -135,9 +134,8 @@ def test_unforeseen_failure_is_reported_with_rank_host_step_and_last_checkpoint(
         assert where in text and f"the last checkpoint is {latest}; the same command goes on" in text
 
 
-def test_run_on_four_two_one_and_four_ranks_takes_the_samples_in_the_order_of_one_run(ranks, whole_runs, shards, tmp_path):
-    if ranks != 1:
-        pytest.skip("the numbers of ranks are its own")
+@pytest.mark.parametrize("ranks", [1], indirect=True)  # of the run that it is compared with
+def test_run_on_four_two_one_and_four_ranks_takes_the_samples_in_the_order_of_one_run(whole_runs, shards, tmp_path):
     (tmp_path / "run.mark").touch()
     for count, steps in ((4, 3), (2, 5), (1, 6), (4, STEPS)):
         words = arguments(shards, tmp_path / "run", "eae", f"train.epochs={steps * BATCH / 150}")

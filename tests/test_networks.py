@@ -249,6 +249,29 @@ def test_unknown_network_is_an_error_that_lists_the_known():
         resolve_model(ModelConfig("vgg"), MNIST)
 
 
+OWN = {"encoder": "a:B", "decoder": "a:C"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "latent_norm", "refused"),
+    [
+        ({"norm": "none", "norm_eps": 1e-5}, True, "norm_eps"),
+        ({"norm": "none", "norm_momentum": 0.2}, False, "norm_momentum"),
+        ({"norm": "none", "norm_momentum": 0.2}, True, None),  # the latent's
+        ({"norm_eps": 1e-5, "norm_momentum": 0.2}, False, None),
+        (OWN | {"norm": "none"}, True, "norm"),
+        (OWN | {"norm_eps": 1e-5}, True, "norm_eps"),
+        ({"encoder": "a:B", "norm_eps": 1e-5}, False, None),  # the decoder's
+    ],
+)
+def test_setting_of_norms_that_there_are_not_is_refused(settings, latent_norm, refused):
+    if refused is None:
+        resolve_model(ModelConfig(**settings), MNIST, latent_norm=latent_norm)
+        return
+    with pytest.raises(ValueError, match=rf"model\.{refused}=.* means nothing to a model without batch norms of ours"):
+        resolve_model(ModelConfig(**settings), MNIST, latent_norm=latent_norm)
+
+
 @pytest.mark.parametrize("network", NETWORKS)
 def test_color_images_get_at_least_32_latent_dimensions_and_gray_ones_the_papers_16(network):
     size = {"rae64": 64}.get(network, 32)

@@ -1,7 +1,7 @@
 """The autoencoder: encoder, latent norm where the objective has one, decoder."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 from torch import nn
@@ -58,8 +58,11 @@ class Autoencoder(nn.Module):
         return self.decoder(latents)
 
 
-def resolve_model(config: ModelConfig, image_shape: Sequence[int]) -> ModelConfig:
-    """The configuration with the network's own width and latent size filled in; raises ValueError where it does not fit."""
+def resolve_model(config: ModelConfig, image_shape: Sequence[int], *, latent_norm: bool = False) -> ModelConfig:
+    """The configuration with the network's own width and latent size filled in.
+
+    Raises ValueError where it does not fit, and for a setting of norms that there are not.
+    """
     channels, height, width = image_shape
     family = _family(config.network)
     step = family.multiple
@@ -72,6 +75,13 @@ def resolve_model(config: ModelConfig, image_shape: Sequence[int]) -> ModelConfi
         )
     if config.norm not in ("batch", "none"):
         raise ValueError(f"model.norm={config.norm} is unknown; it is batch or none")
+    own = config.encoder is not None and config.decoder is not None
+    normed = config.norm == "batch" and not own
+    unread = {"norm": own, "norm_eps": not normed, "norm_momentum": not (normed or latent_norm)}
+    for setting in fields(ModelConfig):
+        value = getattr(config, setting.name)
+        if unread.get(setting.name) and value != setting.default:
+            raise ValueError(f"model.{setting.name}={value} means nothing to a model without batch norms of ours; leave it out")
     latent_dim = config.latent_dim or family.latent_dim.get(channels, family.latent_dim[3])
     return replace(config, width=config.width or family.width, latent_dim=latent_dim)
 
