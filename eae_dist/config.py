@@ -8,6 +8,7 @@ import ast
 import difflib
 import inspect
 import math
+import os
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -349,6 +350,8 @@ def _merged(layers: list[tuple[object, str]]) -> Config:
             key = getattr(error, "full_key", None)
             raise ValueError(f"{origin}: {str(error).splitlines()[0]}" + (f" ({key})" if key else "")) from error
     result = OmegaConf.to_object(config)
+    for section, key in ((result.data, "root"), (result.train, "output")):
+        setattr(section, key, os.path.expanduser(getattr(section, key)))
     _check_values(result)
     return result
 
@@ -476,8 +479,8 @@ def _check_values(config: Config) -> None:
             raise ValueError(f"{key}={value} is unknown; it is one of {', '.join(known)}")
     if train.schedule == "plateau" and data.validation is None:
         raise ValueError("train.schedule=plateau follows the validation loss; set data.validation")
-    # A neighbor other than itself for every row.
-    if objective.k >= train.global_batch:
+    # A neighbor other than itself for every row; objectives without an entropy refuse a k of their own.
+    if objective.k >= train.global_batch and (objective.name.startswith("eae") or objective.k > 1):
         raise ValueError(f"objective.k={objective.k} needs more than {objective.k} rows, train.global_batch={train.global_batch}")
 
 

@@ -34,6 +34,8 @@ def replace_file(path: Path, data: bytes | str) -> None:
         aside.write_bytes(data.encode() if isinstance(data, str) else data)
         fsync(aside)
         os.replace(aside, path)
+    except OSError as error:  # a full disk is met without a name
+        raise OSError(f"{path} could not be written: {error.strerror or error}") from error
     finally:
         aside.unlink(missing_ok=True)
     fsync(path.parent)

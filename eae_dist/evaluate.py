@@ -386,7 +386,7 @@ def sample_grids(autoencoder: Autoencoder, fitted: dict[str, Density], settings:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m eae_dist.evaluate", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m eae_dist.evaluate", description=__doc__.split(":\n")[0])
     judged = parser.add_mutually_exclusive_group(required=True)
     judged.add_argument("--ckpt", type=Path, help="a checkpoint folder, or a run folder (its latest checkpoint)")
     judged.add_argument("--images", type=Path, nargs=2, metavar=("REAL", "GENERATED"), help="two folders of images, no model")

@@ -50,7 +50,7 @@ def generate(directory: Path, out: Path, density: str, count: int, assignments: 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m eae_dist.generate", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m eae_dist.generate", description=__doc__.split(":\n")[0])
     parser.add_argument("--ckpt", type=Path, required=True, help="a checkpoint folder, or a run folder (its latest checkpoint)")
     parser.add_argument("--density", default="isotropic", help="isotropic, mvg, gmm or two_stage; default: isotropic")
     parser.add_argument("--count", type=int, default=100, help="how many images; default: 100")

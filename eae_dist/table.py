@@ -224,7 +224,7 @@ def interrupt(*_) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m eae_dist.table", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m eae_dist.table", description=__doc__.split(":\n")[0])
     parser.add_argument("config", type=Path, metavar="CONFIG.yaml", help="a data set's file, beside the folder of its rows")
     parser.add_argument("--only", nargs="+", default=[], metavar="ROW", help="a table of these rows alone; default: all")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each row; from 2 on, mean ± deviation")

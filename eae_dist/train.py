@@ -90,6 +90,8 @@ def train(config: Config) -> None:
         threshold_mode="abs",  # relative to a negative loss, standing still would count as better
     )
     check_micro_batches(stream, config.train.accumulate, accelerator.device)
+    if "entropy" in objective.penalties:
+        check_neighbors(stream, config)
     if config.train.accumulate == 1 and engine.rehearsed:
         rehearse(accelerator, model, stream)
 
@@ -330,6 +332,20 @@ def check_micro_batches(stream: ShardStream, accumulate: int, device: torch.devi
         raise ValueError(
             f"train.accumulate={accumulate} needs as many images per rank, the smallest has {fewest}; "
             f"lower train.accumulate or raise train.global_batch"
+        )
+
+
+def check_neighbors(stream: ShardStream, config: Config) -> None:
+    """Raises ValueError if a batch of the run, one in which two passes meet, has too few different images for the entropy's k."""
+    k, batch, passes = config.objective.k, config.train.global_batch, math.ceil(config.train.epochs)
+    if 2 * k < batch:  # at most half of a batch are in it twice
+        return
+    meeting = {number * stream.samples // batch for number in range(1, passes) if number * stream.samples % batch}
+    fewest = min((int(stream.order.first(step).sum()) for step in meeting), default=batch)
+    if k >= fewest:
+        raise ValueError(
+            f"objective.k={k} needs more than {k} different images in every batch; where two passes over "
+            f"the {stream.samples:,} images meet, one has {fewest}; lower objective.k or train.global_batch"
         )
 
 

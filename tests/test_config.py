@@ -418,3 +418,15 @@ def test_baselines_have_their_published_settings(line):
 
 def test_every_data_set_with_rows_has_every_row():
     assert {(path.parent.name, path.stem) for path in ROWS} == {(data, name) for data in SHAPES for name in OBJECTIVES}
+
+
+def test_home_folder_is_meant_by_a_tilde(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    config = load_config(["data.root=~/shards", "train.output=~/runs/one"])
+    assert (config.data.root, config.train.output) == ("/home/ada/shards", "/home/ada/runs/one")
+
+
+def test_batch_of_one_image_is_refused_only_where_neighbors_are_wanted():
+    assert load_config(["objective.name=ae", "train.global_batch=1"]).train.global_batch == 1
+    with pytest.raises(ValueError, match="objective.k=1 needs more than 1 rows"):
+        load_config(["objective.name=eae", "train.global_batch=1"])

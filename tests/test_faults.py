@@ -134,33 +134,38 @@ def test_unforeseen_failure_is_reported_with_rank_host_step_and_last_checkpoint(
         assert where in text and f"the last checkpoint is {latest}; the same command goes on" in text
 
 
-@pytest.mark.parametrize("ranks", [1], indirect=True)  # of the run that it is compared with
-def test_run_on_four_two_one_and_four_ranks_takes_the_samples_in_the_order_of_one_run(whole_runs, shards, tmp_path):
-    (tmp_path / "run.mark").touch()
+@pytest.mark.parametrize("ranks", [1], indirect=True)  # of the runs that it is compared with
+def test_runs_on_four_two_one_and_four_ranks_take_the_samples_in_the_order_of_one_run(whole_runs, shards, tmp_path):
+    for name in ROWS:
+        (tmp_path / f"{name}.mark").touch()
     for count, steps in ((4, 3), (2, 5), (1, 6), (4, STEPS)):
-        words = arguments(shards, tmp_path / "run", "eae", f"train.epochs={steps * BATCH / 150}")
-        ended = run_ranks(count, tmp_path / f"logs-{steps}", train_in_turn, words)
+        length = f"train.epochs={steps * BATCH / 150}"
+        words = [arguments(shards, tmp_path / name, name, length) for name in ROWS]
+        ended = run_ranks(count, tmp_path / f"logs-{steps}", train_in_turn, *words)
         assert ended.codes == [0] * count, ended.said
-    assert samples_of(tmp_path / "run") == samples_of(whole_runs / "eae")
+    for name in ROWS:
+        assert samples_of(tmp_path / name) == samples_of(whole_runs / name)
 
 
-def test_truncated_shard_ends_all_ranks_and_is_named(ranks, shards, tmp_path):
+@pytest.mark.parametrize("name", ROWS)
+def test_truncated_shard_ends_all_ranks_and_is_named(name, ranks, shards, tmp_path):
     root = shutil.copytree(shards, tmp_path / "shards")
     shard = max(root.glob("train-*.tar"), key=lambda path: path.stat().st_size)
     os.truncate(shard, shard.stat().st_size - 512)
-    ended = run_ranks(ranks, tmp_path, train_in_turn, arguments(root, tmp_path / "run", "eae"))
+    ended = run_ranks(ranks, tmp_path, train_in_turn, arguments(root, tmp_path / "run", name))
     assert all(code > 0 for code in ended.codes), ended
     # Which rank comes to it first, and so says it, follows from the order of the data.
     assert any(f"{shard} is truncated" in text for text in ended.said), ended.said
 
 
-def test_nothing_runs_that_came_with_a_checkpoint_or_a_shard(ranks, shards, tmp_path):
+@pytest.mark.parametrize("name", ROWS)
+def test_nothing_runs_that_came_with_a_checkpoint_or_a_shard(name, ranks, shards, tmp_path):
     marker, runs = tmp_path / "ran", tmp_path / "runs"
     # Every sample has two more members, whose loading would make a file, and so would the optimizer's.
     harmful = dict.fromkeys(("pyd", "pickle"), pickle.dumps(Touch(marker)))
     root = write_shards(tmp_path / "shards", {"train": TRAIN_SIZES, "validation": (40,)}, members=harmful)
     (tmp_path / "runs.mark").touch()
-    ended = run_ranks(ranks, tmp_path / "logs", train_in_turn, arguments(root, runs, "eae"))
+    ended = run_ranks(ranks, tmp_path / "logs", train_in_turn, arguments(root, runs, name))
     assert ended.codes == [0] * ranks, ended.said
 
     checkpoint = (runs / "checkpoints" / "latest").resolve()
@@ -168,11 +173,19 @@ def test_nothing_runs_that_came_with_a_checkpoint_or_a_shard(ranks, shards, tmp_
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     manifest["optimizer.pt"] = sha256_of(checkpoint / "optimizer.pt")
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
-    ended = run_ranks(ranks, tmp_path / "logs", train_in_turn, arguments(root, runs, "eae", "train.epochs=2"))
+    ended = run_ranks(ranks, tmp_path / "logs", train_in_turn, arguments(root, runs, name, "train.epochs=2"))
     assert all(code > 0 for code in ended.codes) and "optimizer.pt holds something else than tensors" in ended.said[0], ended
     assert not marker.exists()
     pickle.loads(harmful["pyd"])  # it does work
     assert marker.exists()
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_loss_that_is_not_a_number_ends_all_ranks_and_is_named(name, ranks, shards, tmp_path):
+    words = arguments(shards, tmp_path / "run", name, "model.encoder=saboteur:DivergingEncoder")
+    ended = run_ranks(ranks, tmp_path, train_in_turn, words)
+    assert all(code > 0 for code in ended.codes), ended
+    assert " is nan at step " in ended.said[0] and "checkpoint" in ended.said[0], ended.said
 
 
 def judge(*words: str) -> None:

@@ -16,10 +16,10 @@ from accelerate.state import AcceleratorState
 from conftest import ROOT, rank_environment
 from safetensors.torch import load_file
 
-from eae_dist.config import read_config
+from eae_dist.config import load_config, override, read_config
 from eae_dist.distributed import Stopwatch
 from eae_dist.report.step_times import StepTimes
-from eae_dist.train import main
+from eae_dist.train import check_neighbors, main, open_stream
 
 BATCH = 26
 STEPS = 14
@@ -323,6 +323,17 @@ def test_wrong_input_is_one_line_that_says_what_to_change(shards, tmp_path, caps
         run_in_process(*settings(shards, tmp_path / "run", *wrong.split()))
     assert re.search(message, str(stop.value)), stop.value
     assert str(stop.value).startswith("error: ")
+
+
+def test_neighbor_that_a_batch_of_two_passes_does_not_have_is_refused_at_the_start(shards):
+    config = load_config([f"data.root={shards}", "train.global_batch=100", "train.epochs=4", "data.validation=null"])
+    stream = open_stream(config)
+    steps = zip(range(6), stream, strict=False)
+    fewest = min(int(batch["first"].sum()) for _, batch in steps)
+    assert 50 < fewest < 100
+    check_neighbors(stream, override(config, [f"objective.k={fewest - 1}"]))
+    with pytest.raises(ValueError, match=rf"objective.k={fewest} needs .* where two passes .* meet, one has {fewest}; lower"):
+        check_neighbors(stream, override(config, [f"objective.k={fewest}"]))
 
 
 def test_restarts_in_a_store_that_is_kept_are_refused(shards, tmp_path, monkeypatch):

@@ -259,7 +259,9 @@ def held_out(samples: Samples, count: int) -> tuple[Samples, Samples, str]:
     elif sizes.min() >= 2 and len(classes) <= min(count, n - count):
         by, how = samples.labels, "drawn by class"
     else:
-        by, how = None, "drawn without regard to class, as some classes have too few images"
+        lone = classes[sizes < 2].tolist() == [-1]
+        why = "an image outside the folders of classes has none" if lone else "some classes have too few images"
+        by, how = None, f"drawn without regard to class, as {why}"
     rest, held = train_test_split(np.arange(n), test_size=count, stratify=by, random_state=SPLIT_SEED)
     return samples[np.sort(rest)], samples[np.sort(held)], how
 

@@ -40,8 +40,11 @@ class MetricsLog:
     def write(self, record: dict[str, float]) -> None:
         """Appends one record with "step" and "images"; floats are finite."""
         if self.accelerator.is_main_process:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(record) + "\n")
+            try:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(record) + "\n")
+            except OSError as error:  # a full disk is met without a name
+                raise OSError(f"{self.path} could not be written: {error.strerror or error}") from error
         lists = {key: value for key, value in record.items() if isinstance(value, list)}
         scalars = {key: value for key, value in record.items() if key not in lists and key != "step"}
         scalars |= {f"{key}/rank-{who}": value for key, values in lists.items() for who, value in enumerate(values)}
