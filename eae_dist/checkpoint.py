@@ -105,6 +105,12 @@ def save(run: Path, config: Config, model_state: dict, optimizer_state: dict, st
     return target
 
 
+def latest(run: Path) -> Path | None:
+    """The checkpoint that was written last, if there is one."""
+    link = run / "checkpoints" / "latest"
+    return link.resolve() if link.exists() else None
+
+
 def mark_best(run: Path, step: int) -> None:
     """Links `best` to the checkpoint of that step, if it is there."""
     if (run / "checkpoints" / f"step-{step:08d}").is_dir():

@@ -60,6 +60,7 @@ class PyTorch:
     """One process, or DDP."""
 
     rehearsed = True  # DDP's first backward pass is not like the later ones
+    gathered = False  # its optimizer's state is the tensors that the next step changes
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
@@ -99,6 +100,7 @@ class DeepSpeed:
     """ZeRO stage 1 or 2. Every figure that it takes from a configuration of its own is ours."""
 
     rehearsed = False
+    gathered = True
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator

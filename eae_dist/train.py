@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from eae_dist import checkpoint as checkpoints
 from eae_dist.accumulation import accumulate
+from eae_dist.background import BackgroundSaves
 from eae_dist.config import Config, TrainConfig, flatten, load_config, save_config
 from eae_dist.data.remote import Cache
 from eae_dist.data.shards import ShardIndex
@@ -143,6 +144,8 @@ def train(config: Config) -> None:
         mininterval=0.5 if sys.stderr.isatty() else 30,
     )
 
+    saves = BackgroundSaves(run, config)
+
     def save(unfinished: dict | None = None) -> None:
         state = {
             "step": step,
@@ -155,12 +158,11 @@ def train(config: Config) -> None:
             "grad_scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
             "unfinished": unfinished,
         }
+        with first_rank_first():  # before an engine gathers a second copy
+            saves.wait()
         optimizer_state = engine.optimizer_state(objective, optimizer)
-        with first_rank_first() as mine:
-            if mine:
-                checkpoints.save(run, config, objective.state_dict(), optimizer_state, state)
-                checkpoints.mark_best(run, best_step)
-                checkpoints.prune(run, config.train.keep)
+        if rank() == 0:
+            saves.start(objective.state_dict(), optimizer_state, state, copied=engine.gathered)
 
     def finish(record: dict[str, float], due: Collection[str]) -> None:
         """What is due after a step: validation, pictures, the line of the log, a checkpoint."""
@@ -168,24 +170,27 @@ def train(config: Config) -> None:
         improved = False
         if "validate" in due and config.data.validation:
             validation = {f"validation_{name}": value for name, value in validate(accelerator, objective, config).items()}
-            metrics_log.require_finite(validation, step, run)
+            metrics_log.require_finite(validation, step, saves.last)
             record = record | validation
             improved = record["validation_loss"] < best
             if improved:
                 best, best_step = record["validation_loss"], step
             if config.train.schedule == "plateau":
                 plateau.step(record["validation_loss"])
-        if "sample" in due and accelerator.is_main_process:
-            save_grids(draw_grids(objective.autoencoder.eval(), inputs), run / "samples", f"step-{step:08d}-")
-            objective.train()
-        metrics.write(record)
+        with first_rank_first() as mine:  # a disk may be full, also because a checkpoint is being written
+            saves.raise_failure()
+            if mine and "sample" in due:
+                save_grids(draw_grids(objective.autoencoder.eval(), inputs), run / "samples", f"step-{step:08d}-")
+                objective.train()
+            metrics.write(record)
         progress.set_postfix(progress_terms(record), refresh=False)
         if improved or "save" in due:
             save()
 
     window: list[torch.Tensor] = []  # the terms of every step since the last line of the log
     with (
-        reported_crashes(run, lambda: step, config.train.timeout, *SAID),
+        saves,
+        reported_crashes(run, lambda: step, saves.last, config.train.timeout, *SAID),
         progress,
         StopRequest(config.train.timeout) as stop,
         closing(iter(stream)) as batches,
@@ -222,7 +227,7 @@ def train(config: Config) -> None:
 
             # The log: means over the steps and ranks since the last line. A loss that is not finite stops here.
             record = {"step": step, "images": step * batch_images, "epoch": step * batch_images / epoch_images}
-            record |= metrics_log.averaged(window, names, step, run, ignore_gradient=accelerator.scaler is not None)
+            record |= metrics_log.averaged(window, names, step, saves.last, ignore_gradient=accelerator.scaler is not None)
             record["learning_rate"] = optimizer.param_groups[0]["lr"]
             record["images_per_second"] = len(window) * batch_images / (time.perf_counter() - started)
             record["peak_memory_mib"] = peak_memory_mib(accelerator.device)
@@ -237,6 +242,8 @@ def train(config: Config) -> None:
             if stopping:
                 break
             started = time.perf_counter()
+        with first_rank_first():  # here a second signal does not end the process yet
+            saves.wait()
 
     # The end, or a stop that was asked for.
     for tracker in accelerator.trackers:

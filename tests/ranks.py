@@ -84,11 +84,15 @@ def _rank(environment: dict[str, str], log: Path, work: Callable, arguments: Seq
 
 
 def train_in_turn(*runs: list[str]) -> None:
-    """Trains one run after the other as `python -m eae_dist.train` with these arguments would, on the same ranks."""
+    """Trains one run after the other as `python -m eae_dist.train` with these arguments would, on the same ranks.
+
+    Each is broken once, after its first checkpoint.
+    """
     with ending_ranks(TrainingDiverged):
         for arguments in runs:
             config = load_config(arguments)
-            os.environ["SABOTEUR_MARK"] = f"{config.train.output}.mark"  # each is broken once
+            os.environ["SABOTEUR_MARK"] = f"{config.train.output}.mark"
+            os.environ["SABOTEUR_AWAITS"] = f"{config.train.output}/checkpoints/latest"
             with noting_keys(Path(f"{config.train.output}.keys")):
                 train(config)
 

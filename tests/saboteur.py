@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import torch
@@ -13,7 +14,11 @@ from eae_dist.model.networks import NETWORKS, ConvEncoder
 
 
 class CountingEncoder(ConvEncoder):
-    """The small encoder, which counts its training steps; the two backward passes of the rehearsal come first."""
+    """The small encoder, which counts its training steps; the two backward passes of the rehearsal come first.
+
+    It breaks nothing before the file SABOTEUR_AWAITS is there, if one is named: what a thread is writing when a process is
+    killed is lost.
+    """
 
     def __init__(self, *, image_shape, latent_dim, width, bias):
         norm = {"eps": 1e-3, "momentum": 0.1}
@@ -24,6 +29,8 @@ class CountingEncoder(ConvEncoder):
         if self.training:
             self.calls += 1
             if self.calls == int(os.environ.get("SABOTEUR_STEP", "7")) and rank() == world_size() - 1:
+                while not Path(os.environ.get("SABOTEUR_AWAITS", "/")).exists():
+                    time.sleep(0.01)
                 return self.sabotage(super().forward(x))
         return super().forward(x)
 

@@ -12,7 +12,13 @@ from eae_dist.distributed import rank, silent_ranks, world_size
 
 
 @contextmanager
-def reported_crashes(run: Path, step: Callable[[], int], timeout: float, *known: type[Exception]) -> Iterator[None]:
+def reported_crashes(
+    run: Path,
+    step: Callable[[], int],
+    last_checkpoint: Callable[[], Path | None],
+    timeout: float,
+    *known: type[Exception],
+) -> Iterator[None]:
     """Reports any exception but the `known`, which say themselves what is wrong, and passes it on.
 
     The report names rank, host, step, last checkpoint and the ranks that do not answer within a tenth of the timeout, in
@@ -23,14 +29,14 @@ def reported_crashes(run: Path, step: Callable[[], int], timeout: float, *known:
     except known:
         raise
     except Exception as error:
-        latest = run / "checkpoints" / "latest"
-        last = f"the last checkpoint is {latest.resolve()}" if latest.exists() else "no checkpoint was saved yet"
         where = f"rank {rank()} of {world_size()} on {platform.node()}"
         said = f"{where} failed in step {step() + 1}: {type(error).__name__}: {error}"
         patience = min(timeout / 10, 10.0)
         if world_size() > 1 and (silent := silent_ranks(patience)):
             said += f"\nrank {', '.join(map(str, silent))} ended or hangs: no answer within {patience:g} seconds"
-        said += f"\n{last}; the same command goes on from there"
+        last = last_checkpoint()  # which may have to wait for it: the other ranks are answered before
+        saved = "no checkpoint was saved yet" if last is None else f"the last checkpoint is {last}"
+        said += f"\n{saved}; the same command goes on from there"
         print(said, file=sys.stderr, flush=True)
         try:
             (run / "crashes").mkdir(exist_ok=True)

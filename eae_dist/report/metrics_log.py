@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -38,12 +38,12 @@ class MetricsLog:
                 tracker.store_init_configuration({key: str(value) for key, value in settings.items()})
 
     def write(self, record: dict[str, float]) -> None:
-        """Appends one record with "step" and "images"; floats are finite."""
+        """Appends one record with "step" and "images"; floats are finite. Raises OSError, on rank 0, if that fails."""
         if self.accelerator.is_main_process:
             try:
                 with open(self.path, "a") as file:
                     file.write(json.dumps(record) + "\n")
-            except OSError as error:  # a full disk is met without a name
+            except OSError as error:
                 raise OSError(f"{self.path} could not be written: {error.strerror or error}") from error
         lists = {key: value for key, value in record.items() if isinstance(value, list)}
         scalars = {key: value for key, value in record.items() if key not in lists and key != "step"}
@@ -63,7 +63,14 @@ def lines_up_to(path: Path, step: int) -> list[str]:
     return kept
 
 
-def averaged(window: list[torch.Tensor], names: list[str], step: int, run: Path, *, ignore_gradient: bool) -> dict[str, float]:
+def averaged(
+    window: list[torch.Tensor],
+    names: list[str],
+    step: int,
+    last_checkpoint: Callable[[], Path | None],
+    *,
+    ignore_gradient: bool,
+) -> dict[str, float]:
     """Means over ranks and over the steps of the window that ends with `step`; raises TrainingDiverged if one is not finite.
 
     The ranks that it names are those with the fewest FINITE_NORMS, where it began.
@@ -79,17 +86,19 @@ def averaged(window: list[torch.Tensor], names: list[str], step: int, run: Path,
         here = [who for who, when, term in bad.tolist() if when == at and names[term] == name]
         ranks = [who for who in here if began[who] == began[here].min()]
         value = float(shares[ranks[0], at, names.index(name)])
-        require_finite({name: value}, step - len(window) + at + 1, run, ranks)
+        require_finite({name: value}, step - len(window) + at + 1, last_checkpoint, ranks)
     means = dict(zip(names, shares.mean((0, 1)).tolist(), strict=True))
     del means[FINITE_NORMS]
     return means
 
 
-def require_finite(terms: dict[str, float], step: int, run: Path, ranks: Sequence[int] = ()) -> None:
+def require_finite(
+    terms: dict[str, float], step: int, last_checkpoint: Callable[[], Path | None], ranks: Sequence[int] = ()
+) -> None:
     """Raises TrainingDiverged that names the term, the step, the ranks and the last good checkpoint."""
     if bad := [name for name, value in terms.items() if not math.isfinite(value)]:
-        name, latest = first_cause(bad), run / "checkpoints" / "latest"
-        good = f"the last good checkpoint is {latest.resolve()}" if latest.exists() else "no checkpoint was saved before"
+        name, last = first_cause(bad), last_checkpoint()
+        good = "no checkpoint was saved before" if last is None else f"the last good checkpoint is {last}"
         where = f" on rank {', '.join(map(str, ranks))}" if ranks else ""
         raise TrainingDiverged(
             f"{name} is {terms[name]} at step {step}{where}; {good}. Lower train.learning_rate or set train.clip_norm"

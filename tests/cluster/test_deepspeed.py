@@ -203,6 +203,7 @@ def test_run_that_deepspeed_continues_has_the_bits_of_its_undisturbed_run(folder
 def test_killed_rank_ends_the_other_and_deepspeed_goes_on_to_the_same_bits(folder, shards, tmp_path):
     run = arguments(shards, tmp_path / "run", "eae", "model.encoder=saboteur:KillingEncoder", f"train.save_every={5 * BATCH}")
     sabotage = {"SABOTEUR_SIGNAL": "SIGKILL", "SABOTEUR_STEP": 6, "SABOTEUR_MARK": tmp_path / "mark"}
+    sabotage["SABOTEUR_AWAITS"] = tmp_path / "run" / "checkpoints" / "latest"
     killed = run_ranks(2, tmp_path / "logs", train_flat, run, environment=zero(2) | sabotage)
     assert killed.codes[0] > 0 and killed.codes[1] == -signal.SIGKILL, killed
     ended = run_ranks(2, tmp_path / "logs", train_flat, run, environment=zero(2) | sabotage)
