@@ -2,6 +2,7 @@
 
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -265,6 +266,17 @@ def test_process_that_still_holds_a_stream_with_workers_ends(shards, end):
     command = [sys.executable, "-c", HOLD_A_BATCH, str(shards), end]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == (1 if end == "error" else 0), done.stderr
+
+
+def test_worker_that_is_killed_ends_the_stream_with_an_error(shards):
+    before = set(multiprocessing.active_children())
+    batches = iter(ShardStream(shards, "train", 26, workers=1))
+    next(batches)
+    (worker,) = set(multiprocessing.active_children()) - before
+    worker.kill()
+    with pytest.raises((RuntimeError, OSError, EOFError)):  # what it was doing decides which
+        for _ in range(10):  # some had been made
+            next(batches)
 
 
 def test_missing_shard_is_named(shards, tmp_path):

@@ -10,6 +10,7 @@ import queue
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -121,7 +122,6 @@ class ShardStream(IterableDataset):
                     batch_size=None,
                     num_workers=self.workers,
                     prefetch_factor=self.prefetch,
-                    pin_memory=torch.cuda.is_initialized(),
                     worker_init_fn=_ignore_stop_signals,
                 )
             )
@@ -217,20 +217,26 @@ def _closing_workers(loader: DataLoader) -> Iterator[dict]:
     batches = iter(loader)
     end = batches._shutdown_workers  # there is no public name for it
     atexit.register(end)
-    try:
+
+    def received() -> Iterator[dict]:
         for batch in batches:
             if isinstance(batch, Exception):
                 raise batch
             yield batch
+
+    try:
+        # A tensor of another process comes by a handshake with it, 1 ms each; so the next batch is received during a step.
+        with closing(_read_ahead(received(), 1)) as ahead:
+            yield from ahead
     finally:
         end()
         atexit.unregister(end)
 
 
-def _read_ahead(batches: Iterator[dict], depth: int, reader: ShardReader) -> Iterator[dict]:
+def _read_ahead(batches: Iterator[dict], depth: int, reader: ShardReader | None = None) -> Iterator[dict]:
     """The same iterator, read in a thread that stays `depth` batches ahead; its exceptions are raised here.
 
-    The reader, which is that of the batches, is closed at the end.
+    The reader of the batches, where they are read in this process, is closed at the end.
     """
     ahead: queue.Queue = queue.Queue(maxsize=depth)
     closed = threading.Event()
@@ -267,6 +273,8 @@ def _read_ahead(batches: Iterator[dict], depth: int, reader: ShardReader) -> Ite
             yield batch
     finally:
         closed.set()
-        reader.stop_fetching()
+        if reader is not None:
+            reader.stop_fetching()
         thread.join()  # a thread that is still inside torch when the process ends aborts it
-        reader.close()
+        if reader is not None:
+            reader.close()
