@@ -94,11 +94,14 @@ def save(run: Path, config: Config, model_state: dict, optimizer_state: dict, st
         aside.rename(target)
         shutil.rmtree(old, ignore_errors=True)
     except BaseException as error:
+        free = shutil.disk_usage(folder).free
         shutil.rmtree(aside, ignore_errors=True)
-        if isinstance(
-            error, OSError | RuntimeError | SafetensorError
-        ):  # torch and safetensors have their own words for a full disk
-            raise OSError(f"checkpoint {target} could not be written: {error}; earlier checkpoints are intact") from error
+        if isinstance(error, OSError | RuntimeError | SafetensorError):
+            # torch and safetensors have their own words for a full disk, which do not say so.
+            raise OSError(
+                f"checkpoint {target} could not be written: {error}; {free:,} bytes were left on the disk; "
+                f"earlier checkpoints are intact"
+            ) from error
         raise
     fsync(folder)
     _link(folder / "latest", target.name)

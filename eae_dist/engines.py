@@ -59,6 +59,7 @@ def engine_of(accelerator: Accelerator) -> "PyTorch | DeepSpeed":
 class PyTorch:
     """One process, or DDP."""
 
+    name = "PyTorch"
     rehearsed = True  # DDP's first backward pass is not like the later ones
     gathered = False  # its optimizer's state is the tensors that the next step changes
 
@@ -100,11 +101,12 @@ class DeepSpeed:
     """ZeRO stage 1 or 2. Every figure that it takes from a configuration of its own is ours."""
 
     rehearsed = False
-    gathered = True
+    gathered = True  # its optimizer's state is a copy, made of all ranks'
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self.settings: dict = accelerator.deepspeed_plugin.deepspeed_config  # what the engine is built from
+        self.name = f"DeepSpeed ZeRO-{self.settings['zero_optimization']['stage']}"
 
     def prepare(self, objective: nn.Module, optimizer: torch.optim.Adam, config: Config, lanes: int):
         """The engine and its optimizer. Raises ValueError for settings that it cannot keep (see refuse)."""

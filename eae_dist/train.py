@@ -83,6 +83,7 @@ def train(config: Config) -> None:
     objective.group = subgroup(ranks_of_group(config.objective.group))
     optimizer = torch.optim.Adam(objective.parameters(), lr=config.train.learning_rate)
     engine = engine_of(accelerator)
+    ran_on = {"engine": engine.name, "ranks": world_size(), "device": accelerator.device.type}
     model, stepper = engine.prepare(objective, optimizer, config, stream.lanes)
     plateau = ReduceLROnPlateau(
         optimizer,
@@ -104,6 +105,9 @@ def train(config: Config) -> None:
         plateau.load_state_dict(resumed.state["plateau"])
         if accelerator.scaler is not None and resumed.state["grad_scaler"]:
             accelerator.scaler.load_state_dict(resumed.state["grad_scaler"])
+        for what, before in resumed.state.get("ran_on", {}).items():
+            if before != ran_on[what]:
+                say(f"changed since the last checkpoint: {what}: {before} -> {ran_on[what]}")
     stream.start_step = step
     batch_images = config.train.global_batch
     epoch_images = stream.samples
@@ -157,6 +161,7 @@ def train(config: Config) -> None:
             "plateau": plateau.state_dict(),
             "grad_scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
             "unfinished": unfinished,
+            "ran_on": ran_on,
         }
         with first_rank_first():  # before an engine gathers a second copy
             saves.wait()

@@ -138,11 +138,13 @@ def test_unforeseen_failure_is_reported_with_rank_host_step_and_last_checkpoint(
 def test_runs_on_four_two_one_and_four_ranks_take_the_samples_in_the_order_of_one_run(whole_runs, shards, tmp_path):
     for name in ROWS:
         (tmp_path / f"{name}.mark").touch()
-    for count, steps in ((4, 3), (2, 5), (1, 6), (4, STEPS)):
+    for before, count, steps in ((0, 4, 3), (4, 2, 5), (2, 1, 6), (1, 4, STEPS)):
         length = f"train.epochs={steps * BATCH / 150}"
         words = [arguments(shards, tmp_path / name, name, length) for name in ROWS]
         ended = run_ranks(count, tmp_path / f"logs-{steps}", train_in_turn, *words)
         assert ended.codes == [0] * count, ended.said
+        said = f"changed since the last checkpoint: ranks: {before} -> {count}"
+        assert ended.said[0].count(said) == (len(ROWS) if before else 0), ended.said[0]
     for name in ROWS:
         assert samples_of(tmp_path / name) == samples_of(whole_runs / name)
 
