@@ -19,6 +19,7 @@ from eae_dist.config import Config, load_config
 from eae_dist.data.shards import ShardIndex
 from eae_dist.distributed import StopRequest, barrier, gather_objects, rank, world_size
 from eae_dist.engines import engine_of
+from eae_dist.execution import set_execution
 from eae_dist.losses.entropy import knn_entropy
 from eae_dist.objectives import build_objective, resolve
 from eae_dist.report.metrics_log import averaged
@@ -50,6 +51,7 @@ def training(config: Config) -> Iterator[Callable[[int], None]]:
     accelerator = start_accelerator(config.train)
     stream = open_stream(config)
     objective = build_objective(config.model, config.objective, stream.index.image_shape, config.train.seed)
+    set_execution(objective, config.train, accelerator.device)
     optimizer = torch.optim.Adam(objective.parameters(), lr=config.train.learning_rate)
     model, optimizer = engine_of(accelerator).prepare(objective, optimizer, config, stream.lanes)
     step = 0

@@ -11,19 +11,14 @@ through it in parts. Three stages (the two passes are those of Gao et al. 2021, 
 Batch norms inside the networks see one micro-batch over all ranks. Gradients are averaged over ranks once, at the end.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from eae_dist.distributed import average_over_ranks, rank
 from eae_dist.draws import derive_key
 from eae_dist.model.autoencoder import to_unit
-from eae_dist.model.networks import one_power_iteration
-from eae_dist.model.norm import GlobalBatchNorm
+from eae_dist.model.networks import one_power_iteration, standing_still
 from eae_dist.objectives import Latents, Objective
 
 
@@ -70,22 +65,8 @@ def accumulate(
         (pulled + scaled(terms["loss"])).backward()
 
         # 3. The encoder's part of the gradient.
-        with still_statistics(autoencoder.encoder):
+        with standing_still(autoencoder.encoder):
             for part, gradient in enumerate(codes.grad.split(split)):
                 (code(part) * gradient).sum().backward()
     average_over_ranks(p.grad for p in objective.parameters() if p.grad is not None)
     return {name: term.detach() for name, term in terms.items()}
-
-
-@contextmanager
-def still_statistics(network: nn.Module) -> Iterator[None]:
-    """Running statistics stand still: an earlier pass of the same images has moved them."""
-    norms = [module for module in network.modules() if isinstance(module, GlobalBatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum

@@ -151,6 +151,12 @@ class TrainConfig:
     """Largest norm of the gradient; longer ones are scaled down to it. Default: not clipped."""
     precision: str = changeable("no")
     """no (float32), bf16 or fp16 (GPU only); entropy, latent statistics and losses stay float32."""
+    compile: bool = changeable(False)
+    """Compile the networks (torch.compile, which wants a C++ compiler); rae_gp's decoder is differentiated twice and left out."""
+    channels_last: bool | None = changeable(None)
+    """Whether convolutions' weights lie channels last in memory: faster. Default: yes, but under DeepSpeed, which cannot, no."""
+    checkpoint_activations: bool = changeable(False)
+    """Save memory: keep one activation of a layer, not two, and compute its batch norm again in backward, to the same bits."""
     deterministic: bool = changeable(False)
     """Deterministic GPU kernels: a run that was interrupted then ends with the same bits. On a CPU it always does."""
     device: str = changeable("auto")
@@ -479,6 +485,8 @@ def _check_values(config: Config) -> None:
             raise ValueError(f"{key}={value} is unknown; it is one of {', '.join(known)}")
     if train.schedule == "plateau" and data.validation is None:
         raise ValueError("train.schedule=plateau follows the validation loss; set data.validation")
+    if train.compile and train.checkpoint_activations:
+        raise ValueError("train.compile=true: compiled networks cannot be computed again; set train.checkpoint_activations=false")
     # A neighbor other than itself for every row; objectives without an entropy refuse a k of their own.
     if objective.k >= train.global_batch and (objective.name.startswith("eae") or objective.k > 1):
         raise ValueError(f"objective.k={objective.k} needs more than {objective.k} rows, train.global_batch={train.global_batch}")

@@ -58,7 +58,11 @@ def row_counts(rows: int, device: torch.device, group=None) -> list[int]:
 
 def sum_over_ranks(x: torch.Tensor, group=None) -> torch.Tensor:
     """The sum of x over ranks, on every rank, same shape. Differentiable, twice as well: its gradient is summed over ranks."""
-    return x if world_size(group) == 1 else _SumOverRanks.apply(x, group)
+    if world_size(group) == 1:
+        return x
+    if group is None and torch.compiler.is_compiling():
+        return _opaque_sum(x)
+    return _SumOverRanks.apply(x, group)
 
 
 def average_over_ranks(tensors: Iterable[torch.Tensor]) -> None:
@@ -113,16 +117,30 @@ class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group):
         ctx.group = group
-        if _is_small(x, group):
-            return _of_every_rank(x, group).sum(0, dtype=x.dtype)
-        out = x.clone()
-        with _waiting():
-            dist.all_reduce(out, group=group)
-        return out
+        return _sum(x, group)
 
     @staticmethod
     def backward(ctx, gradient):
         return sum_over_ranks(gradient.contiguous(), ctx.group), None
+
+
+def _sum(x: torch.Tensor, group) -> torch.Tensor:
+    if _is_small(x, group):
+        return _of_every_rank(x, group).sum(0, dtype=x.dtype)
+    out = x.clone()
+    with _waiting():
+        dist.all_reduce(out, group=group)
+    return out
+
+
+@torch.library.custom_op("eae_dist::sum_over_ranks", mutates_args=())
+def _opaque_sum(x: torch.Tensor) -> torch.Tensor:
+    """What torch.compile puts into a graph as it is, where it would break the graph at a collective."""
+    return _sum(x, None)
+
+
+_opaque_sum.register_fake(torch.empty_like)
+_opaque_sum.register_autograd(lambda ctx, gradient: _opaque_sum(gradient.contiguous()))
 
 
 def _of_every_rank(x: torch.Tensor, group) -> torch.Tensor:

@@ -150,7 +150,12 @@ class DeepSpeed:
                 f"data; change the ranks, data.lanes or train.global_batch={train.global_batch}, {ddp}"
             )
         if train.precision == "fp16":
-            raise ValueError(f"train.precision=fp16: DeepSpeed would clip the scaled gradient; take train.precision=bf16, {ddp}")
+            raise ValueError(
+                f"train.precision=fp16: DeepSpeed would clip the scaled gradient, and not lower the scale after an overflow; "
+                f"take train.precision=bf16, {ddp}"
+            )
+        if train.channels_last:
+            raise ValueError(f"train.channels_last=true: DeepSpeed's flat tensors have no such layout; leave it out, {ddp}")
         if zero.get("stage") not in (1, 2):
             raise ValueError(f"zero_optimization.stage={zero.get('stage')} of DeepSpeed's settings: take 1 or 2, {ddp}")
         own = [name for name in ("fp16", "bf16") if self.settings.get(name, {}).get("enabled")]

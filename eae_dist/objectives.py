@@ -40,13 +40,13 @@ class Objective(nn.Module):
     """Squared error and the penalties of a row.
 
     penalties: term -> the setting that is its weight. settings: what else the row reads of `objective.*`. latent_norm, spread,
-    spectral: what its autoencoder has (`build_autoencoder`). first_stage: the row whose weights it has as well. second_stage: the
-    density that stands for N(0, I), and that reconstructions pass through too.
+    spectral: what its autoencoder has (`build_autoencoder`). twice_differentiated: whether the decoder is. first_stage: the row
+    whose weights it has as well. second_stage: the density that stands for N(0, I), and that reconstructions pass through too.
     """
 
     penalties: dict[str, str] = {}
     settings: tuple[str, ...] = ()
-    latent_norm = spread = spectral = False
+    latent_norm = spread = spectral = twice_differentiated = False
     mean_over_pixels = True  # whether w is 1/(P C) or 1/C
     first_stage: str | None = None
     second_stage: str | None = None
@@ -173,6 +173,7 @@ class RAEGP(RAE):
     """
 
     penalties = RAE.penalties | {"gradient_square": "gradient_weight"}
+    twice_differentiated = True
 
     def decoded(self, latents, images, numbers, key):
         latents, _ = latents

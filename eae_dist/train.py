@@ -48,6 +48,7 @@ from eae_dist.distributed import (
 )
 from eae_dist.draws import derive_key
 from eae_dist.engines import accelerator_options, engine_of
+from eae_dist.execution import set_execution
 from eae_dist.local_ranks import keep_freed_memory, srun_ranks
 from eae_dist.losses.entropy import gaussian_reference
 from eae_dist.model.autoencoder import to_unit
@@ -81,6 +82,7 @@ def train(config: Config) -> None:
     # The model with its loss, the optimizer, the schedule; a step of no consequence first (see rehearse).
     objective = build_objective(config.model, config.objective, stream.index.image_shape, config.train.seed)
     objective.group = subgroup(ranks_of_group(config.objective.group))
+    set_execution(objective, config.train, accelerator.device)
     optimizer = torch.optim.Adam(objective.parameters(), lr=config.train.learning_rate)
     engine = engine_of(accelerator)
     ran_on = {"engine": engine.name, "ranks": world_size(), "device": accelerator.device.type}

@@ -29,7 +29,11 @@ def yaml_file(folder: Path, text: str, name: str = "a.yaml") -> str:
 
 
 def test_every_key_is_text_a_number_a_switch_or_a_list_of_text():
-    known = set(INTEGERS) | set(FLOATS) | {key for key, kind in TYPES.items() if kind in (str, str | None, bool, list[str])}
+    known = (
+        set(INTEGERS)
+        | set(FLOATS)
+        | {key for key, kind in TYPES.items() if kind in (str, str | None, bool, bool | None, list[str])}
+    )
     assert known == set(TYPES) and UNBOUNDED <= known and MAY_BE_ZERO <= known
 
 

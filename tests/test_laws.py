@@ -13,6 +13,7 @@ from conftest import rank_environment
 from world_cases import (
     ACCUMULATED,
     BATCH,
+    COMPUTED_TWICE,
     CONTINUED,
     FLOAT32,
     INTERRUPTED,
@@ -125,6 +126,16 @@ def test_without_norms_in_the_networks_ranks_and_micro_batches_are_interchangeab
     assert largest_difference(several["gradients"], one["gradients"]) < (1e-12, "")
     assert relative_difference(several["losses"], one["losses"]) < 1e-12
     assert largest_difference(several["state"], one["state"]) < (1e-9, "")
+
+
+@pytest.mark.parametrize("ranks", (1, 2))
+@pytest.mark.parametrize(("name", "parts"), COMPUTED_TWICE)
+def test_activations_computed_twice_change_no_bit(world, ranks, name, parts):
+    kept, computed_twice = world(ranks)["training_with_activations_computed_twice"][name, parts]
+    for what in ("gradients", "state"):  # the state has the running statistics and what the power iterations reached
+        assert kept[what].keys() == computed_twice[what].keys()
+        assert all(torch.equal(kept[what][key], computed_twice[what][key]) for key in kept[what])
+    assert torch.equal(kept["losses"], computed_twice["losses"]) and kept["validation"] == computed_twice["validation"]
 
 
 def direct_entropy(z: torch.Tensor, *, k: int, average_k: bool = False, eps2: float = 1e-4) -> torch.Tensor:

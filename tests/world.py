@@ -18,6 +18,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from world_cases import (
     ACCUMULATED,
     BATCH,
+    COMPUTED_TWICE,
     CONTINUED,
     FLOAT32,
     INTERRUPTED,
@@ -45,6 +46,7 @@ from eae_dist.distributed import (
 )
 from eae_dist.draws import derive_key
 from eae_dist.evaluate import evaluate, reconstructed
+from eae_dist.execution import set_execution
 from eae_dist.generation import decoded
 from eae_dist.losses.entropy import entropy_terms, gaussian_reference, knn_entropy
 from eae_dist.metrics.comparison import describe
@@ -70,6 +72,7 @@ def run_steps(name: str, steps: int, *settings: str, workers: int = 0):
     accelerator = Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
     stream = ShardStream(SHARDS, "train", BATCH, seed=3, workers=workers)
     objective = build_objective(config.model, config.objective, stream.index.image_shape, config.train.seed)
+    set_execution(objective, config.train, accelerator.device)
     model, optimizer = accelerator.prepare(objective, torch.optim.Adam(objective.parameters(), lr=1e-2))
     check_micro_batches(stream, config.train.accumulate, accelerator.device)
     if config.train.accumulate == 1:
@@ -118,6 +121,22 @@ def training_with_accumulation():
             "four with the ranks": {
                 name: run_steps(name, 3, "model.norm=none", f"train.accumulate={-(-4 // world_size())}") for name in ACCUMULATED
             },
+        }
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@case
+def training_with_activations_computed_twice():
+    """Of every row two steps, and of some one in two parts, each without and with checkpointed activations."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        return {
+            (name, parts): [
+                run_steps(name, 3 - parts, f"train.accumulate={parts}", f"train.checkpoint_activations={on}")
+                for on in ("false", "true")
+            ]
+            for name, parts in (COMPUTED_TWICE if world_size() < 3 else ())
         }
     finally:
         torch.set_default_dtype(torch.float32)

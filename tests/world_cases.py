@@ -30,6 +30,8 @@ OF_THREE = (*ENTROPIC, "ae")  # rows that are trained on three ranks too
 FLOAT32 = (*ENTROPIC, "ae", "rae_gp")
 CONTINUED = ("eae", "eae_linear", "ae")  # rows that another number of ranks goes on with
 ACCUMULATED = ("eae", "eae_linear", "wae", "vae", "rae_gp")  # rows that are accumulated without norms in the networks
+# Rows whose activations are computed twice, and in how many parts a batch goes through the networks.
+COMPUTED_TWICE = (*((name, 1) for name in OBJECTIVES), *((name, 2) for name in ("eae", "rae_gp", "rae_sn", "vae")))
 # Ranks -> rows that are interrupted and go on there.
 INTERRUPTED = {1: tuple(OBJECTIVES), 2: tuple(OBJECTIVES), 3: OF_THREE, 4: tuple(OBJECTIVES)}
 

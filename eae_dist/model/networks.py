@@ -6,8 +6,9 @@ rounding noise. `small` is ours, for the embedded data. A network of yours is a 
 """
 
 import importlib
+import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.parametrize import is_parametrized
+from torch.utils.checkpoint import checkpoint
 
 from eae_dist.model.norm import GlobalBatchNorm
 
@@ -68,7 +70,7 @@ class ConvEncoder(nn.Module):
         channels, height, width_pixels = image_shape
         self.centered_input = family.centered_input
         sizes = [channels, *(width * m for m in family.encoder)]
-        self.layers = nn.Sequential()
+        self.layers = Layers()
         for before, after in zip(sizes, sizes[1:], strict=False):
             self.layers.extend(normalized(SameConv2d(before, after, family.kernel, 2, bias=norm is None), norm))
         features = sizes[-1] * (height // family.multiple) * (width_pixels // family.multiple)
@@ -93,7 +95,7 @@ class ConvDecoder(nn.Module):
         start = (height // family.decoder_reduction, width_pixels // family.decoder_reduction)
         self.dense = nn.Linear(latent_dim, sizes[0] * start[0] * start[1])
         self.dense.penalized = family.penalized_dense
-        self.layers = nn.Sequential(nn.Unflatten(1, (sizes[0], *start)))
+        self.layers = Layers(nn.Unflatten(1, (sizes[0], *start)))
         for before, after in zip(sizes, sizes[1:], strict=False):
             self.layers.extend(normalized(SameConvTranspose2d(before, after, family.kernel, 2, bias=norm is None), norm))
         self.layers.append(SameConvTranspose2d(sizes[-1], channels, family.kernel, family.last_stride))
@@ -104,6 +106,42 @@ class ConvDecoder(nn.Module):
         logits = self.layers(self.dense(z))
         # At least in float32: bfloat16 has steps of 1/256 near white.
         return torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+
+
+class Layers(nn.Sequential):
+    """nn.Sequential in blocks, each from a batch norm to the layer before the next, that can do without their inner activations.
+
+    Where `checkpointed`, backward computes norm and activation again (Chen et al. 2016); not the layer at the block's end, whose
+    input is all that was missing. So one activation is kept of two, with the same bits.
+    """
+
+    checkpointed = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not (self.checkpointed and torch.is_grad_enabled()):
+            return super().forward(x)
+        for block in self.blocks():
+            x = computed_twice(block, x) if block.has_inner_activations() else block(x)
+        return x
+
+    def blocks(self) -> list["Layers"]:
+        starts = [0, *(place for place, layer in enumerate(self) if place and isinstance(layer, GlobalBatchNorm)), len(self)]
+        return [self[start:stop] for start, stop in zip(starts, starts[1:], strict=False)]
+
+    def has_inner_activations(self) -> bool:
+        """Whether a block has some that backward wants: between its norm and a layer with weights at its end."""
+        return len(self) > 1 and isinstance(self[0], GlobalBatchNorm) and any(True for _ in self[-1].parameters())
+
+
+def computed_twice(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """block(x) of which only x is kept for backward, which computes it again. Ranks communicate in it once more."""
+    passes = itertools.count()
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        with standing_still(block) if next(passes) else nullcontext():
+            return block(x)
+
+    return checkpoint(run, x, use_reentrant=False)
 
 
 def normalized(layer: nn.Module, norm: dict | None) -> list[nn.Module]:
@@ -170,6 +208,25 @@ def one_power_iteration(network: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.parametrizations.train(layer.training)
+
+
+@contextmanager
+def standing_still(network: nn.Module) -> Iterator[None]:
+    """Running statistics and power iterations stand still: an earlier pass of the same images has moved them."""
+    norms = [layer for layer in network.modules() if isinstance(layer, GlobalBatchNorm)]
+    spectra = [layer.parametrizations for layer in network.modules() if is_parametrized(layer, "weight")]
+    momenta, iterating = [norm.momentum for norm in norms], [spectrum.training for spectrum in spectra]
+    for norm in norms:
+        norm.momentum = 0.0
+    for spectrum in spectra:
+        spectrum.eval()
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for spectrum, was in zip(spectra, iterating, strict=True):
+            spectrum.train(was)
 
 
 def own_network(name: str, key: str, arguments: dict) -> nn.Module:

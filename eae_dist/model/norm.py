@@ -26,7 +26,8 @@ class GlobalBatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_features)) if affine else None
         self.register_buffer("running_mean", torch.zeros(num_features) if track else None)
         self.register_buffer("running_var", torch.ones(num_features) if track else None)
-        self.finite: torch.Tensor | None = None  # whether this rank's rows were, in the passes since `finite_norms` asked
+        # Whether this rank's rows were, in the passes since `finite_norms` asked.
+        self.register_buffer("finite", torch.tensor(True), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         evaluating = self.running_mean is not None and not self.training
@@ -34,8 +35,12 @@ class GlobalBatchNorm(nn.Module):
             return F.batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias, not evaluating, self.momentum, self.eps
             )
+        return self.over_ranks(x)
+
+    def over_ranks(self, x: torch.Tensor) -> torch.Tensor:
+        """The same from our own kernels, whatever the device and the number of ranks."""
         out, mean, variance, count, finite = _GlobalBatchNorm.apply(x, self.weight, self.bias, self.eps)
-        self.finite = finite if self.finite is None else self.finite & finite
+        self.finite &= finite
         if self.running_mean is not None:
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (count / (count - 1)).to(variance.dtype), self.momentum)
@@ -51,10 +56,10 @@ def finite_norms(network: nn.Module) -> int | torch.Tensor:
 
     A norm carries what is not a number to the rows of all ranks: those with the fewest are where it came from.
     """
-    norms = [module for module in network.modules() if isinstance(module, GlobalBatchNorm) and module.finite is not None]
+    norms = [module for module in network.modules() if isinstance(module, GlobalBatchNorm)]
     seen = torch.stack([norm.finite for norm in norms]).long().cumprod(0).sum() if norms else 0
     for norm in norms:
-        norm.finite = None
+        norm.finite.fill_(True)
     return seen
 
 

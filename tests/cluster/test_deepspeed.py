@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,11 +18,12 @@ from safetensors.torch import load_file
 from world_cases import BATCH, OBJECTIVES, configured
 
 from eae_dist import checkpoint as checkpoints
-from eae_dist import engines, objectives
+from eae_dist import engines, execution, objectives
 from eae_dist import train as trainer
 from eae_dist.config import load_config
 from eae_dist.distributed import ending_ranks, rank
 from eae_dist.engines import MOMENTS, DeepSpeed, accelerator_options, engine_of
+from eae_dist.execution import compile_networks
 from eae_dist.report.metrics_log import TrainingDiverged
 
 ROWS = ("eae", "eae_linear", "ae", "rae_gp")
@@ -39,6 +41,8 @@ VARIANTS = {  # of eae, but for those that name another row
         f"train.validate_every={BATCH}",
     ],
     "bf16": ["train.precision=bf16", f"train.validate_every={5 * BATCH}"],
+    "computed_twice": ["train.checkpoint_activations=true"],
+    "compiled": ["train.compile=true"],
 }
 installed = pytest.mark.skipif(
     any(engines.find_spec(name) is None for name in ("deepspeed", "transformers")),
@@ -62,6 +66,7 @@ def arguments(shards: Path, run: Path, name: str, *more: str, steps: int = STEPS
         "train.trackers=[]",
         "train.device=cpu",
         "train.timeout=60",
+        "train.channels_last=false",  # convolutions round alike under both engines if their weights lie alike in memory
         "model.width=4",
         "model.latent_dim=5",
         *OBJECTIVES[row],
@@ -73,16 +78,17 @@ def arguments(shards: Path, run: Path, name: str, *more: str, steps: int = STEPS
 def train_flat(*runs: list[str]) -> None:
     """Trains one run after the other, says why one was refused, and holds every entropy to float32.
 
-    Convolutions round alike under both engines if their weights lie alike in memory, which ZeRO wants contiguous.
+    What is compiled is so but for the kernels, which a compiler would take minutes for.
     """
-    build, estimate = trainer.build_objective, objectives.entropy_terms
+    estimate = objectives.entropy_terms
 
     def measured(latents, **options):
         assert latents.dtype == torch.float32
         return estimate(latents, **options)
 
-    trainer.build_objective = lambda *given: build(*given).to(memory_format=torch.contiguous_format)
     objectives.entropy_terms = measured
+    execution.check_compiler = lambda device: None
+    execution.compile_networks = partial(compile_networks, backend="aot_eager")
     with ending_ranks():
         for run in runs:
             AcceleratorState._reset_state()  # it would hold all runs to the first one's precision
@@ -247,6 +253,7 @@ def settings_of(stage: int, **more) -> dict:
         ({}, {"accumulate": 2}, 2, "train.accumulate=2 needs gradients that stay whole"),
         ({}, {}, 4, "4 ranks do not divide the 26 lanes"),
         ({}, {"precision": "fp16"}, 2, "take train.precision=bf16"),
+        ({}, {"channels_last": True}, 2, "train.channels_last=true"),
         ({"zero_optimization": {"stage": 3}}, {}, 2, "zero_optimization.stage=3"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, {}, 2, "offload_optimizer"),
         ({"bf16": {"enabled": True}, "optimizer": {"type": "Adam"}}, {}, 2, "'bf16', 'optimizer'"),

@@ -1,0 +1,54 @@
+"""A forward and backward pass of rae64 with train.checkpoint_activations, and without: peak memory and CPU time."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+from benchmarks.entropy import peak_memory_mib
+from benchmarks.table import Row
+from eae_dist.config import ModelConfig
+from eae_dist.execution import checkpoint_activations
+from eae_dist.model.autoencoder import build_autoencoder, resolve_model
+
+BATCH, SHAPE = 32, (3, 64, 64)
+
+
+def rows() -> Iterator[Row]:
+    twice, once = (measured(checkpointed) for checkpointed in (True, False))
+    yield Row(
+        f"rae64, forward and backward of {BATCH} images 64x64: activations kept and computed twice, all kept",
+        f"{twice['mib']:,.0f} MiB",
+        f"{once['mib']:,.0f} MiB",
+        f"{twice['mib'] / once['mib']:.2f}x",
+        beside=f"beyond weights and gradients; CPU time {twice['seconds'] / once['seconds']:.2f}x",
+    )
+
+
+def measured(checkpointed: bool) -> dict[str, float]:
+    """Of the first pass the MiB that it adds to the peak, of the second the seconds of CPU time; in a process of its own."""
+    program = f"from benchmarks import activations; activations.print_measured({checkpointed})"
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # so that what is freed leaves the process
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+    return json.loads(done.stdout)
+
+
+def print_measured(checkpointed: bool) -> None:
+    import torch
+    import torch._dynamo  # checkpoints import it, 150 MiB, and so does every optimizer
+
+    torch.set_num_threads(1)
+    model = build_autoencoder(resolve_model(ModelConfig("rae64"), SHAPE), SHAPE, latent_norm=True)
+    if checkpointed:
+        checkpoint_activations(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)  # zeros would take no memory yet
+    images = torch.rand(BATCH, *SHAPE)
+    before, costs = peak_memory_mib(), []
+    for _ in range(2):
+        start = time.process_time()
+        (model.decode(model.encode(images)) - images).square().sum().backward()
+        costs.append((peak_memory_mib() - before, time.process_time() - start))
+    print(json.dumps({"mib": costs[0][0], "seconds": costs[1][1]}))
