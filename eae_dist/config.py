@@ -151,6 +151,9 @@ class TrainConfig:
     """Largest norm of the gradient; longer ones are scaled down to it. Default: not clipped."""
     precision: str = changeable("no")
     """no (float32), bf16 or fp16 (GPU only); entropy, latent statistics and losses stay float32."""
+    tf32: bool = changeable(False)
+    """On GPUs round the factors of float32 products and convolutions to 10 bits: faster; the entropy and the other losses stay
+    float32."""
     compile: bool = changeable(False)
     """Compile the networks (torch.compile, which wants a C++ compiler); rae_gp's decoder is differentiated twice and left out."""
     channels_last: bool | None = changeable(None)

@@ -23,6 +23,7 @@ from eae_dist.losses.terms import gaussian_divergence, kernel_discrepancy, mean_
 from eae_dist.model.autoencoder import LATENT_EPS, Autoencoder, build_autoencoder, resolve_model
 from eae_dist.model.networks import kernels_of
 from eae_dist.model.norm import GlobalBatchNorm
+from eae_dist.precision import full_precision
 
 Latents = tuple[torch.Tensor, torch.Tensor | None]  # means and the logarithms of deviations, [b, d] each
 POSTERIOR, PRIOR, INPUT, MAP = range(4)  # what a batch's random numbers are drawn for
@@ -92,11 +93,12 @@ class Objective(nn.Module):
     def terms(
         self, per_row: dict[str, torch.Tensor], first: torch.Tensor, rows: int, numbers: np.ndarray, key: int
     ) -> dict[str, torch.Tensor]:
-        """The terms from what `per_row` gave; validation calls it once for a whole split."""
-        terms = self.terms_of_rows(per_row, rows)
-        for name in self.penalties:
-            if name not in per_row:
-                terms |= getattr(self, name)(per_row["latent"], first, rows, numbers, key)
+        """The terms from what `per_row` gave, in float32 or better; validation calls it once for a whole split."""
+        with full_precision(per_row["latent"].device):
+            terms = self.terms_of_rows(per_row, rows)
+            for name in self.penalties:
+                if name not in per_row:
+                    terms |= getattr(self, name)(per_row["latent"], first, rows, numbers, key)
         loss = self.weighted(terms)
         per_pixel = terms["reconstruction"] / self.pixels
         logged = {name: term.detach() for name, term in terms.items() if name != "reconstruction"}
@@ -273,8 +275,7 @@ class EAELinear(EAE):
 
     def entropy(self, latents, first, rows, numbers, key):
         matrix = self.map if self.config.map == "fixed" else orthonormal(latents.shape[1], self.map_dim, key)
-        with torch.autocast(latents.device.type, enabled=False):
-            return super().entropy(self.map_norm(latents @ matrix.to(latents)), first, rows, numbers, key)
+        return super().entropy(self.map_norm(latents @ matrix.to(latents)), first, rows, numbers, key)
 
 
 OBJECTIVES: dict[str, type[Objective]] = {

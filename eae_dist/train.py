@@ -54,6 +54,7 @@ from eae_dist.losses.entropy import gaussian_reference
 from eae_dist.model.autoencoder import to_unit
 from eae_dist.model.norm import finite_norms
 from eae_dist.objectives import Objective, build_objective, objective_class, resolve
+from eae_dist.precision import allow_tf32
 from eae_dist.report import metrics_log
 from eae_dist.report.crash import reported_crashes
 from eae_dist.report.grids import draw_grids, grid_inputs, save_grids
@@ -275,6 +276,7 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     if cpu and config.precision == "fp16":
         raise ValueError("train.precision=fp16 needs a GPU; take train.precision=bf16 or no")
     check_restarts(os.environ)
+    allow_tf32(config.tf32)
     if cpu:
         keep_freed_memory()
     available = {str(tracker) for tracker in get_available_trackers()}

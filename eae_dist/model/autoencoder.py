@@ -9,6 +9,7 @@ from torch import nn
 from eae_dist.config import ModelConfig
 from eae_dist.model.networks import NETWORKS, ConvDecoder, ConvEncoder, Family, normalize_spectrum, own_network
 from eae_dist.model.norm import GlobalBatchNorm
+from eae_dist.precision import full_precision
 
 LATENT_EPS = 1e-5  # small, so that the latent's variance is 1 and not 1 - eps
 LOG_SIGMA_LIMIT = 5  # as in the official RAE code: log sigma = 5 tanh(.)
@@ -48,7 +49,7 @@ class Autoencoder(nn.Module):
     def latents(self, code: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Latents [b, d] and, with spread, the logarithms of their standard deviations, [b, d] in [-5, 5]; else None."""
         # Statistics and entropy in float32, whatever the convolutions ran in.
-        with torch.autocast(code.device.type, enabled=False):
+        with full_precision(code.device):
             if self.spread:
                 mean, raw = code.chunk(2, 1)
                 return mean, LOG_SIGMA_LIMIT * torch.tanh(raw)
