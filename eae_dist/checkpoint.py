@@ -205,15 +205,15 @@ def named_networks(assignments: Sequence[str]) -> list[str]:
 
 
 def evaluation_config(checkpoint: Checkpoint, assignments: Sequence[str]) -> Config:
-    """The checkpoint's configuration with evaluate.* and what says where the data lies changed; else it is a ValueError."""
+    """The checkpoint's configuration with evaluate.*, index.* and what says where the data lies changed; else a ValueError."""
     config = override(checkpoint.config, assignments)
     data = replace(checkpoint.config.data, **{key: getattr(config.data, key) for key in WHERE_DATA_LIES})
-    judged = replace(checkpoint.config, evaluate=config.evaluate, data=data)
+    judged = replace(checkpoint.config, evaluate=config.evaluate, index=config.index, data=data)
     changed = changed_keys(judged, config, changeable=False) + changed_keys(judged, config, changeable=True)
     if changed:
         raise ValueError(
-            f"only evaluate.* and data.root can be set beside the checkpoint {checkpoint.path}, and how a remote data.root is "
-            "read; the rest is its own:\n  " + "\n  ".join(changed)
+            f"only evaluate.*, index.* and data.root can be set beside the checkpoint {checkpoint.path}, and how a remote "
+            "data.root is read; the rest is its own:\n  " + "\n  ".join(changed)
         )
     return config
 

@@ -225,6 +225,33 @@ class EvaluateConfig:
 
 
 @dataclass
+class IndexConfig:
+    """Search among the latents of a data set."""
+
+    kind: str = changeable("auto")
+    """flat (exact), ivf_flat, ivf_pq (for more latents than fit into memory), hnsw (quickest for single queries, slow to build)
+    or auto: one of the first three, by number, memory and recall."""
+    recall: float = changeable(0.95)
+    """The share of the ten nearest neighbors that an index is set to find; 1: all, by flat."""
+    memory: int | None = changeable(None)
+    """Bytes that auto may take, per rank. Default: half of the machine's, over its ranks."""
+    split: str = changeable("train")
+    """The split whose latents are searched."""
+    queries: str = changeable("test")
+    """The split whose images' neighbors are looked for."""
+    k: int = changeable(5)
+    """How many neighbors are shown, and vote on a label."""
+    density: str = changeable("isotropic")
+    """What samples are drawn from whose neighbors are looked for; others than isotropic are those that evaluate fitted."""
+    samples: int = changeable(10_000)
+    """How many samples are drawn, at most as many as there are queries."""
+    near: float = changeable(0.1)
+    """Rows of the split are near-duplicates if their distance is below this share of the median distance to a neighbor."""
+    seed: int = changeable(0)
+    """Fixes the samples, and the rows that an index is trained on."""
+
+
+@dataclass
 class Config:
     """All sections."""
 
@@ -233,6 +260,7 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    index: IndexConfig = field(default_factory=IndexConfig)
 
 
 def load_config(argv: Sequence[str] = ()) -> Config:
@@ -438,6 +466,10 @@ def _check_values(config: Config) -> None:
         "evaluate.second_stage_weight": config.evaluate.second_stage_weight,
         "evaluate.second_stage_epochs": config.evaluate.second_stage_epochs,
         "evaluate.neighbor_images": config.evaluate.neighbor_images,
+        "index.memory": config.index.memory,
+        "index.k": config.index.k,
+        "index.samples": config.index.samples,
+        "index.near": config.index.near,
     }
     for key, value in positive.items():
         if value is not None and not 0 < value < math.inf:
@@ -450,6 +482,7 @@ def _check_values(config: Config) -> None:
     for key, value in {
         "train.seed": train.seed,
         "evaluate.seed": config.evaluate.seed,
+        "index.seed": config.index.seed,
         "data.workers": data.workers,
         "data.retries": data.retries,
         "train.profile": train.profile,
@@ -465,6 +498,7 @@ def _check_values(config: Config) -> None:
     for key, value, bits in (
         ("train.seed", train.seed, 63),
         ("evaluate.seed", config.evaluate.seed, 63),
+        ("index.seed", config.index.seed, 63),
         ("train.timeout", train.timeout, 31),
     ):
         if value >= 2**bits:
@@ -473,6 +507,7 @@ def _check_values(config: Config) -> None:
         "train.decay": train.decay,
         "train.plateau_factor": train.plateau_factor,
         "model.norm_momentum": config.model.norm_momentum,
+        "index.recall": config.index.recall,
     }.items():
         if not 0 < value <= 1:
             raise ValueError(f"{key}={value} must lie in (0, 1]")
@@ -482,6 +517,7 @@ def _check_values(config: Config) -> None:
         "train.device": (train.device, ("auto", "cpu")),
         "objective.map": (objective.map, ("fixed", "redrawn")),
         "evaluate.frechet": (config.evaluate.frechet, ("svd", "sqrtm")),
+        "index.kind": (config.index.kind, ("auto", "flat", "ivf_flat", "ivf_pq", "hnsw")),
     }
     for key, (value, known) in choices.items():
         if value not in known:

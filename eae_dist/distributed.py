@@ -9,14 +9,16 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+Result = TypeVar("Result")
 # The process that started this one, where it is a launcher: a shell may end before what it started.
 LAUNCHERS = {"accelerate": "ACCELERATE_DYNAMO_BACKEND", "torchrun": "TORCHELASTIC_RUN_ID", "our own": "EAE_DIST_LAUNCHED"}
 MESSAGE = 6_500_000  # entries that are averaged at once, 25 MiB of float32
@@ -276,6 +278,25 @@ def first_rank_first() -> Iterator[bool]:
         raise FirstRankFailed(message)
 
 
+def on_every_rank(work: Callable[[], Result]) -> Result:
+    """What `work` returns here. What a user can set right (ValueError, OSError) on one rank ends all; call on every rank.
+
+    The others raise an OSError with that rank's message.
+    """
+    failure = result = None
+    try:
+        result = work()
+    except (ValueError, OSError) as error:
+        failure = error
+    every = gather_objects(None if failure is None else str(failure))
+    if failure is not None:
+        raise failure
+    for who, message in enumerate(every):
+        if message is not None:
+            raise OSError(f"rank {who}: {message}")
+    return result
+
+
 @contextmanager
 def ending_ranks(*known: type[Exception]) -> Iterator[None]:
     """What a command runs in: leaves the process group at the end, and ends in one line for what a user can set right.
@@ -314,6 +335,11 @@ def subgroup(ranks: int):
         return None
     groups = [dist.new_group(range(start, start + ranks)) for start in range(0, world_size(), ranks)]
     return groups[rank() // ranks]
+
+
+def message_device() -> str:
+    """Where a tensor must lie to be sent: NCCL knows GPUs alone."""
+    return "cuda" if _initialized() and dist.get_backend() == "nccl" else "cpu"
 
 
 def barrier() -> None:

@@ -16,10 +16,10 @@ TYPES = {f"{section.name}.{key.name}": key.type for section in fields(Config) fo
 INTEGERS = [key for key, kind in TYPES.items() if kind in (int, int | None)]
 FLOATS = [key for key, kind in TYPES.items() if kind in (float, float | None)]
 PENALTIES = ("kl_weight", "mmd_weight", "latent_weight", "decoder_weight", "gradient_weight", "input_noise")
-ZEROS = ("train.seed", "evaluate.seed", "data.workers", "data.retries", "train.profile")
+ZEROS = ("train.seed", "evaluate.seed", "index.seed", "data.workers", "data.retries", "train.profile")
 MAY_BE_ZERO = {*ZEROS, *(f"objective.{name}" for name in PENALTIES)}
 UNBOUNDED = {"objective.entropy_weight"}  # a weight of 0 or below is a legitimate experiment
-FRACTIONS = ("train.decay", "train.plateau_factor", "model.norm_momentum")
+FRACTIONS = ("train.decay", "train.plateau_factor", "model.norm_momentum", "index.recall")
 
 
 def yaml_file(folder: Path, text: str, name: str = "a.yaml") -> str:
@@ -73,7 +73,7 @@ def test_override_changes_the_named_keys_only():
         ("model.latent_dims=3", "model.latent_dim"),
         ("trian.seed=1", "train"),
         ("entropy_weight=1", "objective.entropy_weight"),  # a key without its section
-        ("model.seed=1", "model"),  # a key of another section: something known is offered
+        ("model.seed=1", "index.seed"),  # a key of other sections: one of these is offered
     ],
 )
 def test_unknown_keys_and_sections_are_errors_with_a_suggestion_on_the_command_line_and_in_yaml(tmp_path, argument, suggestion):
@@ -86,7 +86,7 @@ def test_unknown_keys_and_sections_are_errors_with_a_suggestion_on_the_command_l
 
 
 def test_unknown_section_like_nothing_known_lists_the_known():
-    with pytest.raises(ValueError, match="unknown section 'zzz'; known: data, evaluate, model, objective, train"):
+    with pytest.raises(ValueError, match="unknown section 'zzz'; known: data, evaluate, index, model, objective, train"):
         load_config(["zzz.q=1"])
 
 

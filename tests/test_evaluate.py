@@ -178,7 +178,7 @@ def test_damaged_checkpoint_is_refused_by_name(run, name):
     ],
 )
 def test_settings_of_the_training_are_refused(run, setting, line):
-    with pytest.raises(ValueError, match=r"only evaluate\.\* and data\.root can be set") as refused:
+    with pytest.raises(ValueError, match=r"only evaluate\.\*, index\.\* and data\.root can be set") as refused:
         evaluate(run, ["evaluate.batch=8", setting])
     assert [text.strip() for text in str(refused.value).splitlines()[1:]] == [line]
 

@@ -10,7 +10,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from eae_dist.distributed import Stopwatch, gather_rows, rank
+from eae_dist.distributed import Stopwatch, gather_rows, message_device, rank
 
 SKIPPED = 3  # steps before a trace: the first allocate, and the last of them warms the profiler up
 
@@ -60,8 +60,7 @@ class StepTimes:
         own = max(self._step.taken() - reading - waits, 1e-9)
         self.steps = 0
         here = torch.tensor([[rows / own, reading / steps, waits / steps, own]], dtype=torch.float64)
-        device = "cuda" if torch.distributed.is_initialized() and torch.distributed.get_backend() == "nccl" else "cpu"
-        speeds, readings, waits, works = gather_rows(here.to(device)).cpu().T
+        speeds, readings, waits, works = gather_rows(here.to(message_device())).cpu().T
         return {
             "rank_images_per_second": speeds.tolist(),
             "rank_data_wait": readings.tolist(),

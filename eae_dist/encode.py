@@ -1,0 +1,162 @@
+"""Writes the latents of a whole data set, every split, sample by sample in the order of its shards:
+
+    python -m eae_dist.encode --ckpt DIR [--data SHARDS] --out DIR [--nproc N] [key=value ...]
+
+Memory-mapped float32 parts with keys and labels (see `eae_dist/latent/store.py`), shared out over all local GPUs, or N CPU ranks;
+under accelerate, torchrun or srun it joins their ranks. An encode that was killed goes on with what is missing. The bits do
+not depend on how many ranks there are.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from tqdm import tqdm
+
+from eae_dist.checkpoint import evaluation_config, load_objective, named_networks, open_checkpoint
+from eae_dist.data.order import blocks_of, filled
+from eae_dist.data.remote import Cache
+from eae_dist.data.shards import ShardIndex
+from eae_dist.data.stream import walk
+from eae_dist.distributed import first_rank_first, on_every_rank, rank, world_size
+from eae_dist.durable import replace_file
+from eae_dist.latent.store import PART_ROWS, VERSION, LatentFolder, description, finished_part, write_part
+from eae_dist.local_ranks import run_on_ranks
+from eae_dist.model.autoencoder import to_unit
+
+IDENTITY = ("model_sha256", "index_sha256", "batch")  # what moves a bit of a latent, on one kind of processor
+
+
+def encode(directory: Path, out: Path, assignments: Sequence[str]) -> LatentFolder:
+    """The latents of every split of data.root, also written to `out`. Call on every rank.
+
+    Raises ValueError or OSError for a damaged checkpoint, data of another shape than the model's, a folder that holds something
+    else, and latents that are not finite.
+    """
+    # Whose latents, and which parts of them are there.
+    checkpoint = open_checkpoint(directory)
+    config = evaluation_config(checkpoint, assignments)
+    index = ShardIndex.load(config.data.root, Cache.of(config.data))
+    if index.image_shape != tuple(checkpoint.state["image_shape"]):
+        raise ValueError(
+            f"data.root={config.data.root} holds images of shape {index.image_shape} (c, h, w), the checkpoint was trained on "
+            f"{tuple(checkpoint.state['image_shape'])}"
+        )
+    device = PartialState().device
+    autoencoder = load_objective(checkpoint, named_networks(assignments)).autoencoder.to(device)
+    block = config.evaluate.batch
+    about = {
+        "checkpoint": str(checkpoint.path.resolve()),
+        "model_sha256": checkpoint.model_sha256,
+        "step": checkpoint.state["step"],
+        "data": index.name,
+        "data_root": str(config.data.root),
+        "index_sha256": index.sha256,
+        "image_shape": list(index.image_shape),
+        "d": autoencoder.latent_dim,
+        "batch": block,
+    }
+    samples = {split: index.split(split).samples for split in sorted(index.info["splits"])}
+    numbers = {split: min(-(-count // PART_ROWS), -(-count // block)) for split, count in samples.items()}
+    parts = [(split, part, of) for split, of in numbers.items() for part in range(of)]
+    start_folder(out, about)
+    if (out / "manifest.json").is_file():
+        return LatentFolder.open(out)
+
+    # The missing parts of this rank. Rows of a batch are always the same, and the last batch is filled up.
+    mine = [(*part, name_of(*part[:2])) for part in parts[rank() :: world_size()]]
+    missing = [(split, part, of, name) for split, part, of, name in mine if finished_part(out, name) is None]
+    blocks = sum(stop - start for split, part, of, _ in missing for start, stop in [blocks_of(samples[split], block, part, of)])
+
+    def encode_missing() -> None:
+        with tqdm(desc="encoding", total=blocks, unit=" blocks", disable=rank() != 0, leave=False) as progress:
+            for split, part, of, name in missing:
+                latents, labels, keys = [], [], []
+                for batch in walk(config.data.root, split, block, rank=part, world=of, cache=Cache.of(config.data)):
+                    latents.append(latents_of(autoencoder, batch["image"], block, device))
+                    labels.append(batch["label"].numpy())
+                    keys += batch["key"]
+                    progress.update()
+                rows = torch.cat(latents).cpu().numpy()
+                if broken := int((~np.isfinite(rows)).any(1).sum()):
+                    raise ValueError(
+                        f"{broken} of {len(rows):,} latents of {name} are not finite; was the encoder trained to the end?"
+                    )
+                write_part(out, name, rows, np.concatenate(labels), keys)
+
+    on_every_rank(encode_missing)
+
+    # All parts are there.
+    with first_rank_first() as first:
+        if first:
+            splits: dict[str, list] = {split: [] for split in samples}
+            for split, part, _ in parts:
+                splits[split].append(json.loads(description(out, name_of(split, part)).read_text()))
+            if (found := {split: sum(part["rows"] for part in splits[split]) for split in splits}) != samples:
+                raise ValueError(f"{out} holds {found} latents, the data set has {samples}; encode into an empty folder")
+            replace_file(out / "manifest.json", json.dumps({"version": VERSION, "about": about, "splits": splits}, indent=2))
+            for split, part, _ in parts:
+                description(out, name_of(split, part)).unlink()
+            (out / ".encoding.json").unlink()
+    return LatentFolder.open(out)
+
+
+def name_of(split: str, part: int) -> str:
+    return f"{split}-{part:06d}"
+
+
+@torch.no_grad()
+def latents_of(autoencoder: torch.nn.Module, images: torch.Tensor, block: int, device: torch.device) -> torch.Tensor:
+    """uint8 images [b, c, h, w], b up to `block` -> [b, d]."""
+    return autoencoder.encode(filled(to_unit(images, device), block))[: len(images)]
+
+
+def start_folder(out: Path, about: dict) -> None:
+    """Makes the folder, or goes on with one of the same latents. Call on every rank. Raises ValueError or OSError."""
+    with first_rank_first() as mine:
+        if mine:
+            out.mkdir(parents=True, exist_ok=True)
+            begun = out / ".encoding.json"
+            if (out / "manifest.json").is_file():
+                begun, found = out / "manifest.json", LatentFolder.open(out).about
+            elif begun.is_file():
+                found = json.loads(begun.read_text())
+            elif any(out.iterdir()):
+                raise ValueError(f"--out={out} is not empty and holds no latents; take another folder")
+            else:
+                found = about
+            if changed := [f"{key}: {found.get(key)} -> {about[key]}" for key in IDENTITY if found.get(key) != about[key]]:
+                what = "; take another folder, or what they were made of:\n  "
+                raise ValueError(f"{begun} is of other latents{what}" + "\n  ".join(changed))
+            if begun.name == ".encoding.json":
+                replace_file(begun, json.dumps(about, indent=2))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m eae_dist.encode", description=__doc__.split("\n")[0])
+    parser.add_argument("--ckpt", type=Path, required=True, help="a checkpoint folder, or a run folder (its latest checkpoint)")
+    parser.add_argument("--data", help="folder or address of shards; default: what the checkpoint was trained on")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the latents")
+    parser.add_argument("--nproc", type=int, help="local ranks; default: one per GPU, or one on a CPU")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="evaluate.batch, and how remote data is read (data.*)")
+    arguments = parser.parse_intermixed_args(argv)
+    settings = [*([f"data.root={arguments.data}"] if arguments.data else []), *arguments.settings]
+
+    def work() -> str:
+        folder = encode(arguments.ckpt, arguments.out, settings)
+        counts = ", ".join(f"{folder.rows(split):,} {split}" for split in folder.parts)
+        return f"latents of {folder.d} dimensions in {arguments.out}: {counts}"
+
+    data = ["--data", arguments.data] if arguments.data else []
+    command = ["--ckpt", str(arguments.ckpt), *data, "--out", str(arguments.out), *arguments.settings]
+    said = run_on_ranks("eae_dist.encode", arguments.nproc, command, work)
+    if said is not None:
+        print(said)
+
+
+if __name__ == "__main__":
+    main()

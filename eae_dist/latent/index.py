@@ -1,0 +1,421 @@
+"""Nearest neighbors among latents, with FAISS: indexes that lie on all ranks and on their GPUs, and are searched as one.
+
+    flat      exact; every query is compared with every row
+    ivf_flat  compared with the rows of the nearest cells of a k-means
+    ivf_pq    the same on codes of d/2 bytes a row; the best candidates are compared again with the rows, read from disk
+    hnsw      a graph along which a query walks; slow to build, quickest for single queries
+
+Each rank indexes its own rows. Queries go to all ranks, which answer with candidates; the distances of these are computed again
+by direct difference, as the product form in which they are searched cancels for close pairs. So what a search returns is, bit
+for bit, a function of queries and rows wherever they lie, for flat; for the others, of the rows that each rank holds as well.
+n: rows of all ranks, d: dimensions, m: queries.
+"""
+
+import itertools
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import faiss
+import numpy as np
+import torch
+
+from eae_dist.distributed import (
+    first_rank_first,
+    from_first_rank,
+    gather_objects,
+    gather_padded,
+    message_device,
+    on_every_rank,
+    rank,
+    row_counts,
+    world_size,
+)
+from eae_dist.durable import fsync, sha256_of
+
+log = logging.getLogger("eae_dist")
+
+Array = TypeVar("Array", np.ndarray, torch.Tensor)
+KINDS = ("flat", "ivf_flat", "ivf_pq", "hnsw")
+EFFORT = {"ivf_flat": "nprobe", "ivf_pq": "nprobe", "hnsw": "efSearch"}  # what a search can be given more of
+EXACT_UNTIL = 100_000  # rows; below, exact search of a thousand queries takes a second
+SPARE = 8  # candidates more than are wanted, so that rounding of the product form leaves out none
+GRAPH = 32  # edges of a row in hnsw
+TRAINING = 64  # rows a cell that k-means sees
+FEWEST_FOR_CODES = 9_984  # rows, 39 for each of the 256 values of a byte, below which FAISS warns
+BLOCK = 65_536  # rows that are added, or queries that are searched, at once
+VERSION = 1
+
+
+class DamagedIndex(ValueError):
+    """Files of a saved index that are missing or differ from their checksums."""
+
+
+@dataclass
+class Part:
+    """Rows [start, start + len(rows)) of the whole, float32, and what searches them; no `index`: they are compared one by one."""
+
+    start: int
+    rows: np.ndarray
+    index: faiss.Index | None = None
+    on_gpus: faiss.Index | None = None
+
+
+class Choice(NamedTuple):
+    kind: str
+    reason: str
+
+
+class LatentIndex:
+    """An index of the latents of all ranks; make one with `build` or `load`.
+
+    `n`, `d`; `kind` and `reason`, why it was chosen; `effort`: nprobe or efSearch, None for flat; `about`: what `build` was told.
+    """
+
+    def __init__(self, parts: list[Part], n: int, d: int, choice: Choice, effort: int | None, oversampling: int, about: dict):
+        self._parts, self.n, self.d, self.about = parts, n, d, about
+        self.kind, self.reason = choice
+        self.effort, self.oversampling = effort, oversampling
+
+    @classmethod
+    def build(
+        cls,
+        latents: np.ndarray | torch.Tensor,
+        kind: str = "auto",
+        *,
+        recall: float = 0.95,
+        memory: int | None = None,
+        seed: int = 0,
+        about: dict | None = None,
+    ) -> "LatentIndex":
+        """An index of this rank's rows [b, d], together with those of the other ranks; ids count through them in rank order.
+
+        kind: one of KINDS, or auto: by rows, dimensions and `memory` (bytes a rank may take; default: half of the machine's, for
+        all its ranks) for a search that finds the share `recall` of the neighbors. seed: of the rows that quantizers are trained
+        on. about: plain values to be kept with the index. Call on every rank; b may differ and be 0.
+        Raises ValueError on every rank for a wrong shape, values that are not finite, no rows, an unknown kind, too few rows.
+        """
+        rows, problem = _float_rows(latents, "latents")
+        every = gather_objects((len(rows), rows.shape[1] if rows.ndim == 2 else None, problem))
+        for who, (_, _, wrong) in enumerate(every):
+            if wrong:
+                raise ValueError(f"{wrong} (rank {who})" if len(every) > 1 else wrong)
+        counts, widths = [count for count, _, _ in every], {width for _, width, _ in every}
+        if len(widths) > 1 or sum(counts) == 0:
+            raise ValueError(
+                f"an index needs latents [b, d] of the same d on every rank, got {counts} rows, d of {sorted(widths)}"
+            )
+        if not 0 < recall <= 1:
+            raise ValueError(f"index.recall={recall} must lie in (0, 1]")
+        d = widths.pop()
+        choice = Choice(kind, "it was asked for") if kind != "auto" else choose(max(counts), d, recall, _memory(memory))
+        if choice.kind not in KINDS:
+            raise ValueError(f"index.kind={kind} is unknown; it is auto or one of {', '.join(KINDS)}")
+        fewest = min(count for count in counts if count)
+        if choice.kind == "ivf_pq" and fewest < FEWEST_FOR_CODES:
+            raise ValueError(f"index.kind=ivf_pq needs {FEWEST_FOR_CODES:,} latents on a rank, got {fewest:,}; take flat")
+        part = Part(sum(counts[: rank()]), rows)
+        if len(rows) and choice.kind != "flat":
+            part.index = _trained(choice.kind, rows, np.random.default_rng(seed))
+            for start in range(0, len(rows), BLOCK):
+                part.index.add(np.ascontiguousarray(rows[start : start + BLOCK]))
+        effort = {"ivf_flat": 8, "ivf_pq": 8, "hnsw": 32}.get(choice.kind)
+        index = cls([_on_gpus(part)] if len(rows) else [], sum(counts), d, choice, None, 4, about or {})
+        index._set_effort(effort)
+        return index
+
+    def search(self, queries: Array, k: int) -> tuple[Array, Array]:
+        """The k nearest rows of each of this rank's queries [m, d]: squared distances float32 and ids int64, two [m, k].
+
+        Nearest first, equally near ones by id; arrays or tensors as the queries are. Call on every rank; m may differ and be 0.
+        Raises ValueError on every rank for a wrong shape, queries that are not finite, and unless 1 <= k <= n.
+        """
+        asked, problem = _float_rows(queries, "queries", self.d)
+        if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k <= self.n:
+            problem = problem or f"k={k} must be a whole number from 1 to the {self.n:,} rows of the index"
+        every = gather_objects((len(asked), k, problem))
+        for _, theirs, wrong in every:
+            if wrong or theirs != k:
+                raise ValueError(wrong or f"ranks search for different numbers of neighbors, {[e[1] for e in every]}")
+        longest = max(count for count, _, _ in every)
+        found = [(np.empty((0, k), np.float32), np.empty((0, k), np.int64))]
+        for start in range(0, longest, BLOCK):
+            found.append(self._search_everywhere(asked[start : start + BLOCK], int(k), self._candidates))
+        squared, ids = (np.concatenate(blocks) for blocks in zip(*found, strict=True))
+        if isinstance(queries, torch.Tensor):
+            return torch.from_numpy(squared).to(queries.device), torch.from_numpy(ids).to(queries.device)
+        return squared, ids
+
+    def tune(self, queries: np.ndarray | torch.Tensor, recall: float = 0.95, k: int = 10) -> float:
+        """Sets the least effort that finds the share `recall` of the k nearest, and returns the share that it does find.
+
+        queries: [m, d], of this rank, that are not rows of the index. What is found is compared with an exact search. Call on
+        every rank. Raises ValueError as `search`, and where no rank has queries.
+        """
+        k = min(k, self.n)
+        exact = LatentIndex([Part(p.start, p.rows) for p in self._parts], self.n, self.d, Choice("flat", ""), None, 1, {})
+        furthest = exact.search(queries, k)[0][:, -1:]
+        if not (counts := sum(gather_objects(len(furthest)))):
+            raise ValueError("tuning an index needs queries, got none on any rank")
+
+        def found(effort: int) -> float:
+            self._set_effort(effort)
+            return sum(gather_objects(float((self.search(queries, k)[0] <= furthest).sum()))) / (counts * k)
+
+        if self.kind == "flat":
+            return found(1)
+        most = max(gather_objects(max((_most_effort(part.index, self.kind) for part in self._parts), default=1)))
+        while True:
+            high = 1
+            while (share := found(high)) < recall and high < most:
+                high = min(2 * high, most)
+            if share >= recall or self.kind != "ivf_pq" or self.oversampling >= 64:
+                break
+            self.oversampling *= 4  # the codes are too coarse for so few candidates
+        low = high // 2  # too little, or 0
+        while high - low > max(1, low // 8) and share >= recall:
+            middle = (low + high) // 2
+            low, high = (low, middle) if found(middle) >= recall else (middle, high)
+        share = found(high)
+        if share < recall:
+            log.warning(
+                "index.recall=%s is not reached: %s finds %.4f at most; index.kind=flat is exact", recall, self.kind, share
+            )
+        return share
+
+    def save(self, path: str | Path) -> None:
+        """Writes the folder `path`, which `load` opens on any number of ranks, whole or not at all, in the place of an older one.
+
+        Call on every rank. Raises OSError on every rank if it cannot be written.
+        """
+        path = Path(path)
+        aside = path.with_name(f".{path.name}.partial")
+
+        with first_rank_first() as mine:
+            if mine:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True)
+        saved = on_every_rank(lambda: [self._save_part(part, aside) for part in self._parts])
+        ordered = sorted(itertools.chain(*gather_objects(saved)), key=lambda part: part["start"])
+        with first_rank_first() as mine:
+            if not mine:
+                return
+            described = {"version": VERSION, "n": self.n, "d": self.d, "kind": self.kind, "reason": self.reason}
+            described |= {"effort": self.effort, "oversampling": self.oversampling, "about": self.about}
+            (aside / "index.json").write_text(json.dumps(described | {"parts": ordered}, indent=2))
+            fsync(aside / "index.json")
+            fsync(aside)
+            old = path.with_name(f".{path.name}.old.partial")
+            shutil.rmtree(old, ignore_errors=True)
+            if path.exists():
+                path.rename(old)
+            aside.rename(path)
+            shutil.rmtree(old, ignore_errors=True)
+            fsync(path.parent)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "LatentIndex":
+        """The saved index, its checksums verified and its files mapped rather than read. Call on every rank.
+
+        Raises FileNotFoundError where there is none, DamagedIndex that names the file on its rank, OSError on others.
+        """
+        path = Path(path)
+        if not (path / "index.json").is_file():
+            raise FileNotFoundError(f"{path} holds no index (index.json); LatentIndex.save writes one")
+        try:
+            described = json.loads((path / "index.json").read_text())
+            if described["version"] != VERSION:
+                raise ValueError(f"version {described['version']}, this program reads version {VERSION}")
+            of_parts, choice = described["parts"], Choice(described["kind"], described["reason"])
+            n, d, effort = (described[name] for name in ("n", "d", "effort"))
+        except (ValueError, KeyError, TypeError) as error:
+            raise DamagedIndex(f"{path}/index.json cannot be read as an index: {error}") from error
+        first, stop = (len(of_parts) * share // world_size() for share in (rank(), rank() + 1))
+        loaded = on_every_rank(lambda: [_load_part(path, part, d) for part in of_parts[first:stop]])
+        index = cls(loaded, n, d, choice, None, described["oversampling"], described["about"])
+        index._set_effort(effort)
+        return index
+
+    def _set_effort(self, effort: int | None) -> None:
+        self.effort = effort if self.kind in EFFORT else None
+        if self.effort is not None:
+            for part in self._parts:
+                for index in (part.index, part.on_gpus):
+                    if index is not None:
+                        space = faiss.GpuParameterSpace() if index is part.on_gpus else faiss.ParameterSpace()
+                        space.set_index_parameter(index, EFFORT[self.kind], self.effort)
+
+    def _search_everywhere(self, asked: np.ndarray, k: int, candidates: Callable) -> tuple[np.ndarray, np.ndarray]:
+        """This rank's queries in the parts of all ranks, which answer all ranks' queries together."""
+        device = message_device()
+        counts = row_counts(len(asked), device)
+        everyone = gather_padded(torch.tensor(asked, device=device), counts).cpu().numpy()
+        found = [_nearest(part, everyone, min(k, len(part.rows)), candidates) for part in self._parts]
+        squared, ids = _merged(found, k, len(everyone))
+        if world_size() == 1:
+            return squared, ids
+        # Every rank's answers to this rank's queries: [W, all queries, k].
+        start, rows = sum(counts[: rank()]), [len(everyone)] * world_size()
+        mine = slice(start, start + counts[rank()])
+        answers = []
+        for answer in (squared, ids):
+            of_ranks = gather_padded(torch.from_numpy(answer).to(device), rows).cpu().view(world_size(), len(everyone), k)
+            answers.append(of_ranks[:, mine].numpy())
+        return _merged(list(zip(*answers, strict=True)), k, counts[rank()])
+
+    def _candidates(self, part: Part, queries: np.ndarray, count: int) -> np.ndarray:
+        """Ids within the part of about so many rows near each query, [m, up to count]; -1 where fewer were found."""
+        count = min(count * (self.oversampling if self.kind == "ivf_pq" else 1), len(part.rows))
+        searched = part.on_gpus or part.index
+        if searched is None:
+            return faiss.knn(queries, part.rows, count)[1]
+        return searched.search(queries, count)[1]
+
+    def _save_part(self, part: Part, folder: Path) -> dict:
+        name = f"part-{part.start:012d}"
+        np.save(folder / f"{name}.npy", part.rows)
+        if part.index is not None:
+            try:
+                faiss.write_index(part.index, str(folder / f"{name}.faiss"))
+            except RuntimeError as error:  # FAISS has its own words for a full disk
+                raise OSError(f"{folder / name}.faiss could not be written: {error}") from error
+        files = sorted(path.name for path in folder.glob(f"{name}.*"))
+        for file in files:
+            fsync(folder / file)
+        return {"start": part.start, "rows": len(part.rows), "files": {file: sha256_of(folder / file) for file in files}}
+
+
+def choose(rows: int, d: int, recall: float, memory: int) -> Choice:
+    """The kind for so many rows on a rank, and why.
+
+    hnsw is never chosen: it takes by far the longest to build.
+    """
+    size = f"{rows:,} rows of {d} dimensions a rank"
+    if recall == 1:
+        return Choice("flat", "a recall of 1 wants an exact search")
+    if rows <= EXACT_UNTIL:
+        return Choice("flat", f"{size} are few enough to compare with every one, up to {EXACT_UNTIL:,}")
+    if (taken := rows * (4 * d + 8)) <= memory:
+        return Choice("ivf_flat", f"{size} take {taken:,} bytes, which fit into {memory:,}")
+    return Choice("ivf_pq", f"{size} would take {taken:,} bytes, more than {memory:,}; their codes take {rows * (d // 2 + 8):,}")
+
+
+def _memory(given: int | None) -> int:
+    """Bytes an index may take on each rank: rank 0's answer, so that all choose alike."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    return from_first_rank(given or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 // ranks)
+
+
+def _trained(kind: str, rows: np.ndarray, generator: np.random.Generator) -> faiss.Index:
+    """An empty index, its quantizers trained on some of the rows."""
+    m, d = rows.shape
+    if kind == "hnsw":
+        return faiss.index_factory(d, f"HNSW{GRAPH},Flat")
+    cells = max(1, min(int(4 * m**0.5), m // 39))
+    even = d + d % 2
+    pad = f"Pad{even}," if even > d else ""
+    index = faiss.index_factory(d, f"IVF{cells},Flat" if kind == "ivf_flat" else f"{pad}IVF{cells},PQ{even // 2}x8")
+    sample = np.sort(generator.choice(m, min(m, max(TRAINING * cells, FEWEST_FOR_CODES)), replace=False))
+    if kind == "ivf_pq":
+        faiss.downcast_index(
+            faiss.extract_index_ivf(index)
+        ).pq.cp.max_points_per_centroid = TRAINING  # a quarter of FAISS' own: a quarter of the time
+    index.train(np.ascontiguousarray(rows[sample]))
+    return index
+
+
+def _on_gpus(part: Part) -> Part:
+    """The part with a copy on the GPUs, where FAISS sees any: on this rank's own, or over all of them for a single rank."""
+    if not (gpus := faiss.get_num_gpus()) or isinstance(part.index, faiss.IndexHNSW):
+        return part
+    index = part.index
+    if index is None:
+        index = faiss.IndexFlatL2(part.rows.shape[1])
+        index.add(np.ascontiguousarray(part.rows))
+    options = faiss.GpuMultipleClonerOptions()
+    options.shard = True
+    mine = list(range(gpus)) if world_size() == 1 else [int(os.environ.get("LOCAL_RANK", rank())) % gpus]
+    part.on_gpus = faiss.index_cpu_to_gpus_list(index, options, mine)
+    return part
+
+
+def _most_effort(index: faiss.Index, kind: str) -> int:
+    return index.ntotal if kind == "hnsw" else faiss.extract_index_ivf(index).nlist
+
+
+def _nearest(part: Part, queries: np.ndarray, k: int, candidates: Callable) -> tuple[np.ndarray, np.ndarray]:
+    """The k nearest rows of a part, [m, k] each, among candidates that are taken more of until no tie is cut through."""
+    squared, ids = np.full((len(queries), k), np.inf, np.float32), np.full((len(queries), k), -1, np.int64)
+    open_, wanted = np.arange(len(queries)), min(k + SPARE, len(part.rows))
+    while len(open_):
+        asked = np.ascontiguousarray(queries[open_])
+        found = candidates(part, asked, wanted)
+        if (few := (found < 0).sum(1) > found.shape[1] - k).any():  # its cells hold fewer than k
+            found[few] = faiss.knn(asked[few], part.rows, found.shape[1])[1]
+        distances, found = _by_distance(_squared_distances(asked, part.rows, found), found)
+        squared[open_], ids[open_] = distances[:, :k], found[:, :k]
+        # Where the last candidate is as near as the k-th, there may be more of these.
+        cut = (distances[:, k - 1] == distances[:, -1]) & (found.shape[1] < len(part.rows))
+        open_, wanted = open_[cut], min(4 * wanted, len(part.rows))
+    ids[ids >= 0] += part.start
+    return squared, ids
+
+
+def _squared_distances(queries: np.ndarray, rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Of each query to the rows of these ids, by direct difference; infinity for -1: [m, d], [r, d], [m, c] -> [m, c]."""
+    out, ids = np.empty(ids.shape, np.float32), np.ascontiguousarray(ids)
+    faiss.fvec_L2sqr_by_idx(
+        faiss.swig_ptr(out),
+        faiss.swig_ptr(queries),
+        faiss.swig_ptr(rows),
+        faiss.swig_ptr(ids),
+        rows.shape[1],
+        len(ids),
+        ids.shape[1],
+    )
+    out[ids < 0] = np.inf
+    return out
+
+
+def _by_distance(squared: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each row sorted by distance, equals by id."""
+    order = np.lexsort((ids, squared), axis=1)
+    return np.take_along_axis(squared, order, 1), np.take_along_axis(ids, order, 1)
+
+
+def _merged(found: list[tuple[np.ndarray, np.ndarray]], k: int, queries: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k nearest of several answers; filled up with infinity and -1 if these are fewer."""
+    nothing = np.full((queries, k), np.inf, np.float32), np.full((queries, k), -1, np.int64)
+    squared, ids = _by_distance(*(np.concatenate(parts, 1) for parts in zip(*found, nothing, strict=True)))
+    return np.ascontiguousarray(squared[:, :k]), np.ascontiguousarray(ids[:, :k])
+
+
+def _float_rows(x: np.ndarray | torch.Tensor, what: str, d: int | None = None) -> tuple[np.ndarray, str | None]:
+    """As float32 [rows, d], and what is wrong with it: known to one rank, it has to be told to all."""
+    rows = x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
+    if rows.ndim != 2 or rows.shape[1] == 0 or (d is not None and rows.shape[1] != d) or rows.dtype.kind not in "fiu":
+        return np.empty((0, d or 0), np.float32), f"wanted {what} [rows, {d or 'dimensions'}], got {rows.dtype} {rows.shape}"
+    if rows.dtype != np.float32 or not rows.flags.c_contiguous:  # else it may stay on the disk
+        rows = np.ascontiguousarray(rows, dtype=np.float32)
+    broken = sum(int((~np.isfinite(rows[i : i + BLOCK])).any(1).sum()) for i in range(0, len(rows), BLOCK))
+    return rows, f"{broken} of {len(rows):,} {what} are not finite" if broken else None
+
+
+def _load_part(folder: Path, part: dict, d: int) -> Part:
+    for name, sha256 in part["files"].items():
+        if not (folder / Path(name).name).is_file():
+            raise DamagedIndex(f"the index {folder} is damaged: {name} is missing")
+        if sha256_of(folder / Path(name).name) != sha256:
+            raise DamagedIndex(f"the index {folder} is damaged: {name} does not match its checksum")
+    names = {Path(name).suffix: folder / Path(name).name for name in part["files"]}
+    rows = np.load(names[".npy"], mmap_mode="r", allow_pickle=False)
+    if rows.shape != (part["rows"], d) or rows.dtype != np.float32:
+        raise DamagedIndex(f"the index {folder} is damaged: {names['.npy'].name} holds {rows.dtype} {rows.shape}")
+    mapped = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY
+    index = faiss.read_index(str(names[".faiss"]), mapped) if ".faiss" in names else None
+    return _on_gpus(Part(part["start"], rows, index))

@@ -1,0 +1,117 @@
+"""The latents of a data set on disk, as `python -m eae_dist.encode` writes them:
+
+    manifest.json                whose latents these are, and the sha256 of every file
+    train-000000.latents.npy     float32 [rows, d]: a run of a split's samples, in their order in the shards
+    train-000000.labels.npy      int64 [rows], -1 where a sample has none
+    train-000000.keys.npy        bytes [rows]
+
+A part appears whole, and the manifest when all parts are there. Meanwhile `.encoding.json` says whose latents are being made,
+and a small file beside each finished part, what its checksums are.
+"""
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from eae_dist.durable import replace_file, sha256_of
+
+VERSION = 1
+PART_ROWS = 16_384  # about so many: what a killed encode may lose, and what ranks share out
+FILES = ("latents", "labels", "keys")
+
+
+class DamagedLatents(ValueError):
+    """Files of encoded latents that are missing or differ from their checksums."""
+
+
+@dataclass(frozen=True)
+class LatentFolder:
+    """A complete folder of latents. `about`: checkpoint, model_sha256, step, data, index_sha256, image_shape, batch, d."""
+
+    root: Path
+    about: dict
+    parts: dict[str, list[dict]]  # of each split: {"name", "rows", "sha256": {file: ...}}
+
+    @classmethod
+    def open(cls, root: str | Path) -> "LatentFolder":
+        """Raises FileNotFoundError where there are no latents, or not yet all of them, DamagedLatents for a bad manifest."""
+        root = Path(root)
+        if not (root / "manifest.json").is_file():
+            how = "python -m eae_dist.encode --ckpt RUN --data SHARDS --out"
+            unfinished = ": encoding it was not finished; the same command goes on" if (root / ".encoding.json").is_file() else ""
+            raise FileNotFoundError(f"{root} holds no latents (manifest.json){unfinished or f'; make them with `{how} {root}`'}")
+        try:
+            manifest = json.loads((root / "manifest.json").read_text())
+            if manifest["version"] != VERSION:
+                raise ValueError(f"version {manifest['version']}, this program reads version {VERSION}")
+            return cls(root, manifest["about"], manifest["splits"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise DamagedLatents(f"{root}/manifest.json cannot be read as that of latents: {error}") from error
+
+    @cached_property
+    def d(self) -> int:
+        return self.about["d"]
+
+    def rows(self, split: str) -> int:
+        """How many latents a split has. ValueError, which names the splits there are, for another."""
+        if split not in self.parts:
+            raise ValueError(f"{self.root} holds no latents of a split {split!r}; it has {', '.join(sorted(self.parts))}")
+        return sum(part["rows"] for part in self.parts[split])
+
+    def read(self, split: str, what: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows [start, stop) of a split's latents, labels or keys, mapped from the disk where one part holds them all.
+
+        The checksums of the parts are verified. Raises DamagedLatents that names the file.
+        """
+        stop, found, first = self.rows(split) if stop is None else stop, [], 0
+        for part in self.parts[split]:
+            after = first + part["rows"]
+            if first < stop and start < after:
+                found.append(self._map(part, what)[max(start - first, 0) : stop - first])
+            first = after
+        empty = {"latents": np.empty((0, self.d), np.float32), "labels": np.empty(0, np.int64), "keys": np.empty(0, "S1")}
+        return found[0] if len(found) == 1 else np.concatenate([empty[what], *found])
+
+    def _map(self, part: dict, what: str) -> np.ndarray:
+        path = self.root / file_name(part["name"], what)
+        if not path.is_file():
+            raise DamagedLatents(f"{path} is missing; encode again into another folder")
+        if sha256_of(path) != part["sha256"][what]:
+            raise DamagedLatents(f"{path} does not match its checksum; encode again into another folder")
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def file_name(part: str, what: str) -> str:
+    return f"{part}.{what}.npy"
+
+
+def write_part(root: Path, name: str, latents: np.ndarray, labels: np.ndarray, keys: Sequence[str]) -> None:
+    """Writes a part whole or not at all: without its description it does not count."""
+    arrays = (latents.astype(np.float32, copy=False), labels.astype(np.int64, copy=False), np.char.encode(list(keys), "utf-8"))
+    sha256 = {}
+    for what, array in zip(FILES, arrays, strict=True):
+        file = io.BytesIO()
+        np.save(file, array, allow_pickle=False)
+        replace_file(path := root / file_name(name, what), file.getvalue())
+        sha256[what] = sha256_of(path)
+    replace_file(description(root, name), json.dumps({"name": name, "rows": len(latents), "sha256": sha256}))
+
+
+def finished_part(root: Path, name: str) -> dict | None:
+    """The description of a part that is there and whole."""
+    path = description(root, name)
+    if not path.is_file():
+        return None
+    part = json.loads(path.read_text())
+    files = {what: root / file_name(name, what) for what in FILES}
+    whole = all(file.is_file() and sha256_of(file) == part["sha256"][what] for what, file in files.items())
+    return part if whole else None
+
+
+def description(root: Path, name: str) -> Path:
+    return root / f".{name}.json"

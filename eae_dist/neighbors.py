@@ -1,0 +1,234 @@
+"""Nearest neighbors in the latent space that `python -m eae_dist.encode` wrote:
+
+    python -m eae_dist.neighbors --latents DIR [--ckpt DIR] [--out DIR] [--nproc N] [key=value ...]
+    python -m eae_dist.neighbors --latents DIR --query FILE.png [--query ...] [--json] [key=value ...]
+
+The first looks at the whole: are generated images nearer to training images than test images are (memorization), which images
+come twice or nearly, how well do neighbors tell a label, and the entropy of all latents. It writes neighbors.json, duplicates.csv
+and pictures into DIR/neighbors or --out. The second finds the neighbors of some images. Both keep the index that they make
+beside the latents. Alone they use all local GPUs, or N CPU ranks; under a launcher they join its ranks.
+"""
+
+import argparse
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from eae_dist.data.files import read_image
+from eae_dist.distributed import first_rank_first, gather_objects, rank, sum_over_ranks
+from eae_dist.durable import replace_file
+from eae_dist.generation import decoded, sample_seeds
+from eae_dist.latent.neighborhoods import compare_distances, entropy_of_distances, nearest_others, vote
+from eae_dist.local_ranks import run_on_ranks
+from eae_dist.report.neighbors import distances_figure, neighbors_picture
+from eae_dist.retrieval import LatentSpace
+
+SHOWN = 10  # queries in a picture
+LISTED = 1_000  # pairs in duplicates.csv
+
+
+def neighbors(space: LatentSpace, out: Path) -> dict:
+    """The numbers of the whole, also written to `out` with pictures by rank 0. Call on every rank."""
+    settings, folder = space.settings, space.folder
+    index = space.index()
+    k = min(settings.k, index.n)
+    if folder.rows(settings.queries) == 0:
+        raise ValueError(f"index.queries={settings.queries} holds no images; take another split")
+
+    # Test images: their neighbors, and what these say of their labels.
+    start, queries = space.mine(settings.queries)
+    squared, ids = index.search(queries, k)
+    train_labels = np.asarray(folder.read(space.split, "labels"))
+    labels = np.asarray(folder.read(settings.queries, "labels"))[start : start + len(queries)]
+    labeled = labels >= 0
+    right = vote(train_labels[ids])[labeled] == labels[labeled]
+    counted = sum_over_ranks(torch.tensor([int(right.sum()), int(labeled.sum())], device=space.device)).tolist()
+
+    # Generated images: drawn, decoded, encoded again.
+    density, count = space.model.density(settings.density), min(settings.samples, folder.rows(settings.queries))
+    like = next(space.model.autoencoder.decoder.parameters())
+
+    def draw(numbers: np.ndarray) -> torch.Tensor:
+        return density.sample(sample_seeds(settings.seed, numbers)).to(like)
+
+    block = space.config.evaluate.batch
+    drawn = [images.cpu() for _, images in decoded(space.model.autoencoder, draw, count, block, space.device, "samples")]
+    drawn = torch.cat([torch.zeros(0, *space.model.image_shape, dtype=torch.uint8), *drawn])
+    squared_drawn, ids_drawn = index.search(space.encode(drawn), k)
+
+    # The split against itself.
+    first, rows = space.mine(space.split)
+    nearest, twin = nearest_others(index, rows, first)
+
+    every = gather_objects((squared, ids, squared_drawn, ids_drawn, nearest, twin))
+    squared, ids, squared_drawn, ids_drawn, nearest, twin = (np.concatenate(parts) for parts in zip(*every, strict=True))
+    distances, distances_drawn = np.sqrt(squared), np.sqrt(squared_drawn)
+    apart = np.sqrt(nearest.astype(np.float64))
+    threshold = settings.near * float(np.median(apart))
+    pairs_apart, pairs = near_pairs(apart, twin, threshold)
+    shown, shown_drawn = closest(squared), closest(squared_drawn)
+    images_drawn = from_their_ranks(drawn, shown_drawn)
+    found = {
+        "latents": str(folder.root),
+        **{name: folder.about[name] for name in ("checkpoint", "model_sha256", "step", "data", "index_sha256")},
+        "settings": asdict(settings),
+        "index": {"kind": index.kind, "reason": index.reason, "effort": index.effort, "rows": index.n, "d": index.d},
+        "memorization": compare_distances(distances_drawn[:, 0], distances[:, 0])
+        | {"samples": len(ids_drawn), "queries": len(ids)},
+        "duplicates": {
+            "exact": int((apart == 0).sum()),
+            "near": int(((apart < threshold) | (apart == 0)).sum()),
+            "threshold": threshold,
+            "pairs": len(pairs),
+        },
+        "label_accuracy": counted[0] / counted[1] if counted[1] else None,
+        "entropy": entropy_of_distances(apart, index.d),
+    }
+    with first_rank_first() as mine:
+        if mine:
+            out.mkdir(parents=True, exist_ok=True)
+            images = space.images(settings.queries, shown)
+            save_picture(space, out / "queries.png", images, ids[shown], distances[shown])
+            save_picture(space, out / "samples.png", images_drawn, ids_drawn[shown_drawn], distances_drawn[shown_drawn])
+            if len(pairs):
+                images = space.images(space.split, pairs[:SHOWN, 0])
+                save_picture(space, out / "duplicates.png", images, pairs[:SHOWN, 1:], pairs_apart[:SHOWN, None])
+            histograms = distances_figure(distances[:, 0], distances_drawn[:, 0], settings.queries, settings.density)
+            replace_file(out / "distances.png", histograms)
+            replace_file(out / "duplicates.csv", pairs_table(space, pairs_apart, pairs))
+            replace_file(out / "neighbors.json", json.dumps(found, indent=2) + "\n")
+    return found | {"out": str(out)}
+
+
+def closest(squared: np.ndarray) -> np.ndarray:
+    """The numbers of the images that lie nearest to a row: squared distances [m, k] -> [up to SHOWN]."""
+    return np.argsort(squared[:, 0], kind="stable")[:SHOWN]
+
+
+def from_their_ranks(images: torch.Tensor, numbers: np.ndarray) -> np.ndarray:
+    """These of the images of all ranks, numbered in rank order, of which this one holds `images`. Call on every rank."""
+    start = sum(gather_objects(len(images))[: rank()])
+    mine = {int(number): images[number - start].numpy() for number in numbers if start <= number < start + len(images)}
+    found = {number: image for of_rank in gather_objects(mine) for number, image in of_rank.items()}
+    return np.stack([found[int(number)] for number in numbers])
+
+
+def near_pairs(distance: np.ndarray, twin: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of rows, one the other's nearest, that are equal or nearer than the threshold: distances [p] and rows [p, 2]."""
+    near = np.flatnonzero((distance < threshold) | (distance == 0))
+    pairs, at = np.unique(np.sort(np.stack([near, twin[near]], 1), axis=1), axis=0, return_index=True)
+    order = np.argsort(distance[near[at]], kind="stable")
+    return distance[near[at]][order], pairs[order]
+
+
+def pairs_table(space: LatentSpace, apart: np.ndarray, pairs: np.ndarray) -> str:
+    """The nearest pairs as CSV, by their keys."""
+    text = io.StringIO()
+    table = csv.writer(text)
+    table.writerow(("distance", "key", "other key"))
+    keys = space.keys(pairs[:LISTED].ravel())
+    table.writerows(zip([f"{d:.6g}" for d in apart[:LISTED]], keys[::2], keys[1::2], strict=True))
+    return text.getvalue()
+
+
+def save_picture(space: LatentSpace, path: Path, images: np.ndarray, ids: np.ndarray, distances: np.ndarray) -> None:
+    """Images, uint8 [m, c, h, w], beside the rows of these ids, [m, k], at these distances, [m, k]."""
+    near = space.images(space.split, ids.ravel()).reshape(*ids.shape, *images.shape[1:])
+    replace_file(path, neighbors_picture(images, near, distances))
+
+
+def query(space: LatentSpace, files: Sequence[Path], out: Path | None) -> list[dict]:
+    """The neighbors of image files, and a picture of them in `out`. Call on every rank."""
+    channels, height, width = space.model.image_shape
+    images = []
+    for file in files:
+        try:
+            pixels = read_image(str(file), None, None, channels)
+        except ValueError as error:
+            raise ValueError(f"{file} is not a usable image: {error}") from error
+        if pixels.shape[:2] != (height, width):
+            raise ValueError(f"{file} is {pixels.shape[1]}x{pixels.shape[0]}, the model takes {width}x{height} (width x height)")
+        images.append(pixels.reshape(height, width, channels).transpose(2, 0, 1))
+    images = torch.from_numpy(np.stack(images))
+    index = space.index()
+    squared, ids = index.search(space.encode(images), min(space.settings.k, index.n))
+    labels = space.folder.read(space.split, "labels")
+    found = []
+    for file, distances, near in zip(files, np.sqrt(squared), ids, strict=True):
+        names = [space.classes[label] if 0 <= label < len(space.classes) else None for label in labels[near].tolist()]
+        rows = zip(space.keys(near), near.tolist(), names, distances.tolist(), strict=True)
+        found.append({"query": str(file), "neighbors": [{"key": k, "row": r, "class": c, "distance": d} for k, r, c, d in rows]})
+    with first_rank_first() as mine:
+        if mine and out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            save_picture(space, out / "query.png", images.numpy(), ids, np.sqrt(squared))
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m eae_dist.neighbors", description=__doc__.split("\n")[0])
+    parser.add_argument("--latents", type=Path, required=True, help="a folder that `python -m eae_dist.encode` wrote")
+    parser.add_argument("--ckpt", type=Path, help="the model; default: the checkpoint that they were encoded from")
+    parser.add_argument(
+        "--query", type=Path, action="append", default=[], metavar="FILE", help="an image whose neighbors are looked for"
+    )
+    parser.add_argument("--out", type=Path, help="where to write; default: DIR/neighbors")
+    parser.add_argument("--json", action="store_true", help="print numbers as JSON rather than as text")
+    parser.add_argument("--nproc", type=int, help="local ranks; default: one per GPU, or one on a CPU")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="index.*, and how the data is read (data.*)")
+    arguments = parser.parse_intermixed_args(argv)
+    out = arguments.out or arguments.latents / "neighbors"
+
+    def work() -> str:
+        space = LatentSpace(arguments.latents, arguments.ckpt, arguments.settings)
+        if arguments.query:
+            found = query(space, arguments.query, out)
+            return json.dumps(found, indent=2) if arguments.json else summary_of_queries(found, out)
+        found = neighbors(space, out)
+        return json.dumps(found, indent=2) if arguments.json else summary(found)
+
+    command = ["--latents", str(arguments.latents), *(["--ckpt", str(arguments.ckpt)] if arguments.ckpt else [])]
+    command += [*(["--out", str(arguments.out)] if arguments.out else []), *(["--json"] if arguments.json else [])]
+    command += [*(word for file in arguments.query for word in ("--query", str(file))), *arguments.settings]
+    said = run_on_ranks("eae_dist.neighbors", arguments.nproc, command, work)
+    if said is not None:
+        print(said)
+
+
+def summary(found: dict) -> str:
+    """The numbers as a person reads them."""
+    settings, index, copies, twins = (found[name] for name in ("settings", "index", "memorization", "duplicates"))
+    split, queries, accuracy = settings["split"], settings["queries"], found["label_accuracy"]
+    told = f"labels of {queries} images told by {settings['k']} neighbors"
+    lines = [
+        f"{index['rows']:,} {split} latents, index {index['kind']}: {index['reason']}",
+        f"distance to the nearest {split} image, median: {copies['median_query']:.4g} of {queries} images, "
+        f"{copies['median_sample']:.4g} of samples from {settings['density']}",
+        f"a sample is nearer than a {queries} image in {copies['sample_nearer']:.1%} of pairs (one half: no copying), "
+        f"z = {copies['z']:.1f}; Kolmogorov-Smirnov {copies['ks']:.3f}, p = {copies['ks_p']:.2g}",
+        f"{told}: there are none" if accuracy is None else f"{told}: {accuracy:.2%} right",
+        f"{split} images with a twin: {twins['exact']:,} exact, {twins['near']:,} nearer than {twins['threshold']:.3g}",
+        f"entropy of the {split} latents: {found['entropy']['nats']:.3f} nats; N(0, I) has {found['entropy']['gaussian']:.3f}",
+    ]
+    return "\n".join([*lines, f"pictures, duplicates.csv and neighbors.json in {found['out']}"])
+
+
+def summary_of_queries(found: list[dict], out: Path) -> str:
+    lines = []
+    for one in found:
+        lines.append(f"{one['query']}:")
+        for near in one["neighbors"]:
+            lines.append(
+                f"  {near['distance']:8.4f}  {near['key']}" + (f"  {near['class']}" if near["class"] is not None else "")
+            )
+    return "\n".join([*lines, f"picture in {out}/query.png"])
+
+
+if __name__ == "__main__":
+    main()
