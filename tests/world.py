@@ -30,6 +30,7 @@ from world_cases import (
 )
 from world_latent import CASES as LATENT_CASES
 from world_metrics import CASES as METRIC_CASES
+from world_search import CASES as SEARCH_CASES
 
 from eae_dist import checkpoint as checkpoints
 from eae_dist.data.files import walk_images
@@ -395,7 +396,7 @@ def loss_that_is_not_a_number_on_the_last_rank():
 def main() -> None:
     Accelerator(cpu=True)  # makes the process group
     results = {}
-    for name, function in CASES.items():
+    for name, function in (CASES | SEARCH_CASES).items():  # the last of a run that an earlier case trains
         started = time.perf_counter()
         results[name] = function()
         if rank() == 0:

@@ -319,12 +319,8 @@ def _trained(kind: str, rows: np.ndarray, generator: np.random.Generator) -> fai
     cells = max(1, min(int(4 * m**0.5), m // 39))
     even = d + d % 2
     pad = f"Pad{even}," if even > d else ""
-    index = faiss.index_factory(d, f"IVF{cells},Flat" if kind == "ivf_flat" else f"{pad}IVF{cells},PQ{even // 2}x8")
+    index = faiss.index_factory(d, f"IVF{cells},Flat" if kind == "ivf_flat" else f"{pad}IVF{cells},PQ{even // 2}x8np")
     sample = np.sort(generator.choice(m, min(m, max(TRAINING * cells, FEWEST_FOR_CODES)), replace=False))
-    if kind == "ivf_pq":
-        faiss.downcast_index(
-            faiss.extract_index_ivf(index)
-        ).pq.cp.max_points_per_centroid = TRAINING  # a quarter of FAISS' own: a quarter of the time
     index.train(np.ascontiguousarray(rows[sample]))
     return index
 
