@@ -1,0 +1,234 @@
+"""Latents of a data set on disk, and what `neighbors` makes of them."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from conftest import image_of, write_shards
+from PIL import Image
+from ranks import run_ranks
+from test_evaluate import cpu, run, save_run  # noqa: F401  fixtures
+from world_cases import configured
+
+import eae_dist
+from eae_dist import encode as encode_module
+from eae_dist import neighbors as neighbors_module
+from eae_dist.data.stream import read_samples, walk
+from eae_dist.encode import encode
+from eae_dist.latent.index import LatentIndex
+from eae_dist.latent.store import DamagedLatents, LatentFolder
+from eae_dist.model.autoencoder import to_unit
+from eae_dist.neighbors import main, near_pairs
+from eae_dist.retrieval import LatentSpace
+
+RANKS = (1, 2, 4)
+COUNTS = {"test": 33, "train": 150, "validation": 40}
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    monkeypatch.setattr(encode_module, "PART_ROWS", 32)
+
+
+@pytest.fixture
+def latents(run, tmp_path) -> LatentFolder:  # noqa: F811
+    return encode(run, tmp_path / "latents", [])
+
+
+def bits(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != "manifest.json"}
+
+
+def test_every_sample_of_every_split_is_encoded_once_in_order(run, latents, shards):  # noqa: F811
+    model = eae_dist.load(run)
+    assert {split: latents.rows(split) for split in latents.parts} == COUNTS
+    assert len(latents.parts["train"]) == 5 and latents.d == 5
+    for split in COUNTS:
+        batches = list(walk(shards, split, 16))
+        images = torch.cat([batch["image"] for batch in batches])
+        with torch.no_grad():
+            expected = model.encode(to_unit(images, torch.device("cpu")))
+        np.testing.assert_allclose(latents.read(split, "latents"), expected.numpy(), atol=1e-5)
+        assert latents.read(split, "keys").tolist() == [key.encode() for batch in batches for key in batch["key"]]
+        assert latents.read(split, "labels").tolist() == torch.cat([batch["label"] for batch in batches]).tolist()
+    assert np.array_equal(latents.read("train", "latents", 20, 120), latents.read("train", "latents")[20:120])
+    assert latents.read("train", "latents", 7, 7).shape == (0, 5)
+    numbers = np.array([149, 3, 40, 3])
+    assert torch.equal(
+        read_samples(shards, "train", numbers), torch.cat([b["image"] for b in walk(shards, "train", 16)])[numbers]
+    )
+
+
+@pytest.mark.parametrize("ranks", RANKS[1:])
+def test_latents_and_neighborhoods_are_the_same_on_any_number_of_ranks(world, ranks):
+    one, several = (world(w)["encoded_latents"] for w in (1, ranks))
+    assert one == several
+
+
+def test_encode_goes_on_with_what_is_missing(run, latents, tmp_path, monkeypatch):  # noqa: F811
+    written, original = [], encode_module.write_part
+
+    def failing(root, name, *arrays):
+        if len(written) == 3:
+            raise OSError("No space left on device")
+        written.append(name)
+        original(root, name, *arrays)
+
+    monkeypatch.setattr(encode_module, "write_part", failing)
+    with pytest.raises(OSError, match="No space left"):
+        encode(run, tmp_path / "again", [])
+    with pytest.raises(FileNotFoundError, match="encoding it was not finished; the same command goes on"):
+        LatentFolder.open(tmp_path / "again")
+    # One of the finished parts is damaged meanwhile.
+    (tmp_path / "again" / f"{written[0]}.labels.npy").write_bytes(b"")
+    first, done = written[0], set(written[1:])
+    written[:] = [""] * 4
+    encode(run, tmp_path / "again", [])
+    assert first in written and not done & set(written)
+    assert bits(tmp_path / "again") == bits(latents.root)
+    monkeypatch.setattr(encode_module, "write_part", lambda *_: pytest.fail("a finished folder was encoded again"))
+    assert encode(run, tmp_path / "again", []).about == latents.about
+
+
+def kill_at_second_part(directory: str, out: str) -> None:
+    """Encodes; the last rank is killed as it writes its second part."""
+    original, written = encode_module.write_part, []
+
+    def killed(root, name, *arrays):
+        if written and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        written.append(name)
+        original(root, name, *arrays)
+
+    encode_module.PART_ROWS = 32
+    if not os.path.exists(f"{out}/.encoding.json"):
+        encode_module.write_part = killed
+    encode_module.main(["--ckpt", directory, "--out", out])
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_killed_encode_goes_on_to_the_same_files(ranks, run, latents, tmp_path):  # noqa: F811
+    command = (str(run), str(tmp_path / "killed"))
+    *_, code = run_ranks(ranks, tmp_path / "logs", kill_at_second_part, *command).codes
+    assert code == -signal.SIGKILL and not (tmp_path / "killed" / "manifest.json").exists()
+    ended = run_ranks(ranks, tmp_path / "logs", kill_at_second_part, *command)
+    assert ended.codes == [0] * ranks, ended.said
+    assert bits(tmp_path / "killed") == bits(latents.root)
+
+
+def test_damaged_part_is_named(latents):
+    path = latents.root / "train-000001.latents.npy"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    assert latents.read("train", "latents", 0, 30).shape == (30, 5)  # of another part
+    with pytest.raises(DamagedLatents, match="train-000001.latents.npy does not match its checksum"):
+        latents.read("train", "latents")
+    path.unlink()
+    with pytest.raises(DamagedLatents, match="train-000001.latents.npy is missing"):
+        latents.read("train", "latents")
+
+
+def test_what_does_not_belong_together_is_refused(run, latents, shards, tmp_path):  # noqa: F811
+    other = save_run(tmp_path / "other", configured(shards, "eae", "train.seed=9"))
+    with pytest.raises(ValueError, match="manifest.json is of other latents; .*\n  model_sha256: "):
+        encode(other, latents.root, [])
+    with pytest.raises(ValueError, match="holds the latents of other weights than"):
+        LatentSpace(latents.root, other, [])
+    moved = write_shards(tmp_path / "moved", {"train": (9,), "test": (9,)})
+    with pytest.raises(ValueError, match=r"data.root=.*moved is not the data set that .*latents was made of"):
+        LatentSpace(latents.root, None, [f"data.root={moved}"])
+    color = write_shards(tmp_path / "color", {"train": (9,)}, shape=(3, 16, 16))
+    with pytest.raises(ValueError, match=r"holds images of shape \(3, 16, 16\)"):
+        encode(run, tmp_path / "colors", [f"data.root={color}"])
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").touch()
+    with pytest.raises(ValueError, match="full is not empty and holds no latents"):
+        encode(run, tmp_path / "full", [])
+    with pytest.raises(ValueError, match="no latents of a split 'tset'; it has test, train, validation"):
+        latents.rows("tset")
+    run.rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match="give --ckpt if it moved"):
+        LatentSpace(latents.root, None, [])
+    assert LatentSpace(latents.root, tmp_path / "elsewhere", []).folder.d == 5
+
+
+def test_neighbors_of_a_data_set_with_copies(tmp_path, capsys):
+    root = write_shards(tmp_path / "shards", {"train": (60, 60), "test": (20,)})
+    run = save_run(tmp_path / "run", configured(root, "eae"))  # noqa: F811
+    encode(run, tmp_path / "latents", [f"data.root={root}"])
+    out = tmp_path / "latents" / "neighbors"
+    main(["--latents", str(tmp_path / "latents"), "index.k=3", "index.samples=15"])
+    said, found = capsys.readouterr().out, json.loads((out / "neighbors.json").read_text())
+    assert "120 train latents, index flat: 120 rows" in said and f"neighbors.json in {out}" in said
+    assert {path.name for path in out.iterdir()} >= {"queries.png", "samples.png", "distances.png", "duplicates.csv"}
+    assert found["memorization"]["samples"] == 15 and found["memorization"]["queries"] == 20
+    assert found["duplicates"]["exact"] == 0 and 0 <= found["label_accuracy"] <= 1
+    # Every training image is a query: it is its own neighbor, and its label is told.
+    main(["--latents", str(tmp_path / "latents"), "index.k=1", "index.queries=train", "--json", "--out", str(tmp_path / "own")])
+    own = json.loads(capsys.readouterr().out)
+    assert own["memorization"]["median_query"] == 0 and own["label_accuracy"] == 1
+    assert own["memorization"]["sample_nearer"] == 0
+
+
+def test_pairs_of_copies_are_listed_once_nearest_first():
+    apart = np.array([0.0, 0.3, 0.0, 0.1, 5.0, 0.1])
+    twin = np.array([2, 3, 0, 5, 1, 3])
+    distances, pairs = near_pairs(apart, twin, 0.2)
+    assert distances.tolist() == [0.0, 0.1] and pairs.tolist() == [[0, 2], [3, 5]]
+    assert near_pairs(apart, twin, 0.0)[1].tolist() == [[0, 2]]  # equal ones always
+
+
+def test_images_are_queries(latents, shards, tmp_path, capsys):
+    Image.fromarray(image_of(7).squeeze(2)).save(tmp_path / "seven.png")  # training image 7
+    assert torch.equal(read_samples(shards, "train", np.array([7]))[0, 0], torch.from_numpy(image_of(7).squeeze(2)))
+    main(["--latents", str(latents.root), "--query", str(tmp_path / "seven.png"), "index.k=2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{tmp_path}/seven.png:" and len(lines) == 4
+    assert lines[1].split()[:2] == ["0.0000", "000007"]
+    main(["--latents", str(latents.root), "--query", str(tmp_path / "seven.png"), "--json", "index.k=2"])
+    (found,) = json.loads(capsys.readouterr().out)
+    assert [near["row"] for near in found["neighbors"]][0] == 7 and (latents.root / "neighbors" / "query.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("size", "words"), [((8, 16), "is 8x16, the model takes 16x16"), (None, "is not a usable image: not an image")]
+)
+def test_wrong_query_is_one_line(latents, tmp_path, size, words):
+    path = tmp_path / "odd.png"
+    Image.new("L", size).save(path) if size else path.write_text("no picture")
+    with pytest.raises(SystemExit, match=words):
+        main(["--latents", str(latents.root), "--query", str(path)])
+
+
+def test_index_is_kept_and_made_anew_for_other_settings(latents, monkeypatch):
+    space = LatentSpace(latents.root, None, [])
+    assert space.index().kind == "flat"
+    build = LatentIndex.build
+    monkeypatch.setattr(LatentIndex, "build", lambda *_, **__: pytest.fail("the index was made again"))
+    assert LatentSpace(latents.root, None, ["index.k=9"]).index().n == 150
+    monkeypatch.setattr(LatentIndex, "build", build)
+    other = LatentSpace(latents.root, None, ["index.kind=ivf_flat", "index.recall=0.9"]).index()
+    assert other.kind == "ivf_flat" and other.about["recall"] == 0.9
+
+
+def killed_search(latents: str) -> None:
+    from eae_dist.latent import index
+
+    original = index._nearest
+
+    def killed(*arguments):
+        if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments)
+
+    index._nearest = killed
+    neighbors_module.main(["--latents", latents])
+
+
+def test_rank_that_is_killed_during_a_search_ends_the_others(latents, tmp_path):
+    ended = run_ranks(3, tmp_path / "logs", killed_search, str(latents.root))
+    assert ended.codes[-1] == -signal.SIGKILL and all(code > 0 for code in ended.codes[:-1]), ended
