@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -50,8 +51,17 @@ def read_image(path: str, crop: int | None, size: int | None, channels: int | No
     """One image file as `ImageFiles` says, uint8 [h, w] or [h, w, 3]. Raises ValueError with the reason for a bad file."""
     if not os.path.isfile(path):  # a pipe would be waited for
         raise ValueError("not a regular file" if os.path.lexists(path) else "missing")
+    return read_pixels(path, crop, size, channels)
+
+
+def read_pixels(
+    file: str | BinaryIO, crop: int | None, size: int | None, channels: int | None, most: int | None = None
+) -> np.ndarray:
+    """As `read_image`, of a file that is open as well. most: a file with more pixels is refused before any is decoded."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(file, formats=FORMATS) as image:
+            if most is not None and image.width * image.height > most:
+                raise ValueError(f"{image.width}x{image.height} are more than {most:,} pixels")
             depth = image_channels(image)
             image = ImageOps.exif_transpose(image)
             if image.has_transparency_data:
