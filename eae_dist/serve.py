@@ -1,0 +1,107 @@
+"""Serves a trained model over HTTP, with a page to look at it:
+
+    python -m eae_dist.serve --ckpt DIR [--index LATENTS] [--host 127.0.0.1] [--port 8000] [key=value ...]
+
+http://127.0.0.1:8000 is the page, /openapi.json describes the rest. LATENTS is a folder that `python -m eae_dist.encode` wrote:
+with it neighbors among the data set's images are found. Ctrl-C and SIGTERM end the service. It needs `pip install -e '.[serve]'`.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import socket
+import sys
+import warnings
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from PIL import Image
+
+from eae_dist.local_ranks import keep_freed_memory
+from eae_dist.service.batching import Batcher
+from eae_dist.service.guard import LOCAL_NAMES
+from eae_dist.service.model import ServedModel
+
+log = logging.getLogger("eae_dist")
+
+WAITING = 1_024  # rows that may wait; the most of a request is a quarter
+CONNECTIONS = 512
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def serve(directory: Path, latents: Path | None, host: str, port: int, assignments: Sequence[str]) -> None:
+    """Serves until it is told to end. Raises ValueError or OSError for what a user can set right."""
+    import uvicorn
+
+    from eae_dist.service.app import create_app  # wants the extra, as uvicorn does
+
+    with closing(bound(host, port)) as listening:
+        served = ServedModel(directory, latents, assignments)
+        hosts = LOCAL_NAMES if host in LOOPBACK else None
+        with closing(Batcher(served.computations, served.config.evaluate.batch, WAITING)) as batcher:
+            settings = uvicorn.Config(
+                create_app(served, batcher, hosts),
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                ws="none",
+                lifespan="off",
+                limit_concurrency=CONNECTIONS,
+                timeout_graceful_shutdown=5,
+            )
+            name = f"[{host}]" if ":" in host else host
+            of = f"{served.config.objective.name}, step {served.checkpoint.state['step']}"
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn passes the signal on when it has ended
+            log.info("serving %s at http://%s:%d (Ctrl-C ends)", of, name, listening.getsockname()[1])
+            uvicorn.Server(settings).run(sockets=[listening])
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket that listens there, before anything is loaded. Raises ValueError or OSError that names the option."""
+    if not 0 <= port <= 65535:
+        raise ValueError(f"--port={port} must lie in [0, 65535]; 0 takes a free one")
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listening = socket.socket(family, kind)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(CONNECTIONS)  # who comes early waits; and nobody else may listen here
+    except OSError as error:
+        raise OSError(f"--host={host} --port={port} cannot be bound: {error.strerror}; take another --port or --host") from error
+    return listening
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m eae_dist.serve", description=__doc__.split("\n")[0])
+    parser.add_argument("--ckpt", type=Path, required=True, help="a checkpoint folder, or a run folder (its latest checkpoint)")
+    parser.add_argument("--index", type=Path, metavar="LATENTS", help="a folder that `python -m eae_dist.encode` wrote")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; default: 127.0.0.1, this machine alone")
+    parser.add_argument("--port", type=int, default=8000, help="default: 8000; 0: a free one")
+    parser.add_argument(
+        "settings", nargs="*", metavar="key=value", help="evaluate.batch (most rows of a forward pass), index.*, data.root"
+    )
+    arguments = parser.parse_intermixed_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.exit("error: the service is one process; start it without a launcher")
+    PartialState(cpu=not torch.cuda.is_available())
+    if not torch.cuda.is_available():
+        keep_freed_memory()
+    try:
+        serve(arguments.ckpt, arguments.index, arguments.host, arguments.port, arguments.settings)
+    except KeyboardInterrupt:
+        pass
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: the service needs {error.name}; pip install -e '.[serve]'")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

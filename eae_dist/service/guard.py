@@ -1,0 +1,92 @@
+"""Around the application: how large a request may be, how long it may take to come, and what a browser may do with answers."""
+
+import asyncio
+import json
+
+REQUEST_BYTES = 8 << 20
+REQUEST_SECONDS = 30
+# Everything the page needs comes from here; a browser would refuse all else.
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    "content-security-policy": POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+}
+LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
+
+
+class TooLarge(ValueError):
+    """A request of more bytes than it may have."""
+
+
+class Guard:
+    """An ASGI application around another one.
+
+    hosts: names by which the service may be called, None for any; else a page from elsewhere could reach a service on
+    127.0.0.1 by a name of its own that resolves to it (DNS rebinding).
+    """
+
+    def __init__(self, app, hosts: tuple[str, ...] | None = None, request_bytes: int = REQUEST_BYTES):
+        self.app, self.hosts, self.request_bytes = app, hosts, request_bytes
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+
+        async def send_guarded(message):
+            if message["type"] == "http.response.start":
+                headers = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+                message = {**message, "headers": [*message["headers"], *headers]}
+            await send(message)
+
+        host = name_in(dict(scope["headers"]).get(b"host", b""))
+        if self.hosts is not None and host not in self.hosts:
+            return await refuse(send_guarded, 400, f"this service is not called {host!r}, but {' or '.join(self.hosts)}")
+        try:
+            body = await asyncio.wait_for(self._body(scope, receive), REQUEST_SECONDS)
+        except TooLarge as error:
+            return await refuse(send_guarded, 413, str(error))
+        except asyncio.TimeoutError:
+            return await refuse(send_guarded, 408, f"the request did not come within {REQUEST_SECONDS} s")
+        except ConnectionResetError:
+            return None
+        messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def receive_whole():
+            return next(messages, None) or await receive()
+
+        await self.app(scope, receive_whole, send_guarded)
+
+    async def _body(self, scope, receive) -> bytes:
+        """The whole body. Raises TooLarge, before it is read where its length is announced; ConnectionResetError if it ends."""
+        too_large = TooLarge(f"a request may have {self.request_bytes:,} bytes; send fewer images at a time")
+        if int(dict(scope["headers"]).get(b"content-length", b"0")) > self.request_bytes:
+            raise too_large
+        parts, size, more = [], 0, True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ConnectionResetError
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > self.request_bytes:
+                raise too_large
+            more = message.get("more_body", False)
+        return b"".join(parts)
+
+
+def name_in(host: bytes) -> str:
+    """The name in a Host header, without its port."""
+    text = host.decode("latin-1").lower()
+    return text.rpartition(":")[0] if text.rpartition(":")[2].isdigit() else text
+
+
+async def refuse(send, status: int, reason: str) -> None:
+    body = json.dumps({"detail": reason}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
