@@ -2,6 +2,7 @@
 # make test    the same environment, then every test that needs nothing else
 # make test-cluster   tests on a SLURM cluster of two nodes and two hosts on this machine, kills at random, and DeepSpeed; root
 #                     gets missing Debian packages installed
+# make test-page   the page of `serve` in a headless Chromium, which must be there, and the pictures of it in docs/results
 # make setup   the environment alone, made or brought up to date
 # make bench   speed, against what one would use otherwise
 # make lint    style; make clean removes the environment, not the runs
@@ -17,7 +18,7 @@ CLUSTER_TESTS := tests/slurm tests/cluster
 # GPUs where torch sees any, else two CPU ranks.
 LAUNCH = $(BIN)/accelerate launch $(shell $(BIN)/python -c "import torch; print('' if torch.cuda.is_available() else '--config_file launch/cpu.yaml')")
 
-.PHONY: train test test-cluster setup bench lint clean
+.PHONY: train test test-cluster test-page setup bench lint clean
 
 train: $(INSTALLED) $(SHARDS)
 	$(LAUNCH) -m eae_dist.train
@@ -33,6 +34,10 @@ test: $(INSTALLED)
 test-cluster: $(INSTALLED)
 	tests/slurm/install.sh
 	timeout --signal=INT 20m $(BIN)/python -m pytest $(CLUSTER_TESTS)
+
+test-page: $(INSTALLED) $(SHARDS)
+	$(BIN)/python -m pip install --quiet -e '.[page]'
+	$(BIN)/python -m pytest -rs tests/ui
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
