@@ -1,6 +1,6 @@
 """Runs benchmarks, all or the named ones, and prints a markdown table:
 
-    python -m benchmarks [entropy] [stream] [training] [running] [activations] [mixture] [peer] [judging] [search]
+    python -m benchmarks [entropy] [stream] [training] [running] [activations] [mixture] [peer] [judging] [search] [service]
 
 Competitors take turns in one process, one thread each, and the medians are compared; several ranks and peak memory are measured
 in processes of their own. "CPU" is time on a processor of all threads of a process, user and system, which other work on the
@@ -13,7 +13,7 @@ import sys
 
 import torch
 
-from benchmarks import activations, entropy, judging, mixture, peer, running, search, stream, training
+from benchmarks import activations, entropy, judging, mixture, peer, running, search, service, stream, training
 from benchmarks.table import HEADER
 from eae_dist.local_ranks import keep_freed_memory
 
@@ -27,6 +27,7 @@ BENCHMARKS = {
     "peer": peer.rows,
     "judging": judging.rows,
     "search": search.rows,
+    "service": service.rows,
 }
 
 
