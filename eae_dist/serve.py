@@ -30,6 +30,7 @@ log = logging.getLogger("eae_dist")
 
 WAITING = 1_024  # rows that may wait; the most of a request is a quarter
 CONNECTIONS = 512
+EXTRA = ("fastapi", "uvicorn")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -98,6 +99,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         pass
     except ModuleNotFoundError as error:
+        if error.name not in EXTRA:
+            raise
         sys.exit(f"error: the service needs {error.name}; pip install -e '.[serve]'")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

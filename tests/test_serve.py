@@ -616,6 +616,14 @@ def test_wrong_options_are_one_line(world, arguments, message):
         main(["--ckpt", str(run), *(["--port", "0"] if "--port" not in given and "--host" not in given else []), *given])
 
 
+@pytest.mark.parametrize("package", ["fastapi", "uvicorn"])
+def test_a_missing_extra_is_named(world, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "eae_dist.service.app")
+    with pytest.raises(SystemExit, match=f"error: the service needs {package}; pip install -e '.\\[serve\\]'"):
+        main(["--ckpt", str(world[0]), "--port", "0"])
+
+
 def test_weights_that_make_no_numbers_are_refused(world, shards, tmp_path):
     from eae_dist import checkpoint as checkpoints
 
