@@ -32,7 +32,7 @@ PROBLEMS = {
     415: "a body that does not say that it is JSON",
     422: "a value that is not wanted, and why",
     429: "too much waits; Retry-After says for how many seconds",
-    503: "the service ends",
+    503: "the service ends, or has too many connections",
 }
 
 
