@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import faiss
 import numpy as np
@@ -202,6 +203,19 @@ def test_index_that_could_not_be_written_leaves_the_one_before(tmp_path, monkeyp
     monkeypatch.undo()
     LatentIndex.build(latents()[:300], "ivf_flat").save(tmp_path / "index")
     assert LatentIndex.load(tmp_path / "index").n == 300
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+
+
+def test_index_that_several_save_at_once_is_that_of_one_of_them(tmp_path):
+    indexes = [LatentIndex.build(latents()[:count]) for count in (300, 400, 500, 600)]
+
+    def save(index: LatentIndex) -> None:
+        for _ in range(5):
+            index.save(tmp_path / "index")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(save, indexes))
+    assert LatentIndex.load(tmp_path / "index").n in (300, 400, 500, 600)
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
 
 

@@ -15,6 +15,7 @@ import itertools
 import json
 import logging
 import os
+import secrets
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -194,29 +195,28 @@ class LatentIndex:
         Call on every rank. Raises OSError on every rank if it cannot be written.
         """
         path = Path(path)
-        aside = path.with_name(f".{path.name}.partial")
-
-        with first_rank_first() as mine:
-            if mine:
+        # Names of this save alone: another process may be saving the same index.
+        aside, old = (
+            path.with_name(f".{path.name}.{from_first_rank(secrets.token_hex(8))}.{what}") for what in ("partial", "old")
+        )
+        try:
+            with first_rank_first() as mine:
+                if mine:
+                    aside.mkdir(parents=True)
+            saved = on_every_rank(lambda: [self._save_part(part, aside) for part in self._parts])
+            ordered = sorted(itertools.chain(*gather_objects(saved)), key=lambda part: part["start"])
+            with first_rank_first() as mine:
+                if mine:
+                    described = {"version": VERSION, "n": self.n, "d": self.d, "kind": self.kind, "reason": self.reason}
+                    described |= {"effort": self.effort, "oversampling": self.oversampling, "about": self.about}
+                    (aside / "index.json").write_text(json.dumps(described | {"parts": ordered}, indent=2))
+                    fsync(aside / "index.json")
+                    fsync(aside)
+                    _exchange(aside, path, old)
+        finally:
+            if rank() == 0:
                 shutil.rmtree(aside, ignore_errors=True)
-                aside.mkdir(parents=True)
-        saved = on_every_rank(lambda: [self._save_part(part, aside) for part in self._parts])
-        ordered = sorted(itertools.chain(*gather_objects(saved)), key=lambda part: part["start"])
-        with first_rank_first() as mine:
-            if not mine:
-                return
-            described = {"version": VERSION, "n": self.n, "d": self.d, "kind": self.kind, "reason": self.reason}
-            described |= {"effort": self.effort, "oversampling": self.oversampling, "about": self.about}
-            (aside / "index.json").write_text(json.dumps(described | {"parts": ordered}, indent=2))
-            fsync(aside / "index.json")
-            fsync(aside)
-            old = path.with_name(f".{path.name}.old.partial")
-            shutil.rmtree(old, ignore_errors=True)
-            if path.exists():
-                path.rename(old)
-            aside.rename(path)
-            shutil.rmtree(old, ignore_errors=True)
-            fsync(path.parent)
+                shutil.rmtree(old, ignore_errors=True)
 
     @classmethod
     def load(cls, path: str | Path) -> "LatentIndex":
@@ -400,6 +400,19 @@ def _float_rows(x: np.ndarray | torch.Tensor, what: str, d: int | None = None) -
         rows = np.ascontiguousarray(rows, dtype=np.float32)
     broken = sum(int((~np.isfinite(rows[i : i + BLOCK])).any(1).sum()) for i in range(0, len(rows), BLOCK))
     return rows, f"{broken} of {len(rows):,} {what} are not finite" if broken else None
+
+
+def _exchange(new: Path, path: Path, old: Path) -> None:
+    """Puts the folder `new` in the place of `path`, and what was there into `old`; other processes may do so too."""
+    for _ in range(100):
+        try:
+            if path.exists():
+                path.rename(old)
+            new.rename(path)
+            return fsync(path.parent)
+        except OSError:  # another came between
+            shutil.rmtree(old, ignore_errors=True)
+    raise OSError(f"{path} could not be replaced; is it being written by many processes, or not to be written at all?")
 
 
 def _load_part(folder: Path, part: dict, d: int) -> Part:
