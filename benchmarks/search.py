@@ -30,7 +30,7 @@ from eae_dist.objectives import build_objective, resolve
 ROWS, QUERIES, D, K = 1_000_000, 10_000, 64, 10
 SHARDED_ROWS, SHARDED_QUERIES = 200_000, 4_000
 OVER_FAISS, OVER_ONE, FASTER, RECALL, OF_LOOP = 1.05, 1.1, 10, 0.95, 0.95
-SHAPE, IMAGES, BLOCK = (3, 32, 32), 2_048, 256
+SHAPE, IMAGES, BLOCK = (3, 32, 32), 8_192, 256
 
 
 def rows() -> Iterator[Row]:
