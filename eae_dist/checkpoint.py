@@ -29,6 +29,8 @@ from safetensors.torch import load_file, save_file
 
 import eae_dist
 from eae_dist.config import WHERE_DATA_LIES, Config, changed_keys, override, read_config, save_config
+from eae_dist.data.remote import Cache
+from eae_dist.data.shards import ShardIndex
 from eae_dist.distributed import first_rank_first, from_first_rank
 from eae_dist.durable import fsync, sha256_of
 from eae_dist.objectives import Objective, build_objective
@@ -216,6 +218,17 @@ def evaluation_config(checkpoint: Checkpoint, assignments: Sequence[str]) -> Con
             "data.root is read; the rest is its own:\n  " + "\n  ".join(changed)
         )
     return config
+
+
+def open_data(checkpoint: Checkpoint, config: Config) -> ShardIndex:
+    """The index of data.root. Raises ValueError for images of another shape than the model's, and as `ShardIndex.load`."""
+    index = ShardIndex.load(config.data.root, Cache.of(config.data))
+    if index.image_shape != tuple(checkpoint.state["image_shape"]):
+        raise ValueError(
+            f"data.root={config.data.root} holds images of shape {index.image_shape} (c, h, w), the checkpoint was trained on "
+            f"{tuple(checkpoint.state['image_shape'])}"
+        )
+    return index
 
 
 def evaluation_folder(checkpoint: Checkpoint) -> Path:

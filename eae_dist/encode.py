@@ -17,16 +17,15 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from eae_dist.checkpoint import evaluation_config, load_objective, named_networks, open_checkpoint
-from eae_dist.data.order import blocks_of, filled
+from eae_dist.checkpoint import evaluation_config, load_objective, named_networks, open_checkpoint, open_data
+from eae_dist.data.order import blocks_of
 from eae_dist.data.remote import Cache
-from eae_dist.data.shards import ShardIndex
 from eae_dist.data.stream import walk
 from eae_dist.distributed import first_rank_first, on_every_rank, rank, world_size
 from eae_dist.durable import replace_file
 from eae_dist.latent.store import PART_ROWS, VERSION, LatentFolder, description, finished_part, write_part
 from eae_dist.local_ranks import run_on_ranks
-from eae_dist.model.autoencoder import to_unit
+from eae_dist.model.autoencoder import encoded
 
 IDENTITY = ("model_sha256", "index_sha256", "batch")  # what moves a bit of a latent, on one kind of processor
 
@@ -40,12 +39,7 @@ def encode(directory: Path, out: Path, assignments: Sequence[str]) -> LatentFold
     # Whose latents, and which parts of them are there.
     checkpoint = open_checkpoint(directory)
     config = evaluation_config(checkpoint, assignments)
-    index = ShardIndex.load(config.data.root, Cache.of(config.data))
-    if index.image_shape != tuple(checkpoint.state["image_shape"]):
-        raise ValueError(
-            f"data.root={config.data.root} holds images of shape {index.image_shape} (c, h, w), the checkpoint was trained on "
-            f"{tuple(checkpoint.state['image_shape'])}"
-        )
+    index = open_data(checkpoint, config)
     device = PartialState().device
     autoencoder = load_objective(checkpoint, named_networks(assignments)).autoencoder.to(device)
     block = config.evaluate.batch
@@ -77,7 +71,7 @@ def encode(directory: Path, out: Path, assignments: Sequence[str]) -> LatentFold
             for split, part, of, name in missing:
                 latents, labels, keys = [], [], []
                 for batch in walk(config.data.root, split, block, rank=part, world=of, cache=Cache.of(config.data)):
-                    latents.append(latents_of(autoencoder, batch["image"], block, device))
+                    latents.append(encoded(autoencoder, batch["image"], block, device))
                     labels.append(batch["label"].numpy())
                     keys += batch["key"]
                     progress.update()
@@ -109,12 +103,6 @@ def name_of(split: str, part: int) -> str:
     return f"{split}-{part:06d}"
 
 
-@torch.no_grad()
-def latents_of(autoencoder: torch.nn.Module, images: torch.Tensor, block: int, device: torch.device) -> torch.Tensor:
-    """uint8 images [b, c, h, w], b up to `block` -> [b, d]."""
-    return autoencoder.encode(filled(to_unit(images, device), block))[: len(images)]
-
-
 def start_folder(out: Path, about: dict) -> None:
     """Makes the folder, or goes on with one of the same latents. Call on every rank. Raises ValueError or OSError."""
     with first_rank_first() as mine:
@@ -137,7 +125,7 @@ def start_folder(out: Path, about: dict) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m eae_dist.encode", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m eae_dist.encode", description=__doc__.split(":\n")[0])
     parser.add_argument("--ckpt", type=Path, required=True, help="a checkpoint folder, or a run folder (its latest checkpoint)")
     parser.add_argument("--data", help="folder or address of shards; default: what the checkpoint was trained on")
     parser.add_argument("--out", type=Path, required=True, help="folder for the latents")

@@ -21,12 +21,12 @@ import torch
 from accelerate import PartialState
 
 from eae_dist.checkpoint import (
-    Checkpoint,
     evaluation_config,
     evaluation_folder,
     load_objective,
     named_networks,
     open_checkpoint,
+    open_data,
     versions,
 )
 from eae_dist.config import Config, EvaluateConfig, load_config
@@ -44,7 +44,7 @@ from eae_dist.losses.terms import squared_error
 from eae_dist.metrics.comparison import ImageSet, compare, describe
 from eae_dist.metrics.features import CLASSIFIERS, Extractor, build_features
 from eae_dist.metrics.frechet import warnings_about
-from eae_dist.model.autoencoder import Autoencoder, to_unit
+from eae_dist.model.autoencoder import Autoencoder, encoded, to_unit
 from eae_dist.objectives import objective_class
 from eae_dist.report.grids import ACROSS, SAMPLES, draw_grids, grid, grid_inputs, save_grids
 
@@ -62,6 +62,7 @@ def evaluate(directory: Path, assignments: Sequence[str], out: Path | None = Non
     config = evaluation_config(checkpoint, assignments)
     settings = config.evaluate
     index = open_data(checkpoint, config)
+    check_splits(index, config)
     second_stage = objective_class(config.objective.name).second_stage
     densities = density_names(settings, second_stage)
     device = PartialState().device
@@ -167,18 +168,11 @@ def evaluate_folders(real: Path, generated: Path, assignments: Sequence[str], ou
     return metrics
 
 
-def open_data(checkpoint: Checkpoint, config: Config) -> ShardIndex:
-    """The index of the data; ValueError if it does not fit the checkpoint or a split is missing or empty."""
-    index = ShardIndex.load(config.data.root, Cache.of(config.data))
-    if index.image_shape != tuple(checkpoint.state["image_shape"]):
-        raise ValueError(
-            f"data.root={config.data.root} holds images of shape {index.image_shape} (c, h, w), the checkpoint was trained on "
-            f"{tuple(checkpoint.state['image_shape'])}"
-        )
+def check_splits(index: ShardIndex, config: Config) -> None:
+    """Raises ValueError if a split that is judged or compared with is missing or empty."""
     for key, split in {"split": config.evaluate.split, "reference": config.evaluate.reference}.items():
         if index.split(split).samples == 0:
             raise ValueError(f"evaluate.{key}={split} of {config.data.root} holds no images")
-    return index
 
 
 def density_names(settings: EvaluateConfig, second_stage: str | None) -> list[str]:
@@ -313,13 +307,11 @@ def reconstructed(
     return gather_rows(torch.cat(errors)).cpu(), gather_rows(torch.cat(latents)).cpu()
 
 
-@torch.no_grad()
 def training_latents(autoencoder: Autoencoder, config: Config, device: torch.device) -> torch.Tensor:
     """Latents of this rank's run of the training split, [b, d]."""
     latents = [torch.zeros(0, autoencoder.latent_dim, device=device)]
     for batch in walked(config, config.data.split, f"encoding {config.data.split}"):
-        images = filled(to_unit(batch["image"], device), config.evaluate.batch)
-        latents.append(autoencoder.encode(images)[: len(batch["image"])])
+        latents.append(encoded(autoencoder, batch["image"], config.evaluate.batch, device))
     return torch.cat(latents)
 
 

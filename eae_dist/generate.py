@@ -7,7 +7,6 @@ are those that `python -m eae_dist.evaluate` fitted.
 """
 
 import argparse
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from eae_dist.distributed import first_rank_first
 from eae_dist.durable import replace_file
 from eae_dist.generation import decoded, sample_seeds, trained_model
 from eae_dist.local_ranks import run_on_ranks
+from eae_dist.report.grids import png_bytes
 
 
 def generate(directory: Path, out: Path, density: str, count: int, assignments: Sequence[str]) -> None:
@@ -44,9 +44,8 @@ def generate(directory: Path, out: Path, density: str, count: int, assignments: 
                 raise ValueError(f"{out} is not empty, and images of two sets must not mix; take another folder")
     for first, images in decoded(model.autoencoder, latents, count, settings.batch, device, f"drawing from {density}"):
         for number, pixels in enumerate(images.permute(0, 2, 3, 1).cpu().numpy(), start=first):
-            file = io.BytesIO()
-            Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(file, "png")
-            replace_file(out / f"{number:06d}.png", file.getvalue())
+            image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
+            replace_file(out / f"{number:06d}.png", png_bytes(image))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -20,10 +20,11 @@ import torch
 from accelerate import PartialState
 
 from eae_dist.data.processes import available_cores
-from eae_dist.distributed import LAUNCHERS, ending_ranks, rank, require_equal
+from eae_dist.distributed import LAUNCHERS, FirstRankFailed, ending_ranks, rank, require_equal, silent_ranks, world_size
 from eae_dist.draws import derive_key
 
 Result = TypeVar("Result")
+PATIENCE = 5.0  # seconds in which a rank answers that is there
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
@@ -50,7 +51,16 @@ def run_on_ranks(module: str, nproc: int | None, command: Sequence[str], work: C
         logging.basicConfig(level=logging.INFO, format="%(message)s")
     with ending_ranks():
         require_equal(list(command), "arguments")
-        result = work()
+        try:
+            result = work()
+        except FirstRankFailed:
+            raise
+        except RuntimeError as error:  # so a collective fails when a rank has ended
+            silent = silent_ranks(PATIENCE) if world_size() > 1 else []
+            if not silent:
+                raise
+            ranks = ", ".join(map(str, silent))
+            raise OSError(f"rank {ranks} ended or hangs ({error}); when it is clear why, start the same command again") from error
     return result if first else None
 
 

@@ -161,7 +161,7 @@ def query(space: LatentSpace, files: Sequence[Path], out: Path | None) -> list[d
     labels = space.folder.read(space.split, "labels")
     found = []
     for file, distances, near in zip(files, np.sqrt(squared), ids, strict=True):
-        names = [space.classes[label] if 0 <= label < len(space.classes) else None for label in labels[near].tolist()]
+        names = [space.class_of(label) for label in labels[near].tolist()]
         rows = zip(space.keys(near), near.tolist(), names, distances.tolist(), strict=True)
         found.append({"query": str(file), "neighbors": [{"key": k, "row": r, "class": c, "distance": d} for k, r, c, d in rows]})
     with first_rank_first() as mine:
@@ -172,7 +172,7 @@ def query(space: LatentSpace, files: Sequence[Path], out: Path | None) -> list[d
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m eae_dist.neighbors", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m eae_dist.neighbors", description=__doc__.split(":\n")[0])
     parser.add_argument("--latents", type=Path, required=True, help="a folder that `python -m eae_dist.encode` wrote")
     parser.add_argument("--ckpt", type=Path, help="the model; default: the checkpoint that they were encoded from")
     parser.add_argument(

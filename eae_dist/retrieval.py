@@ -10,16 +10,15 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
-from eae_dist.checkpoint import Checkpoint, evaluation_config, named_networks, open_checkpoint
+from eae_dist.checkpoint import Checkpoint, evaluation_config, named_networks, open_checkpoint, open_data
 from eae_dist.config import Config, IndexConfig
 from eae_dist.data.remote import Cache
-from eae_dist.data.shards import ShardIndex
 from eae_dist.data.stream import read_samples
 from eae_dist.distributed import from_first_rank, rank, world_size
-from eae_dist.encode import latents_of
 from eae_dist.generation import TrainedModel, trained_model
 from eae_dist.latent.index import LatentIndex
 from eae_dist.latent.store import LatentFolder
+from eae_dist.model.autoencoder import encoded
 
 log = logging.getLogger("eae_dist")
 
@@ -47,7 +46,7 @@ class LatentSpace:
         self.config: Config = evaluation_config(self.checkpoint, [f"data.root={about['data_root']}", *assignments])
         self.settings: IndexConfig = self.config.index
         self.cache = Cache.of(self.config.data)
-        index = ShardIndex.load(self.config.data.root, self.cache)
+        index = open_data(self.checkpoint, self.config)
         if index.sha256 != about["index_sha256"]:
             raise ValueError(f"data.root={self.config.data.root} is not the data set that {latents} was made of; name that one")
         self.classes = index.classes
@@ -95,9 +94,14 @@ class LatentSpace:
     def encode(self, images: torch.Tensor) -> np.ndarray:
         """uint8 [m, c, h, w] -> [m, d], in the blocks in which the latents of the folder were made."""
         block = self.folder.about["batch"]
-        blocks = [latents_of(self.model.autoencoder, part, block, self.device) for part in images.split(block)]
+        blocks = [encoded(self.model.autoencoder, part, block, self.device) for part in images.split(block)]
         return torch.cat([torch.zeros(0, self.folder.d, device=self.device), *blocks]).cpu().numpy()
 
+    def class_of(self, label: int) -> str | None:
+        """The name of a class, the number where classes have no names, None for -1."""
+        return None if label < 0 else self.classes[label] if label < len(self.classes) else str(label)
+
     def keys(self, numbers: np.ndarray) -> list[str]:
+        """Of rows of index.split."""
         keys = self.folder.read(self.split, "keys")
         return [keys[number].decode() for number in numbers]

@@ -79,7 +79,7 @@ def bound(host: str, port: int) -> socket.socket:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m eae_dist.serve", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m eae_dist.serve", description=__doc__.split(":\n")[0])
     parser.add_argument("--ckpt", type=Path, required=True, help="a checkpoint folder, or a run folder (its latest checkpoint)")
     parser.add_argument("--index", type=Path, metavar="LATENTS", help="a folder that `python -m eae_dist.encode` wrote")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; default: 127.0.0.1, this machine alone")

@@ -97,6 +97,18 @@ def train_in_turn(*runs: list[str]) -> None:
                 train(config)
 
 
+def try_in_turn(*runs: list[str]) -> None:
+    """As `train_in_turn`, for runs that every rank ends with an error, which it says."""
+    with ending_ranks():
+        for arguments in runs:
+            try:
+                train(load_config(arguments))
+            except (ValueError, OSError, TrainingDiverged) as error:
+                print(f"error: {error}", flush=True)
+            else:
+                print("no error", flush=True)
+
+
 @contextmanager
 def noting_keys(folder: Path) -> Iterator[None]:
     """Every rank notes the samples of each step that it takes; a step that is taken again takes the place of its first try."""

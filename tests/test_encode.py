@@ -232,3 +232,5 @@ def killed_search(latents: str) -> None:
 def test_rank_that_is_killed_during_a_search_ends_the_others(latents, tmp_path):
     ended = run_ranks(3, tmp_path / "logs", killed_search, str(latents.root))
     assert ended.codes[-1] == -signal.SIGKILL and all(code > 0 for code in ended.codes[:-1]), ended
+    for said in ended.said[:-1]:
+        assert "rank 2 ended or hangs" in said and "start the same command again" in said and "Traceback" not in said, said

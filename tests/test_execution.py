@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from world_cases import BATCH, OBJECTIVES, configured
+from world_cases import configured, run_of
 
 from eae_dist import execution
 from eae_dist import train as trainer
@@ -23,24 +23,6 @@ from eae_dist.model.autoencoder import Autoencoder, build_autoencoder, resolve_m
 from eae_dist.objectives import build_objective
 
 SHAPE, CPU = (1, 16, 16), torch.device("cpu")
-
-
-def run_of(shards: Path, run: Path, *more: str, name: str = "eae", steps: int = 4) -> list[str]:
-    return [
-        f"objective.name={name}",
-        f"data.root={shards}",
-        f"train.output={run}",
-        f"train.global_batch={BATCH}",
-        f"train.epochs={steps * BATCH / 150}",
-        f"train.log_every={BATCH}",
-        "train.sample_every=1000000",
-        "train.trackers=[]",
-        "train.device=cpu",
-        "model.width=4",
-        "model.latent_dim=5",
-        *OBJECTIVES[name],
-        *more,
-    ]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -150,16 +132,15 @@ def compiled_in_turn(*runs: list[str]) -> None:
             trainer.train(load_config(run))
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_runs_go_from_eager_to_compiled_and_back_and_end_with_the_weights_of_those_that_stayed(shards, tmp_path, ranks):
+def test_runs_go_from_eager_to_compiled_and_back_and_end_with_the_weights_of_those_that_stayed(shards, tmp_path):
     runs = []
     for name, settings in COMPILED.items():
         halves = [f"train.compile={first}" for first in (("true", "false") if name == "rae_sn" else ("false", "true"))]
         runs.append(run_of(shards, tmp_path / f"{name}-eager", *settings, name=name))
         for steps, compiled in zip((2, 4), halves, strict=True):
             runs.append(run_of(shards, tmp_path / f"{name}-both", *settings, compiled, name=name, steps=steps))
-    ended = run_ranks(ranks, tmp_path / "logs", compiled_in_turn, *runs, timeout=400)
-    assert ended.codes == [0] * ranks, ended.said
+    ended = run_ranks(2, tmp_path / "logs", compiled_in_turn, *runs, timeout=400)  # on one: tests/cluster/test_compiled.py
+    assert ended.codes == [0, 0], ended.said
     for name in COMPILED:
         # Without a compiler of kernels the same bits were measured; another decomposition of an operation may round differently.
         assert_close(weights(tmp_path / f"{name}-both"), weights(tmp_path / f"{name}-eager"), 1e-5)

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from conftest import ROOT, rank_environment
 from ranks import run_ranks, train_in_turn
 from safetensors.torch import load_file
-from world_cases import BATCH, OBJECTIVES, configured, entropy_inputs
+from world_cases import BATCH, configured, entropy_inputs, run_of
 
 from eae_dist.distributed import ending_ranks, gather_rows, rank, sum_over_ranks, world_size
 from eae_dist.losses.entropy import entropy_terms, knn_entropy
@@ -174,24 +174,10 @@ def test_entropy_finds_the_neighbors_of_float32_where_tf32_is_allowed(device):
 # Whole runs on one GPU.
 
 
-def run_of(shards: Path, run: Path, device: str, *more: str, name: str = "eae", steps: int = 10) -> list[str]:
-    return [
-        f"objective.name={name}",
-        f"data.root={shards}",
-        f"train.output={run}",
-        f"train.global_batch={BATCH}",
-        f"train.epochs={steps * BATCH / 150}",
-        f"train.log_every={BATCH}",
-        f"train.device={'cpu' if device == 'cpu' else 'auto'}",
-        "train.deterministic=true",
-        "train.trackers=[]",
-        "model.width=4",
-        "model.latent_dim=5",
-        "evaluate.components=2",
-        f"evaluate.cache={run}-cache",
-        *OBJECTIVES[name],
-        *more,
-    ]
+def run_on(device: str, shards: Path, run: Path, *more: str, name: str = "eae", steps: int = 10) -> list[str]:
+    where = f"train.device={'cpu' if device == 'cpu' else 'auto'}"
+    judged = ("evaluate.components=2", f"evaluate.cache={run}-cache")
+    return run_of(shards, run, where, "train.deterministic=true", *judged, *more, name=name, steps=steps)
 
 
 def trained(folder: Path, device: str, *runs: list[str], ranks: int = 1) -> None:
@@ -211,7 +197,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(("device", "precision"), [("cpu", "bf16"), *(pytest.param("cuda", p, marks=GPU) for p in PRECISIONS)])
 def test_run_in_mixed_precision_learns_and_goes_on_with_the_same_bits(shards, tmp_path, device, precision):
     def leg(run: str, steps: int) -> list[str]:
-        return run_of(shards, tmp_path / run, device, f"train.precision={precision}", steps=steps)
+        return run_on(device, shards, tmp_path / run, f"train.precision={precision}", steps=steps)
 
     trained(tmp_path, device, leg("whole", 20), leg("parts", 8), leg("parts", 20))
     lines = records(tmp_path / "whole")
@@ -227,8 +213,8 @@ def test_run_in_mixed_precision_learns_and_goes_on_with_the_same_bits(shards, tm
 @pytest.mark.parametrize("setting", ["train.checkpoint_activations=true", "train.channels_last=false", "train.accumulate=1"])
 def test_first_steps_on_a_device_are_those_of_one_cpu(shards, tmp_path, device, setting):
     """On as many ranks as there are, up to two, and however the networks are run."""
-    trained(tmp_path, "cpu", run_of(shards, tmp_path / "one", "cpu", name="ae", steps=4))
-    trained(tmp_path, device, run_of(shards, tmp_path / "other", device, setting, name="ae", steps=4), ranks=ranks_on(device))
+    trained(tmp_path, "cpu", run_on("cpu", shards, tmp_path / "one", name="ae", steps=4))
+    trained(tmp_path, device, run_on(device, shards, tmp_path / "other", setting, name="ae", steps=4), ranks=ranks_on(device))
     # Float32, whose rounding Adam amplifies from step to step; other images would change it by percents.
     for found, expected in zip(records(tmp_path / "other"), records(tmp_path / "one"), strict=True):
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-3)
@@ -239,7 +225,7 @@ def test_first_steps_on_a_device_are_those_of_one_cpu(shards, tmp_path, device, 
 def test_compiled_run_on_a_gpu_is_the_eager_run(shards, tmp_path):
     eager, compiled = tmp_path / "eager", tmp_path / "compiled"
     settings = {eager: "train.compile=false", compiled: "train.compile=true"}
-    trained(tmp_path, "cuda", *(run_of(shards, run, "cuda", setting, name="ae", steps=4) for run, setting in settings.items()))
+    trained(tmp_path, "cuda", *(run_on("cuda", shards, run, setting, name="ae", steps=4) for run, setting in settings.items()))
     for found, expected in zip(records(compiled), records(eager), strict=True):
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-3)
     assert weights(compiled).keys() == weights(eager).keys()
@@ -247,7 +233,7 @@ def test_compiled_run_on_a_gpu_is_the_eager_run(shards, tmp_path):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_training_and_evaluation_on_one_device_end_to_end(shards, tmp_path, device):
-    trained(tmp_path, device, run_of(shards, tmp_path / "run", device, "train.tf32=true", "evaluate.features=mnistcnn"))
+    trained(tmp_path, device, run_on(device, shards, tmp_path / "run", "train.tf32=true", "evaluate.features=mnistcnn"))
     command = [sys.executable, "-m", "eae_dist.evaluate", "--ckpt", str(tmp_path / "run"), "--nproc", "1"]
     environment = rank_environment() | environment_of(device)
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from test_execution import CPU, SHAPE, images, run_of, weights
-from world_cases import BATCH, OBJECTIVES, configured
+from test_execution import CPU, SHAPE, images, weights
+from world_cases import BATCH, OBJECTIVES, configured, run_of
 
 from eae_dist import checkpoint as checkpoints
 from eae_dist import objectives

@@ -58,6 +58,25 @@ def configured(shards: Path, name: str, *settings: str) -> Config:
     return resolve(config, (1, 16, 16))
 
 
+def run_of(shards: Path, run: Path, *more: str, name: str = "eae", steps: int = 4) -> list[str]:
+    """The command line of a short run of a row of OBJECTIVES, logged after every step; of what is given twice the last counts."""
+    return [
+        f"objective.name={name}",
+        f"data.root={shards}",
+        f"train.output={run}",
+        f"train.global_batch={BATCH}",
+        f"train.epochs={steps * BATCH / 150}",
+        f"train.log_every={BATCH}",
+        "train.sample_every=1000000",
+        "train.trackers=[]",
+        "train.device=cpu",
+        "model.width=4",
+        "model.latent_dim=5",
+        *OBJECTIVES[name],
+        *more,
+    ]
+
+
 def entropy_inputs():
     """[40, 6] float64 with an exact duplicate, far from the rest so that no row has two nearest, and a pair below the floor."""
     z = torch.randn(40, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

@@ -11,6 +11,7 @@ for bit, a function of queries and rows wherever they lie, for flat; for the oth
 n: rows of all ranks, d: dimensions, m: queries.
 """
 
+import errno
 import itertools
 import json
 import logging
@@ -18,6 +19,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -44,7 +46,8 @@ log = logging.getLogger("eae_dist")
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
 KINDS = ("flat", "ivf_flat", "ivf_pq", "hnsw")
 EFFORT = {"ivf_flat": "nprobe", "ivf_pq": "nprobe", "hnsw": "efSearch"}  # what a search can be given more of
-EXACT_UNTIL = 100_000  # rows; below, exact search of a thousand queries takes a second
+EXACT_UNTIL = 100_000  # rows; exact search of 1,000 queries among so many, d = 64, takes a fifth of a second on one core
+MOST_OF_GPUS = 2_048  # neighbors that FAISS' GPU indexes find of a query
 SPARE = 8  # candidates more than are wanted, so that rounding of the product form leaves out none
 GRAPH = 32  # edges of a row in hnsw
 TRAINING = 64  # rows a cell that k-means sees
@@ -146,7 +149,7 @@ class LatentIndex:
         longest = max(count for count, _, _ in every)
         found = [(np.empty((0, k), np.float32), np.empty((0, k), np.int64))]
         for start in range(0, longest, BLOCK):
-            found.append(self._search_everywhere(asked[start : start + BLOCK], int(k), self._candidates))
+            found.append(self._search_everywhere(asked[start : start + BLOCK], int(k)))
         squared, ids = (np.concatenate(blocks) for blocks in zip(*found, strict=True))
         if isinstance(queries, torch.Tensor):
             return torch.from_numpy(squared).to(queries.device), torch.from_numpy(ids).to(queries.device)
@@ -196,9 +199,8 @@ class LatentIndex:
         """
         path = Path(path)
         # Names of this save alone: another process may be saving the same index.
-        aside, old = (
-            path.with_name(f".{path.name}.{from_first_rank(secrets.token_hex(8))}.{what}") for what in ("partial", "old")
-        )
+        mark = from_first_rank(secrets.token_hex(8))
+        aside, old = (path.with_name(f".{path.name}.{mark}.{what}") for what in ("partial", "old"))
         try:
             with first_rank_first() as mine:
                 if mine:
@@ -250,12 +252,12 @@ class LatentIndex:
                         space = faiss.GpuParameterSpace() if index is part.on_gpus else faiss.ParameterSpace()
                         space.set_index_parameter(index, EFFORT[self.kind], self.effort)
 
-    def _search_everywhere(self, asked: np.ndarray, k: int, candidates: Callable) -> tuple[np.ndarray, np.ndarray]:
+    def _search_everywhere(self, asked: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """This rank's queries in the parts of all ranks, which answer all ranks' queries together."""
         device = message_device()
         counts = row_counts(len(asked), device)
         everyone = gather_padded(torch.tensor(asked, device=device), counts).cpu().numpy()
-        found = [_nearest(part, everyone, min(k, len(part.rows)), candidates) for part in self._parts]
+        found = [_nearest(part, everyone, min(k, len(part.rows)), self._candidates) for part in self._parts]
         squared, ids = _merged(found, k, len(everyone))
         if world_size() == 1:
             return squared, ids
@@ -271,19 +273,19 @@ class LatentIndex:
     def _candidates(self, part: Part, queries: np.ndarray, count: int) -> np.ndarray:
         """Ids within the part of about so many rows near each query, [m, up to count]; -1 where fewer were found."""
         count = min(count * (self.oversampling if self.kind == "ivf_pq" else 1), len(part.rows))
-        searched = part.on_gpus or part.index
+        searched = part.on_gpus if part.on_gpus is not None and count <= MOST_OF_GPUS else part.index
         if searched is None:
             return faiss.knn(queries, part.rows, count)[1]
         return searched.search(queries, count)[1]
 
     def _save_part(self, part: Part, folder: Path) -> dict:
         name = f"part-{part.start:012d}"
-        np.save(folder / f"{name}.npy", part.rows)
-        if part.index is not None:
-            try:
+        try:
+            np.save(folder / f"{name}.npy", part.rows)
+            if part.index is not None:
                 faiss.write_index(part.index, str(folder / f"{name}.faiss"))
-            except RuntimeError as error:  # FAISS has its own words for a full disk
-                raise OSError(f"{folder / name}.faiss could not be written: {error}") from error
+        except (OSError, RuntimeError) as error:  # FAISS has its own words for a full disk
+            raise OSError(f"the index in {folder.parent} could not be written: {error}") from error
         files = sorted(path.name for path in folder.glob(f"{name}.*"))
         for file in files:
             fsync(folder / file)
@@ -404,15 +406,18 @@ def _float_rows(x: np.ndarray | torch.Tensor, what: str, d: int | None = None) -
 
 def _exchange(new: Path, path: Path, old: Path) -> None:
     """Puts the folder `new` in the place of `path`, and what was there into `old`; other processes may do so too."""
-    for _ in range(100):
+    while True:
+        with suppress(FileNotFoundError):
+            path.rename(old)
         try:
-            if path.exists():
-                path.rename(old)
             new.rename(path)
             return fsync(path.parent)
-        except OSError:  # another came between
-            shutil.rmtree(old, ignore_errors=True)
-    raise OSError(f"{path} could not be replaced; is it being written by many processes, or not to be written at all?")
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                with suppress(OSError):
+                    old.rename(path)
+                raise
+            shutil.rmtree(old, ignore_errors=True)  # another has put its own there meanwhile
 
 
 def _load_part(folder: Path, part: dict, d: int) -> Part:

@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+from scipy.special import digamma
 from scipy.stats import ks_2samp, mannwhitneyu
 
 from eae_dist.latent.index import LatentIndex
@@ -56,10 +57,9 @@ def entropy_of_distances(distance: np.ndarray, d: int) -> dict[str, float | int]
     Rows with an exact twin have no density, and are left out of the mean: `without`. gaussian: that of N(0, I) itself.
     """
     n, apart = len(distance), distance[distance > 0]
-    harmonic = float(np.log(n)) - 1 / (2 * n) - 1 / (12 * n**2)  # psi(n), psi(1) = -Euler's constant
     mean = float(np.log(apart).mean()) if len(apart) else -math.inf
     return {
-        "nats": d * mean + log_unit_ball_volume(d) + harmonic + float(np.euler_gamma),
+        "nats": d * mean + log_unit_ball_volume(d) + float(digamma(n) - digamma(1)),
         "gaussian": d / 2 * math.log(2 * math.pi * math.e),
         "without": n - len(apart),
     }

@@ -13,7 +13,7 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -53,14 +53,17 @@ class LatentFolder:
         except (ValueError, KeyError, TypeError) as error:
             raise DamagedLatents(f"{root}/manifest.json cannot be read as that of latents: {error}") from error
 
-    @cached_property
+    @property
     def d(self) -> int:
         return self.about["d"]
 
     def rows(self, split: str) -> int:
         """How many latents a split has. ValueError, which names the splits there are, for another."""
         if split not in self.parts:
-            raise ValueError(f"{self.root} holds no latents of a split {split!r}; it has {', '.join(sorted(self.parts))}")
+            raise ValueError(
+                f"{self.root} holds no latents of a split {split!r}; it has {', '.join(sorted(self.parts))}; "
+                f"name one of these in index.split or index.queries"
+            )
         return sum(part["rows"] for part in self.parts[split])
 
     def read(self, split: str, what: str, start: int = 0, stop: int | None = None) -> np.ndarray:
@@ -81,9 +84,15 @@ class LatentFolder:
         path = self.root / file_name(part["name"], what)
         if not path.is_file():
             raise DamagedLatents(f"{path} is missing; encode again into another folder")
-        if sha256_of(path) != part["sha256"][what]:
+        if _checksum(path) != part["sha256"][what]:
             raise DamagedLatents(f"{path} does not match its checksum; encode again into another folder")
         return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+@cache
+def _checksum(path: Path) -> str:
+    """Of a finished part's file, once a process: it is read for the index, for its own neighbors, for a page's keys."""
+    return sha256_of(path)
 
 
 def file_name(part: str, what: str) -> str:

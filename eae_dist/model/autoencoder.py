@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from eae_dist.config import ModelConfig
+from eae_dist.data.order import filled
 from eae_dist.model.networks import NETWORKS, ConvDecoder, ConvEncoder, Family, normalize_spectrum, own_network
 from eae_dist.model.norm import GlobalBatchNorm
 from eae_dist.precision import full_precision
@@ -120,6 +121,12 @@ def _family(name: str) -> Family:
     if name not in NETWORKS:
         raise ValueError(f"model.network={name} is unknown; it is one of {', '.join(NETWORKS)}")
     return NETWORKS[name]
+
+
+@torch.no_grad()
+def encoded(autoencoder: Autoencoder, images: torch.Tensor, block: int, device: torch.device) -> torch.Tensor:
+    """uint8 images [b, c, h, w], at most `block` -> latents [b, d], as those of a whole block: the same bits for any b."""
+    return autoencoder.encode(filled(to_unit(images, device), block))[: len(images)]
 
 
 def to_unit(images: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -1,6 +1,5 @@
 """The paper's figure: reconstructions, random samples and interpolations side by side, a row per model, ground truth on top."""
 
-import io
 from collections.abc import Collection
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from eae_dist.durable import replace_file
 from eae_dist.generation import TrainedModel, load
 from eae_dist.model.autoencoder import to_uint8, to_unit
 from eae_dist.objectives import OBJECTIVES
-from eae_dist.report.grids import grid
+from eae_dist.report.grids import grid, png_bytes
 from eae_dist.report.table import BLOCKS, MODELS
 
 COLUMNS = 6  # pictures of each kind
@@ -43,9 +42,7 @@ def save_figure(
         model = load(checkpoint, allow=allow)
         density = density_of_samples(name)
         rows.append((MODELS[name] + (" + GMM" if density == "gmm" else ""), pictures(model, images, density, seed)))
-    drawn = io.BytesIO()
-    figure(rows).save(drawn, "png")
-    replace_file(path, drawn.getvalue())
+    replace_file(path, png_bytes(figure(rows)))
 
 
 def density_of_samples(name: str) -> str:

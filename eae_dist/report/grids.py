@@ -73,6 +73,11 @@ def save_grids(grids: dict[str, torch.Tensor], folder: Path, prefix: str = "") -
     """Writes folder/{prefix}{name}.png, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, picture in grids.items():
-        png = io.BytesIO()
-        Image.fromarray(to_uint8(picture).permute(1, 2, 0).cpu().numpy()).save(png, "png")
-        replace_file(folder / f"{prefix}{name}.png", png.getvalue())
+        image = Image.fromarray(to_uint8(picture).permute(1, 2, 0).cpu().numpy())
+        replace_file(folder / f"{prefix}{name}.png", png_bytes(image))
+
+
+def png_bytes(picture: Image.Image) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "png")
+    return file.getvalue()

@@ -5,6 +5,8 @@ import io
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from eae_dist.report.grids import png_bytes
+
 GAP, LETTERS, SMALLEST = 4, 14, 48  # pixels between pictures, of a line of text, of a picture's side
 
 
@@ -23,13 +25,12 @@ def neighbors_picture(queries: np.ndarray, neighbors: np.ndarray, distances: np.
             picture.paste(image.resize((width * times, height * times), Image.Resampling.NEAREST), (left, top))
             if column:
                 pen.text((left, top + height * times), f"{distances[row, column - 1]:.3g}", fill="black", font=font)
-    return _png(picture)
+    return png_bytes(picture)
 
 
 def distances_figure(queries: np.ndarray, samples: np.ndarray, split: str, density: str) -> bytes:
-    """Two histograms over one axis: distances [n] and [m] to the nearest training image."""
-
-    from matplotlib.figure import Figure
+    """Two histograms over one axis: distances [n] and [m] to the nearest training image -> a PNG file."""
+    from matplotlib.figure import Figure  # takes a second, and most commands draw none
 
     figure = Figure(figsize=(6.4, 3.2), layout="constrained")
     axes = figure.subplots()
@@ -41,10 +42,4 @@ def distances_figure(queries: np.ndarray, samples: np.ndarray, split: str, densi
     axes.legend(frameon=False)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=100)
-    return file.getvalue()
-
-
-def _png(picture: Image.Image) -> bytes:
-    file = io.BytesIO()
-    picture.save(file, "png")
     return file.getvalue()

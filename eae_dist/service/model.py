@@ -116,8 +116,7 @@ class ServedModel:
 
     def label_of(self, row: int) -> str | None:
         """The name of its class, the number where classes have no names, None without a label."""
-        label = int(self._labels[row])
-        return None if label < 0 else self.space.classes[label] if label < len(self.space.classes) else str(label)
+        return self.space.class_of(int(self._labels[row]))
 
     def latent_of(self, row: int) -> np.ndarray:
         """float32 [d], as it was encoded."""
