@@ -189,7 +189,7 @@ def test_loss_that_is_not_a_number_ends_all_ranks_and_is_named(ranks, shards, tm
     runs = [arguments(shards, tmp_path / name, name, "model.encoder=saboteur:DivergingEncoder") for name in ROWS]
     ended = run_ranks(ranks, tmp_path / "logs", try_in_turn, *runs)
     for said in ended.said:
-        where = f" is nan at step 7 on rank {ranks - 1}; the last good checkpoint is {tmp_path}"
+        where = f"reconstruction is nan at step 7 on rank {ranks - 1}; the last good checkpoint is {tmp_path}"
         assert said.count(where) == len(ROWS) and "no error" not in said, said
 
 

@@ -9,7 +9,6 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -55,7 +54,6 @@ from eae_dist.metrics.features import INCEPTION_FILE, inception
 from eae_dist.metrics.frechet import ROOTS, frechet_distance
 from eae_dist.model.norm import GlobalBatchNorm
 from eae_dist.objectives import build_objective
-from eae_dist.report.metrics_log import TrainingDiverged
 from eae_dist.train import check_micro_batches, rehearse, train, training_step, validate
 
 OUT, SHARDS, FOLDER, FID_CASE = (Path(argument) for argument in sys.argv[1:5])
@@ -366,7 +364,7 @@ def distance_of_two_folders():
 @case
 def disk_that_is_full_at_the_second_checkpoint():
     """What each rank raises, and the step that a reader finds afterwards."""
-    run, save = f"full-{world_size()}", checkpoints.save
+    save, found = checkpoints.save, {}
 
     def limited(run, config, model_state, optimizer_state, state):
         if state["step"] > 2:
@@ -375,22 +373,16 @@ def disk_that_is_full_at_the_second_checkpoint():
 
     checkpoints.save = limited  # called by the first rank alone
     try:
-        train(train_settings(run, epochs(6), f"train.save_every={2 * BATCH}", name="eae_linear"))
-    except (OSError, FirstRankFailed) as error:
-        return gather_objects((type(error).__name__, str(error))), checkpoints.open_checkpoint(FOLDER / run).state["step"]
+        for name in CONTINUED:
+            run = f"full-{name}-{world_size()}"
+            try:
+                train(train_settings(run, epochs(6), f"train.save_every={2 * BATCH}", name=name))
+            except (OSError, FirstRankFailed) as error:
+                every = gather_objects((type(error).__name__, str(error)))
+                found[name] = every, checkpoints.open_checkpoint(FOLDER / run).state["step"]
     finally:
         checkpoints.save = save
-
-
-@case
-def loss_that_is_not_a_number_on_the_last_rank():
-    config = train_settings(f"diverged-{world_size()}", epochs(20))
-    config = replace(config, model=replace(config.model, encoder="saboteur:DivergingEncoder"))
-    try:
-        train(config)
-    except TrainingDiverged as error:
-        return {"message": str(error)}
-    return {"message": ""}
+    return found
 
 
 def main() -> None:
