@@ -43,6 +43,17 @@ def test_exact_search_finds_what_comparing_with_every_row_finds(k):
     assert (ids[0] == nearest[0]).all()  # 20 equal rows, by id
 
 
+@pytest.mark.parametrize("asked", [3, 300])  # one by one, and in products
+@pytest.mark.parametrize("offset", [0, 3_000])
+def test_exact_search_is_exact_far_from_the_origin(offset, asked):
+    generator = np.random.default_rng(0)
+    rows, asking = (generator.normal(offset, 1, size=(n, 16)).astype(np.float32) for n in (2_000, asked))
+    squared, ids = LatentIndex.build(rows, "flat").search(asking, 5)
+    expected, nearest = by_comparison(rows, asking, 5)
+    np.testing.assert_allclose(squared, expected, rtol=1e-5)
+    assert (ids == nearest).mean() > 0.999
+
+
 @pytest.mark.parametrize("ranks", RANKS[1:])
 def test_search_over_ranks_is_that_of_one_index_bit_for_bit(world, ranks):
     one, several = (world(w)["exact_search"] for w in (1, ranks))

@@ -21,6 +21,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -48,10 +49,11 @@ KINDS = ("flat", "ivf_flat", "ivf_pq", "hnsw")
 EFFORT = {"ivf_flat": "nprobe", "ivf_pq": "nprobe", "hnsw": "efSearch"}  # what a search can be given more of
 EXACT_UNTIL = 100_000  # rows; exact search of 1,000 queries among so many, d = 64, takes a fifth of a second on one core
 MOST_OF_GPUS = 2_048  # neighbors that FAISS' GPU indexes find of a query
-SPARE = 8  # candidates more than are wanted, so that rounding of the product form leaves out none
+SPARE = 8  # candidates more than are wanted, with which `_rounding` as a rule is satisfied at once
 GRAPH = 32  # edges of a row in hnsw
 TRAINING = 64  # rows a cell that k-means sees
 FEWEST_FOR_CODES = 9_984  # rows, 39 for each of the 256 values of a byte, below which FAISS warns
+BY_PRODUCTS = 1_000  # queries times dimensions from which these are compared with the rows in matrix products
 BLOCK = 65_536  # rows that are added, or queries that are searched, at once
 VERSION = 1
 
@@ -69,6 +71,11 @@ class Part:
     index: faiss.Index | None = None
     on_gpus: faiss.Index | None = None
 
+    @cached_property
+    def longest(self) -> float:
+        """The largest norm of a row."""
+        return float(np.sqrt(np.einsum("nd,nd->n", self.rows, self.rows).max()))
+
 
 class Choice(NamedTuple):
     kind: str
@@ -85,6 +92,8 @@ class LatentIndex:
         self._parts, self.n, self.d, self.about = parts, n, d, about
         self.kind, self.reason = choice
         self.effort, self.oversampling = effort, oversampling
+        # FAISS 1.15 compares up to 128,000 / d queries one by one, which takes four times as long as products from 16 on.
+        faiss.cvar.distance_compute_blas_threshold = min(faiss.cvar.distance_compute_blas_threshold, BY_PRODUCTS)
 
     @classmethod
     def build(
@@ -347,7 +356,7 @@ def _most_effort(index: faiss.Index, kind: str) -> int:
 
 
 def _nearest(part: Part, queries: np.ndarray, k: int, candidates: Callable) -> tuple[np.ndarray, np.ndarray]:
-    """The k nearest rows of a part, [m, k] each, among candidates that are taken more of until no tie is cut through."""
+    """The k nearest rows of a part, [m, k] each, among candidates that are taken more of until none can be missing."""
     squared, ids = np.full((len(queries), k), np.inf, np.float32), np.full((len(queries), k), -1, np.int64)
     open_, wanted = np.arange(len(queries)), min(k + SPARE, len(part.rows))
     while len(open_):
@@ -357,11 +366,21 @@ def _nearest(part: Part, queries: np.ndarray, k: int, candidates: Callable) -> t
             found[few] = faiss.knn(asked[few], part.rows, found.shape[1])[1]
         distances, found = _by_distance(_squared_distances(asked, part.rows, found), found)
         squared[open_], ids[open_] = distances[:, :k], found[:, :k]
-        # Where the last candidate is as near as the k-th, there may be more of these.
-        cut = (distances[:, k - 1] == distances[:, -1]) & (found.shape[1] < len(part.rows))
+        # Where the last candidate is as near as the k-th, as far as rounding lets one tell, there may be more of these.
+        near = distances[:, -1] - distances[:, k - 1] <= _rounding(part, asked)
+        cut = near & (found.shape[1] < len(part.rows))
         open_, wanted = open_[cut], min(4 * wanted, len(part.rows))
     ids[ids >= 0] += part.start
     return squared, ids
+
+
+def _rounding(part: Part, queries: np.ndarray) -> np.ndarray | float:
+    """By how much a row that an exact search left out may seem further than its last candidate and yet be nearer, [m]."""
+    if part.index is not None:
+        return 0.0
+    # |q|^2 + |x|^2 - 2 q.x is off by at most E = (d + 2) 2^-24 (|q| + |x|)^2, and so is the sum of squared differences.
+    error = (queries.shape[1] + 2) * 2**-24 * (np.linalg.norm(queries, axis=1) + part.longest) ** 2
+    return 4 * error
 
 
 def _squared_distances(queries: np.ndarray, rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
