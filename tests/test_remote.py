@@ -198,6 +198,19 @@ def test_fault_that_stays_is_an_error_that_names_the_shard(server, cache, fault,
         take(ShardStream(server.address, "train", 26, cache=cache, workers=workers), 8)
 
 
+def test_each_try_waits_longer_than_the_one_before_up_to_half_a_minute(server, cache):
+    waits = []
+
+    class Noted(threading.Event):
+        def wait(self, timeout=None):
+            waits.append(timeout)
+
+    server.faults = {"train-000004.tar": ["500"] * 100}
+    with pytest.raises(FetchError, match="in 8 tries"):
+        RemoteFolder(server.address, smaller(cache, retries=7, first_wait=1.0)).copy("train-000004.tar", None, stop=Noted())
+    assert waits == [1, 2, 4, 8, 16, 30, 30]
+
+
 def test_shard_that_fails_in_the_middle_of_a_pass_ends_the_stream_there(serve, even, cache):
     server = serve(even)
     stream = ShardStream(server.address, "train", 4, lanes=2, cache=cache)
