@@ -318,12 +318,23 @@ def ending_ranks(*known: type[Exception]) -> Iterator[None]:
 
 
 def ranks_of_group(group: str | None) -> int:
-    """How many ranks a group of `objective.group` has: those of this machine for "node", all for None. Raises ValueError."""
+    """How many ranks a group of `objective.group` has: those of a machine for "node", all for None. Call on every rank.
+
+    Raises ValueError on every rank where groups cannot be that.
+    """
     world = world_size()
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    if group is not None and group != "node" and not (group.isdecimal() and int(group) > 0):
+    if group == "node":
+        of_machines = gather_objects(int(os.environ.get("LOCAL_WORLD_SIZE", world)))
+        ranks = of_machines[0]
+        if other := sorted(set(of_machines) - {ranks}):
+            raise ValueError(
+                f"objective.group=node wants as many ranks on every machine, there are {ranks} on one and {other[0]} on another; "
+                f"start as many on each, or give a number of ranks"
+            )
+    elif group is None or (group.isdecimal() and int(group) > 0):
+        ranks = int(group or world)
+    else:
         raise ValueError(f"objective.group={group} is neither node nor a number of ranks")
-    ranks = {None: world, "node": local}.get(group) or int(group)
     if world % ranks:
         raise ValueError(f"objective.group={group} cannot share out {world} ranks in groups of {ranks}")
     return ranks

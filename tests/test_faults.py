@@ -48,6 +48,10 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "checkpoints" / f"step-{STEPS:08d}" / "model.safetensors")
 
 
+def records(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def samples_of(run: Path) -> list[str]:
     return noted_keys(run.with_name(f"{run.name}.keys"), STEPS)
 
@@ -218,12 +222,32 @@ def test_killed_evaluation_goes_on_and_ends_with_the_same_numbers(ranks, whole_r
 
 
 def test_run_with_an_entropy_of_groups_says_so_and_a_number_that_does_not_share_out_is_refused(ranks, shards, tmp_path):
-    (tmp_path / "run.mark").touch()
-    words = arguments(shards, tmp_path / "run", "eae", "objective.group=1", f"train.epochs={2 * BATCH / 150}")
-    ended = run_ranks(ranks, tmp_path, train_in_turn, words)
+    runs = {"whole": "objective.group=null", "alone": "objective.group=1", "node": "objective.group=node"}
+    words = []
+    for name, group in runs.items():
+        (tmp_path / f"{name}.mark").touch()
+        words.append(
+            arguments(shards, tmp_path / name, "eae", group, f"train.epochs={2 * BATCH / 150}", f"train.log_every={BATCH}")
+        )
+    ended = run_ranks(ranks, tmp_path, train_in_turn, *words, environment={"LOCAL_WORLD_SIZE": 1})
     assert ended.codes == [0] * ranks, ended.said
-    assert (f"the mean of those of {ranks} groups of 1 ranks" in ended.said[0]) == (ranks > 1)
+    assert ended.said[0].count(f"the mean of those of {ranks} groups of 1 ranks") == (2 if ranks > 1 else 0)
+    whole, alone, node = ([line["entropy"] for line in records(tmp_path / name)] for name in runs)
+    assert alone == node and (alone == whole) == (ranks == 1)  # fewer latents are compared: another estimate
     ended = run_ranks(ranks, tmp_path, train_in_turn, arguments(shards, tmp_path / "other", "eae", "objective.group=3"))
     if ranks != 3:
         assert all(code > 0 for code in ended.codes)
         assert f"objective.group=3 cannot share out {ranks} ranks in groups of 3" in ended.said[0]
+
+
+def train_on_uneven_nodes(words: list[str]) -> None:
+    """Of four ranks the first two are on one machine, the others each on their own."""
+    os.environ["LOCAL_WORLD_SIZE"] = "2" if int(os.environ["RANK"]) < 2 else "1"
+    train_in_turn(words)
+
+
+@pytest.mark.parametrize("ranks", [4], indirect=True)
+def test_groups_of_nodes_with_different_numbers_of_ranks_are_refused(ranks, shards, tmp_path):
+    ended = run_ranks(ranks, tmp_path, train_on_uneven_nodes, arguments(shards, tmp_path / "run", "eae", "objective.group=node"))
+    assert all(code > 0 for code in ended.codes), ended
+    assert all("as many ranks on every machine, there are 2 on one and 1 on another" in said for said in ended.said), ended.said

@@ -305,6 +305,7 @@ def test_every_objective_runs_from_the_command_line(shards, tmp_path, name):
         ("data.validation=valid", "no split 'valid'"),
         ("train.global_batch=200", "batch of 200 needs at least as many samples, the split has 150"),
         ("objective.k=26", "objective.k=26 needs more than 26 rows"),
+        ("objective.group=nodes", "objective.group=nodes is neither node nor a number of ranks"),
         ("objective.name=vea", "objective.name=vea is unknown; it is one of vae, cv_vae"),
         ("model.network=big", "model.network=big is unknown; it is one of small"),
         ("model.encoder=nowhere:Encoder", "model.encoder=nowhere:Encoder cannot be imported"),
