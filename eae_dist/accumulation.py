@@ -8,6 +8,7 @@ through it in parts. Three stages (the two passes are those of Gao et al. 2021, 
        penalized by; pull both back to dL/dh
     3. encode every micro-batch again, with gradient, and continue dL/dh into the encoder
 
+Micro-batch a has the rows of the global batch whose numbers are a modulo A, wherever they are: the same on any number of ranks.
 Batch norms inside the networks see one micro-batch over all ranks. Gradients are averaged over ranks once, at the end.
 """
 
@@ -31,9 +32,10 @@ def accumulate(
     batch; parts: micro-batches, at most b. Call on every rank, with the objective that accelerate has not wrapped.
     """
     device, autoencoder = accelerator.device, objective.autoencoder
-    numbers_of = np.array_split(numbers, parts)
-    split = [len(part) for part in numbers_of]
-    images = batch["image"].split(split)
+    numbers_of = [numbers[numbers % parts == part] for part in range(parts)]
+    split = [len(here) for here in numbers_of]
+    order = torch.from_numpy(np.argsort(numbers % parts, kind="stable"))  # one micro-batch after the other
+    images, first, numbers = batch["image"][order].split(split), batch["first"][order], np.concatenate(numbers_of)
     scaled = (lambda loss: loss) if accelerator.scaler is None else accelerator.scaler.scale
 
     def code(part: int) -> torch.Tensor:
@@ -60,7 +62,7 @@ def accumulate(
             scaled(objective.weighted(objective.terms_of_rows(per_row, rows))).backward()
             kept.append({name: row.detach() for name, row in per_row.items() if name != "latent"})
         per_row = {name: torch.cat([here[name] for here in kept]) for name in kept[0]} | {"latent": latents[0]}
-        terms = objective.terms(per_row, batch["first"].to(device), rows, numbers, key)
+        terms = objective.terms(per_row, first.to(device), rows, numbers, key)
         pulled = sum((x * leaf.grad).sum() for x, leaf in zip(latents, leaves, strict=True) if x is not None)
         (pulled + scaled(terms["loss"])).backward()
 
