@@ -221,7 +221,7 @@ def test_killed_evaluation_goes_on_and_ends_with_the_same_numbers(ranks, whole_r
     assert numbers == expected and len(numbers["sets"]) == 6
 
 
-def test_run_with_an_entropy_of_groups_says_so_and_a_number_that_does_not_share_out_is_refused(ranks, shards, tmp_path):
+def test_run_with_an_entropy_of_groups_says_so_and_numbers_that_do_not_fit_are_refused(ranks, shards, tmp_path):
     runs = {"whole": "objective.group=null", "alone": "objective.group=1", "node": "objective.group=node"}
     words = []
     for name, group in runs.items():
@@ -234,10 +234,12 @@ def test_run_with_an_entropy_of_groups_says_so_and_a_number_that_does_not_share_
     assert ended.said[0].count(f"the mean of those of {ranks} groups of 1 ranks") == (2 if ranks > 1 else 0)
     whole, alone, node = ([line["entropy"] for line in records(tmp_path / name)] for name in runs)
     assert alone == node and (alone == whole) == (ranks == 1)  # fewer latents are compared: another estimate
-    ended = run_ranks(ranks, tmp_path, train_in_turn, arguments(shards, tmp_path / "other", "eae", "objective.group=3"))
-    if ranks != 3:
-        assert all(code > 0 for code in ended.codes)
-        assert f"objective.group=3 cannot share out {ranks} ranks in groups of 3" in ended.said[0]
+    short = ("model.encoder=null", f"train.epochs={2 * BATCH / 150}")
+    refused = {"three": ["objective.group=3"], "few": ["objective.group=1", "objective.k=20"]}
+    words = [arguments(shards, tmp_path / name, "eae", *settings, *short) for name, settings in refused.items()]
+    for said in run_ranks(ranks, tmp_path, try_in_turn, *words).said:
+        assert (f"objective.group=3 cannot share out {ranks} ranks in groups of 3" in said) == (ranks != 3)
+        assert ("objective.k=20 needs groups (objective.group) of more than 20 distinct rows" in said) == (ranks > 1)
 
 
 def train_on_uneven_nodes(words: list[str]) -> None:

@@ -97,8 +97,9 @@ class _KnnEntropy(torch.autograd.Function):
             counts = row_counts(len(local), local.device, group)
             n, d, world = sum(counts), local.shape[1], world_size(group)
             if not 1 <= k < n:
+                compared = "a global batch" if group is None else "groups (objective.group)"
                 raise ValueError(
-                    f"objective.k={k} needs a global batch of more than {max(k, 1)} distinct rows, got {n}; "
+                    f"objective.k={k} needs {compared} of more than {max(k, 1)} distinct rows, got {n}; "
                     f"lower objective.k (at least 1) or raise train.global_batch"
                 )
             keys = gather_padded(local, counts, group)
