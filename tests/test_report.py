@@ -264,6 +264,16 @@ def test_log_of_a_continued_run_holds_every_step_once(tmp_path, fresh_accelerato
     assert sorted(events.Tags()["scalars"]) == ["images", "loss"]
 
 
+def test_what_every_rank_has_a_number_of_is_a_curve_of_each_in_tensorboard(tmp_path, fresh_accelerator):
+    log = MetricsLog(tmp_path, fresh_accelerator(["tensorboard"]), 0, {})
+    log.write({"step": 10, "images": 260, "rank_data_wait": [0.25, 0.5]})
+    log.accelerator.trackers[0].finish()
+    events = EventAccumulator(str(tmp_path / "trackers" / "run"))
+    events.Reload()
+    curves = {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+    assert curves == {"images": [(10, 260)], "rank_data_wait/rank-0": [(10, 0.25)], "rank_data_wait/rank-1": [(10, 0.5)]}
+
+
 def test_tensorboard_shows_one_run_a_folder(tmp_path, fresh_accelerator):
     # Settings stored as hyperparameters would make a folder of their own, a second run on the page.
     run_log(tmp_path, fresh_accelerator(["tensorboard"]), 0, {10: 1.0})
