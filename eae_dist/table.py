@@ -25,6 +25,7 @@ from eae_dist.data.remote import Cache
 from eae_dist.data.shards import ShardIndex
 from eae_dist.data.stream import resolve_lanes
 from eae_dist.durable import replace_file
+from eae_dist.evaluate import check_splits, density_names, open_features
 from eae_dist.local_ranks import CommandFailed, SideBySide
 from eae_dist.objectives import OBJECTIVES, resolve
 from eae_dist.report.figure import save_figure
@@ -60,6 +61,7 @@ def table(
     first_stages = {run: every.get((OBJECTIVES[row].first_stage, seed)) for (row, seed), run in every.items()}
     runs = [run for run in every.values() if run.row in rows]
     runs.sort(key=lambda run: (run.seed, first_stages[run] is not None))  # last: those that wait for others' weights
+    check_judging([run for run in runs if judged(run) is None])
     failures = finish_all(runs, first_stages, side_by_side, out / "logs")
 
     found = {run: metrics for run in runs if (metrics := judged(run)) is not None}
@@ -101,6 +103,15 @@ def planned(config: Path, file: Path, row: str, seed: int, out: Path, settings: 
     index = ShardIndex.load(data.root, cache)
     lanes = resolve_lanes(index, data.split, loaded.train.global_batch, data.lanes, cache)
     return Run(row, seed, folder, arguments, resolve(loaded, index.image_shape, lanes), index)
+
+
+def check_judging(runs: Sequence[Run]) -> None:
+    """Raises ValueError or FileNotFoundError now for what would end every evaluation, which may be days of training later."""
+    for run in runs:
+        check_splits(run.index, run.config)
+        density_names(run.config.evaluate, OBJECTIVES[run.row].second_stage)
+    for run in runs[:1]:  # rows that are judged by several features are no table
+        open_features(run.config.evaluate, run.index, [f"evaluate.features={run.config.evaluate.features}"])
 
 
 def finish_all(runs: Sequence[Run], first_stages: dict[Run, Run | None], side_by_side: SideBySide, logs: Path) -> list[str]:

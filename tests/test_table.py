@@ -190,6 +190,10 @@ def test_run_that_was_trained_for_longer_is_refused(configs, tmp_path):
         (["{configs}", "train.seed=3"], "train.seed=3: the table sets this itself; give --out, --seeds or --only"),
         (["{configs}", "objective.kl_weight=0.2"], "objective.kl_weight=0.2 means nothing to objective.name=rae"),
         (["{configs}", "data.root=nowhere"], "nowhere"),
+        # What only the evaluation reads is refused before anything is trained.
+        (["{configs}", "evaluate.features=inception", "evaluate.inception_weights=nowhere.pth"], "nowhere.pth does not exist: "),
+        (["{configs}", "evaluate.densities=[mgv]"], "evaluate.densities: mgv is unknown"),
+        (["{configs}", "evaluate.split=tset"], "no split 'tset'"),
         (["{alone}"], "alone holds no file of a row, such as .*alone/eae.yaml; copy those of configs/mnist5k"),
         (["{wrong}"], "eae.yaml: objective.name=ae, but the file's name says eae"),
     ],
@@ -202,6 +206,7 @@ def test_wrong_input_is_one_line(configs, tmp_path, arguments, message):
     (tmp_path / "wrong" / "eae.yaml").write_text("objective:\n  name: ae\n")
     with pytest.raises(SystemExit, match=f"^error: .*{message}"):
         main([text.format(configs=configs, alone=alone, wrong=wrong) for text in arguments] + ["--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 def test_command_trains_and_judges_a_row_in_processes_of_its_own(configs, tmp_path):
