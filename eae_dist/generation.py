@@ -25,7 +25,8 @@ LatentsOf = Callable[[np.ndarray], torch.Tensor]
 class TrainedModel(nn.Module):
     """A trained autoencoder in eval mode, and the densities that `eae_dist.evaluate` fitted to its latents.
 
-    `.image_shape` is (c, h, w), `.latent_dim` d. Images are floating point in [0, 1].
+    `.image_shape` is (c, h, w), `.latent_dim` d. Images are floating point in [0, 1]; those and latents of another shape than the
+    model's are a ValueError.
     """
 
     def __init__(self, autoencoder: Autoencoder, checkpoint: Checkpoint):
@@ -37,10 +38,12 @@ class TrainedModel(nn.Module):
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """[b, c, h, w] -> [b, d]; of variational models the means."""
+        check_rows("images", images, self.image_shape)
         return self.autoencoder.encode(images)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """[b, d] -> [b, c, h, w]."""
+        check_rows("latents", latents, (self.latent_dim,))
         return self.autoencoder.decode(latents)
 
     def reconstruct(self, images: torch.Tensor) -> torch.Tensor:
@@ -74,6 +77,13 @@ class TrainedModel(nn.Module):
             return load_density(name, path, self._checkpoint.model_sha256)
         except ValueError as error:
             raise ValueError(f"{error}; take the checkpoint that {folder}/metrics.json names, or {advice}") from error
+
+
+def check_rows(what: str, rows: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless the rows [b, *shape] are floating point."""
+    if rows.shape[1:] != shape or not rows.is_floating_point():
+        wanted = ", ".join(map(str, ("b", *shape)))
+        raise ValueError(f"the model takes {what} [{wanted}] of floating point, got {rows.dtype} {tuple(rows.shape)}")
 
 
 def load(directory: str | Path, *, device: str | torch.device = "cpu", allow: Collection[str] = ()) -> TrainedModel:

@@ -33,6 +33,17 @@ def test_model_reconstructs_and_samples_what_evaluation_judged(run):  # noqa: F8
     assert not torch.allclose(model.sample(7, "isotropic", seed=3), drawn)
 
 
+@pytest.mark.parametrize(
+    "images", [torch.rand(2, 3, 16, 16), torch.rand(2, 1, 16, 8), torch.rand(1, 16, 16), torch.ones(2, 1, 16, 16).byte()]
+)
+def test_images_of_another_shape_or_type_are_refused(run, images):  # noqa: F811
+    for reading in (eae_dist.load(run).encode, eae_dist.load(run).reconstruct):
+        with pytest.raises(ValueError, match=r"the model takes images \[b, 1, 16, 16\] of floating point, got torch.\w+ \("):
+            reading(images)
+    with pytest.raises(ValueError, match=r"takes latents \[b, 5\] of floating point, got torch.float32 \(2, 4\)"):
+        eae_dist.load(run).decode(torch.zeros(2, 4))
+
+
 def test_isotropic_draws_need_no_evaluation_and_others_say_how_to_get_one(run):  # noqa: F811
     model = eae_dist.load(run)
     assert model.sample(2).shape == (2, 1, 16, 16)
