@@ -45,6 +45,18 @@ def test_report_shows_the_loss_and_the_learning_rate_that_plateaus_left(density)
     assert halvings == halvings.round() >= 0
 
 
+@pytest.mark.parametrize(("epochs", "halvings"), [(3, 0), (4, 1), (6, 1), (7, 2)])
+def test_learning_rate_is_halved_at_every_third_epoch_without_improvement(epochs, halvings):
+    density = TwoStage(width=4, epochs=epochs, learning_rate=1e-12)  # too small to improve on the first epoch
+    density.fit(two_groups(100))
+    assert density.final_learning_rate == 1e-12 / 2**halvings
+
+
+def test_defaults_are_the_official_settings():
+    official = {"kl_weight": 1.5e-3, "width": 1024, "epochs": 100, "learning_rate": 1e-4, "batch": 64}
+    assert vars(TwoStage()) == official | {"seed": 0}
+
+
 def test_the_divergence_is_that_of_the_two_gaussians():
     network, x = SecondStage(3, 8).double(), normal(range(20), 3)
     hidden = network.encoder(x)
