@@ -270,6 +270,13 @@ def test_distances_are_those_of_the_images_that_the_model_makes(run):
     assert any("33 samples for 64 features" in warning for warning in metrics["warnings"])
 
 
+def test_neighbor_images_bound_what_is_compared_row_by_row_and_no_moments(run):
+    every, few = (evaluate(run, settings)["sets"] for settings in ([], ["evaluate.neighbor_images=20"]))
+    for name, numbers in few.items():
+        assert (every[name]["neighbor_images"], numbers["neighbor_images"], numbers["images"]) == (33, 20, 33)
+        assert numbers["fd_mnistcnn64"] == every[name]["fd_mnistcnn64"] and numbers["kid"] != every[name]["kid"]
+
+
 def test_interrupted_evaluation_goes_on_and_ends_with_the_same_numbers(run, tmp_path, monkeypatch):
     whole = evaluate(run, [], tmp_path / "whole")
     compared = []
