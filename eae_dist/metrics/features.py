@@ -170,8 +170,8 @@ def inception_layout() -> nn.Module:
 def _load_state(path: Path) -> dict[str, torch.Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as a file of weights ({str(error)[:300]})") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:  # torch's words advise to unpickle it after all
+        raise ValueError(f"{path} cannot be read as a file of weights: it is damaged, or holds more than tensors") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, wanted a dict of weights")
     return state
