@@ -56,7 +56,8 @@ def table(
     """
     files = row_files(config, only)
     rows = [row for row in files if row in (only or files)]
-    there = [row for row in files if row in rows or (out / "runs" / f"{row}-0").is_dir()]
+    wanted = {OBJECTIVES[row].first_stage for row in rows}
+    there = [row for row in files if row in rows or (row in wanted and (out / "runs" / f"{row}-0").is_dir())]
     every = {(row, seed): planned(config, files[row], row, seed, out, settings) for seed in range(seeds) for row in there}
     first_stages = {run: every.get((OBJECTIVES[row].first_stage, seed)) for (row, seed), run in every.items()}
     runs = [run for run in every.values() if run.row in rows]

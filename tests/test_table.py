@@ -114,6 +114,13 @@ def test_table_runs_what_is_missing_and_leaves_what_is_finished(configs, tmp_pat
     assert "against 20 images of test" in (out / "table.md").read_text()
 
 
+def test_settings_of_a_row_are_not_refused_for_others_that_an_earlier_command_made(configs, tmp_path):
+    out = tmp_path / "out"
+    assert failures_of(configs, ["eae"], 1, Here(), out, []) == []
+    assert failures_of(configs, ["vae"], 1, here := Here(), out, ["objective.kl_weight=0.2"]) == []
+    assert here.trained == ["vae-0"]
+
+
 def test_two_stage_vae_takes_over_the_vae_of_its_seed(configs, tmp_path):
     out, here = tmp_path / "out", Here(jobs=2)
     assert failures_of(configs, [], 1, here, out, []) == []
