@@ -168,8 +168,10 @@ class SideBySide:
         finally:
             self._environments.put(environment)
         if status != 0:
-            said = [text for text in output.read_text(errors="replace").splitlines() if text.strip()] or ["it said nothing"]
-            last = next((text for text in reversed(said) if text.startswith("error")), said[-1])
+            text = output.read_text(errors="replace")
+            # With the lines that belong to it; a progress bar may stand before it.
+            errors = re.findall(r"error: .*(?:\n  .*)*", text)
+            *_, last = ["it said nothing", *text.strip().splitlines()[-1:], *errors[-1:]]
             raise CommandFailed(f"{module.rpartition('.')[2]} ended with status {status}: {last} (all of it: {output})")
 
     def stop(self) -> None:

@@ -235,6 +235,14 @@ def test_failed_command_says_its_own_error_and_where_the_rest_lies(tmp_path):
         SideBySide(1, None).call("eae_dist.pack", ["--verify", "nowhere"], tmp_path / "log")
 
 
+def test_error_of_several_lines_is_told_whole_and_without_the_bar_before_it(tmp_path):
+    said = "settings: 0/1error: other settings:\\n  a: 1 -> 2\\n  b: 3 -> 4\\nTraceback\\n  File"
+    with pytest.raises(CommandFailed, match="status 3: error: other settings:\n  a: 1 -> 2\n  b: 3 -> 4 \\(all of it"):
+        SideBySide(1, 1).call("timeit", ["-s", f"import os; print('{said}', flush=True); os._exit(3)"], tmp_path / "log")
+    with pytest.raises(CommandFailed, match="status 3: it said nothing"):
+        SideBySide(1, 1).call("timeit", ["-s", "import os; os._exit(3)"], tmp_path / "log")
+
+
 WAIT = "import time; time.sleep(600)"
 
 
