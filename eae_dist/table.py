@@ -19,6 +19,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import torch
+
 from eae_dist import checkpoint as checkpoints
 from eae_dist.config import WHERE_DATA_LIES, Config, changed_keys, is_assignment, load_config, read_config, save_config
 from eae_dist.data.remote import Cache
@@ -112,7 +114,8 @@ def check_judging(runs: Sequence[Run]) -> None:
         check_splits(run.index, run.config)
         density_names(run.config.evaluate, OBJECTIVES[run.row].second_stage)
     for run in runs[:1]:  # rows that are judged by several features are no table
-        open_features(run.config.evaluate, run.index, [f"evaluate.features={run.config.evaluate.features}"])
+        extractor = open_features(run.config.evaluate, run.index, [f"evaluate.features={run.config.evaluate.features}"])
+        extractor(torch.zeros(2, *run.index.image_shape, dtype=torch.uint8))
 
 
 def finish_all(runs: Sequence[Run], first_stages: dict[Run, Run | None], side_by_side: SideBySide, logs: Path) -> list[str]:

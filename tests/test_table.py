@@ -201,18 +201,24 @@ def test_run_that_was_trained_for_longer_is_refused(configs, tmp_path):
         (["{configs}", "evaluate.features=inception", "evaluate.inception_weights=nowhere.pth"], "nowhere.pth does not exist: "),
         (["{configs}", "evaluate.densities=[mgv]"], "evaluate.densities: mgv is unknown"),
         (["{configs}", "evaluate.split=tset"], "no split 'tset'"),
+        (["{configs}", "evaluate.features=own_features:mean"], "cannot be imported"),
+        (["{configs}", "data.root={color}"], "mnistcnn and fashioncnn see gray images only, got color"),
         (["{alone}"], "alone holds no file of a row, such as .*alone/eae.yaml; copy those of configs/mnist5k"),
         (["{wrong}"], "eae.yaml: objective.name=ae, but the file's name says eae"),
     ],
 )
 def test_wrong_input_is_one_line(configs, tmp_path, arguments, message):
     alone, wrong = tmp_path / "alone.yaml", tmp_path / "wrong.yaml"
+    color = write_shards(tmp_path / "color", {"train": (30,), "validation": (9,), "test": (9,)}, shape=(3, 16, 16))
     for path in (alone, wrong):
         path.write_text(configs.read_text())
     (tmp_path / "wrong").mkdir()
     (tmp_path / "wrong" / "eae.yaml").write_text("objective:\n  name: ae\n")
     with pytest.raises(SystemExit, match=f"^error: .*{message}"):
-        main([text.format(configs=configs, alone=alone, wrong=wrong) for text in arguments] + ["--out", str(tmp_path / "out")])
+        main(
+            [text.format(configs=configs, alone=alone, wrong=wrong, color=color) for text in arguments]
+            + ["--out", str(tmp_path / "out")]
+        )
     assert not (tmp_path / "out").exists()
 
 
