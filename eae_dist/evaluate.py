@@ -422,10 +422,11 @@ def summary_of_folders(metrics: dict) -> str:
 
 def summary_of_sets(metrics: dict) -> list[str]:
     """A line for each set of images, and the warnings."""
-    columns = (metrics["features"]["metric"], "kid", "precision", "recall", "density", "coverage")
-    lines = [f"{'':24}" + "".join(f"{column:>14}" for column in columns)]
+    names = (metrics["features"]["metric"], "kid", "precision", "recall", "density", "coverage")
+    columns = {name: max(14, len(name) + 2) for name in names}  # characters
+    lines = [f"{'':24}" + "".join(f"{column:>{width}}" for column, width in columns.items())]
     for which, numbers in metrics["sets"].items():
-        cells = (f"{numbers[column]:14.4g}" if column in numbers else f"{'':14}" for column in columns)
+        cells = (f"{numbers[column]:{width}.4g}" if column in numbers else f"{'':{width}}" for column, width in columns.items())
         lines.append(f"{which:24}" + "".join(cells))
     return lines + [f"warning: {text}" for text in metrics["warnings"]]
 

@@ -205,6 +205,16 @@ def test_command_prints_the_numbers_that_it_writes(run, tmp_path, capsys):
         assert shown in printed
 
 
+def test_numbers_stand_below_their_names_whatever_their_length():
+    sets = {"isotropic": {"fd_a_network_of_my_own": 12.5, "kid": 3.0, "precision": 0.5}, "gmm": {"fd_a_network_of_my_own": 7.0}}
+    head, *lines = evaluate_module.summary_of_sets(
+        {"features": {"metric": "fd_a_network_of_my_own"}, "sets": sets, "warnings": []}
+    )
+    ends = [head.index(name) + len(name) for name in ("fd_a_network_of_my_own", "kid", "precision")]
+    assert [lines[0][:end].split()[-1] for end in ends] == ["12.5", "3", "0.5"]
+    assert lines[1][: ends[0]].split() == ["gmm", "7"] and {len(line) for line in lines} == {len(head)}
+
+
 @pytest.mark.parametrize(
     ("damage", "settings", "words"),
     [
