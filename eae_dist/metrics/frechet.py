@@ -271,6 +271,6 @@ def few_samples_warning(count: int, features: int, what: str = "a set") -> str |
     if count > features:
         return None
     return (
-        f"{what} has {count} samples for {features} features: the covariance has rank {max(count - 1, 0)} at most and the "
-        f"Fréchet distance is far too large; compare it only at equal numbers of samples, or take more than {features}"
+        f"of {what} there are {count} samples for {features} features: the covariance has rank {max(count - 1, 0)} at most, and "
+        f"the Fréchet distance is far too large; compare it only at equal numbers of samples, or take more than {features}"
     )
