@@ -10,6 +10,7 @@ import pytest
 import torch
 from world_search import ROWS, latents, queries
 
+from eae_dist.latent import index as index_module
 from eae_dist.latent.index import KINDS, DamagedIndex, LatentIndex, choose
 from eae_dist.latent.neighborhoods import compare_distances, entropy_of_distances, nearest_others, vote
 from eae_dist.losses.entropy import knn_entropy
@@ -52,6 +53,16 @@ def test_exact_search_is_exact_far_from_the_origin(offset, asked):
     expected, nearest = by_comparison(rows, asking, 5)
     np.testing.assert_allclose(squared, expected, rtol=1e-5)
     assert (ids == nearest).mean() > 0.999
+
+
+def test_many_copies_are_compared_a_few_at_a_time(monkeypatch):
+    rows, compared = np.repeat(latents()[:3], 300, 0), []
+    distances = index_module._squared_distances
+    monkeypatch.setattr(index_module, "CANDIDATES", 2_000)
+    monkeypatch.setattr(index_module, "_squared_distances", lambda q, x, ids: compared.append(ids.size) or distances(q, x, ids))
+    squared, ids = LatentIndex.build(rows, "flat").search(rows, 2)
+    assert (squared == 0).all() and (ids == 300 * (np.arange(900)[:, None] // 300) + [0, 1]).all()
+    assert max(compared) <= 2_000
 
 
 @pytest.mark.parametrize("ranks", RANKS[1:])

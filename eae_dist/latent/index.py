@@ -55,6 +55,7 @@ TRAINING = 64  # rows a cell that k-means sees
 FEWEST_FOR_CODES = 9_984  # rows, 39 for each of the 256 values of a byte, below which FAISS warns
 BY_PRODUCTS = 1_000  # queries times dimensions from which these are compared with the rows in matrix products
 BLOCK = 65_536  # rows that are added, or queries that are searched, at once
+CANDIDATES = 2**23  # that are compared at once, in about half a gigabyte
 VERSION = 1
 
 
@@ -360,16 +361,18 @@ def _nearest(part: Part, queries: np.ndarray, k: int, candidates: Callable) -> t
     squared, ids = np.full((len(queries), k), np.inf, np.float32), np.full((len(queries), k), -1, np.int64)
     open_, wanted = np.arange(len(queries)), min(k + SPARE, len(part.rows))
     while len(open_):
-        asked = np.ascontiguousarray(queries[open_])
-        found = candidates(part, asked, wanted)
-        if (few := (found < 0).sum(1) > found.shape[1] - k).any():  # its cells hold fewer than k
-            found[few] = faiss.knn(asked[few], part.rows, found.shape[1])[1]
-        distances, found = _by_distance(_squared_distances(asked, part.rows, found), found)
-        squared[open_], ids[open_] = distances[:, :k], found[:, :k]
-        # Where the last candidate is as near as the k-th, as far as rounding lets one tell, there may be more of these.
-        near = distances[:, -1] - distances[:, k - 1] <= _rounding(part, asked)
-        cut = near & (found.shape[1] < len(part.rows))
-        open_, wanted = open_[cut], min(4 * wanted, len(part.rows))
+        cut, at_once = [], max(CANDIDATES // wanted, 1)
+        for some in (open_[start : start + at_once] for start in range(0, len(open_), at_once)):
+            asked = np.ascontiguousarray(queries[some])
+            found = candidates(part, asked, wanted)
+            if (few := (found < 0).sum(1) > found.shape[1] - k).any():  # its cells hold fewer than k
+                found[few] = faiss.knn(asked[few], part.rows, found.shape[1])[1]
+            distances, found = _by_distance(_squared_distances(asked, part.rows, found), found)
+            squared[some], ids[some] = distances[:, :k], found[:, :k]
+            # Where the last candidate is as near as the k-th, as far as rounding lets one tell, there may be more of these.
+            near = distances[:, -1] - distances[:, k - 1] <= _rounding(part, asked)
+            cut.append(some[near & (found.shape[1] < len(part.rows))])
+        open_, wanted = np.concatenate(cut), min(4 * wanted, len(part.rows))
     ids[ids >= 0] += part.start
     return squared, ids
 
