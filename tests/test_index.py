@@ -55,6 +55,14 @@ def test_exact_search_is_exact_far_from_the_origin(offset, asked):
     assert (ids == nearest).mean() > 0.999
 
 
+@pytest.mark.parametrize("scale", [1e-15, 1e15])
+def test_exact_search_is_exact_at_any_scale(scale):
+    squared, ids = LatentIndex.build(latents() * np.float32(scale), "flat").search(queries() * np.float32(scale), 7)
+    expected, nearest = by_comparison(latents() * np.float32(scale), queries() * np.float32(scale), 7)
+    np.testing.assert_allclose(squared, expected, rtol=1e-5, atol=1e-12 * scale**2)
+    assert (ids == nearest).mean() > 0.99  # rounding may exchange two that are nearly as near
+
+
 def test_many_copies_are_compared_a_few_at_a_time(monkeypatch):
     rows, compared = np.repeat(latents()[:3], 300, 0), []
     distances = index_module._squared_distances
@@ -173,6 +181,8 @@ def test_index_of_small_sets_is_exact_by_itself():
         ),
         (lambda: LatentIndex.build(latents(), "ivf_pq"), "index.kind=ivf_pq needs 9,984 latents on a rank, got 900; take flat"),
         (lambda: LatentIndex.build(latents(), recall=0), r"index.recall=0 must lie in \(0, 1\]"),
+        (lambda: LatentIndex.build(latents() * np.float32(1e20)), "900 of 900 latents are not finite, or as long as 4.6e\\+18"),
+        (lambda: LatentIndex.build(latents()).search(queries() + np.float32(2e18), 1), "50 of 50 queries are not finite, or as"),
         (lambda: LatentIndex.build(latents()).search(queries(), 0), "k=0 must be a whole number from 1 to the 900 rows"),
         (lambda: LatentIndex.build(latents()).search(queries(), 901), "k=901 must be"),
         (lambda: LatentIndex.build(latents()).search(queries(), True), "k=True must be"),

@@ -413,6 +413,7 @@ def test_bad_image_is_422_with_its_reason(app, data, reason):
         ("/sample", {"seed": 1.5}, 422, "seed: Input should be a valid integer"),
         ("/search", {"latent": [0] * D, "k": 0}, 422, "k: Input should be greater"),
         ("/search", {"latent": [0] * D, "k": 101}, 422, "k: Input should be less"),
+        ("/search", {"latent": [3e38] * D}, 422, "the latent is so long that distances from it are not finite"),
         ("/search", {"k": 3}, 422, "wanted is one of image, latent and key"),
         ("/search", {"key": "000001", "latent": [0] * D}, 422, "wanted is one of image, latent and key"),
         ("/search", {"key": "../../etc/passwd"}, 404, "there is no image with the key '../../etc/passwd' in shards, split train"),

@@ -56,6 +56,7 @@ FEWEST_FOR_CODES = 9_984  # rows, 39 for each of the 256 values of a byte, below
 BY_PRODUCTS = 1_000  # queries times dimensions from which these are compared with the rows in matrix products
 BLOCK = 65_536  # rows that are added, or queries that are searched, at once
 CANDIDATES = 2**23  # that are compared at once, in about half a gigabyte
+LONGEST = 2.0**62  # the norm from which on squared distances may not be finite in float32
 VERSION = 1
 
 
@@ -112,7 +113,8 @@ class LatentIndex:
         kind: one of KINDS, or auto: by rows, dimensions and `memory` (bytes a rank may take; default: half of the machine's, for
         all its ranks) for a search that finds the share `recall` of the neighbors. seed: of the rows that quantizers are trained
         on. about: plain values to be kept with the index. Call on every rank; b may differ and be 0.
-        Raises ValueError on every rank for a wrong shape, values that are not finite, no rows, an unknown kind, too few rows.
+        Raises ValueError on every rank for a wrong shape, values that are not finite, rows as long as LONGEST, no rows, an
+        unknown kind, too few rows.
         """
         rows, problem = _float_rows(latents, "latents")
         every = gather_objects((len(rows), rows.shape[1] if rows.ndim == 2 else None, problem))
@@ -147,7 +149,8 @@ class LatentIndex:
         """The k nearest rows of each of this rank's queries [m, d]: squared distances float32 and ids int64, two [m, k].
 
         Nearest first, equally near ones by id; arrays or tensors as the queries are. Call on every rank; m may differ and be 0.
-        Raises ValueError on every rank for a wrong shape, queries that are not finite, and unless 1 <= k <= n.
+        Raises ValueError on every rank for a wrong shape, queries that are not finite or as long as LONGEST, and unless
+        1 <= k <= n.
         """
         asked, problem = _float_rows(queries, "queries", self.d)
         if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k <= self.n:
@@ -422,8 +425,9 @@ def _float_rows(x: np.ndarray | torch.Tensor, what: str, d: int | None = None) -
         return np.empty((0, d or 0), np.float32), f"wanted {what} [rows, {d or 'dimensions'}], got {rows.dtype} {rows.shape}"
     if rows.dtype != np.float32 or not rows.flags.c_contiguous:  # else it may stay on the disk
         rows = np.ascontiguousarray(rows, dtype=np.float32)
-    broken = sum(int((~np.isfinite(rows[i : i + BLOCK])).any(1).sum()) for i in range(0, len(rows), BLOCK))
-    return rows, f"{broken} of {len(rows):,} {what} are not finite" if broken else None
+    blocks = (rows[i : i + BLOCK] for i in range(0, len(rows), BLOCK))
+    broken = sum(int((~(np.einsum("nd,nd->n", block, block) < LONGEST**2)).sum()) for block in blocks)
+    return rows, f"{broken} of {len(rows):,} {what} are not finite, or as long as {LONGEST:.2g}" if broken else None
 
 
 def _exchange(new: Path, path: Path, old: Path) -> None:

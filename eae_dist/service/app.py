@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse
 
 import eae_dist
 from eae_dist.generation import sample_seeds
+from eae_dist.latent.index import LONGEST
 from eae_dist.service import messages as m
 from eae_dist.service.batching import Batcher, Busy, Closed
 from eae_dist.service.guard import REQUEST_BYTES, Guard
@@ -133,7 +134,10 @@ def create_app(served: ServedModel, batcher: Batcher, hosts: tuple[str, ...] | N
         need_index()
         if request.k > served.index.n:
             raise HTTPException(422, f"k={request.k} must be a whole number from 1 to the {served.index.n:,} rows of the index")
-        distances, rows = (found[0] for found in await compute("search", await latents_of([request]), request.k))
+        asked = await latents_of([request])
+        if not np.linalg.norm(asked.astype(np.float64)) < LONGEST:
+            raise HTTPException(422, "the latent is so long that distances from it are not finite in float32")
+        distances, rows = (found[0] for found in await compute("search", asked, request.k))
         near = zip(rows.tolist(), distances.tolist(), strict=True)
         return m.Neighbors(neighbors=[m.Neighbor(**named(row), distance=distance) for row, distance in near])
 
