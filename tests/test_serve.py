@@ -13,6 +13,7 @@ import sys
 import threading
 import zlib
 from collections import Counter
+from contextlib import ExitStack
 
 import httpx
 import numpy as np
@@ -470,20 +471,21 @@ def test_without_latents_everything_else_works(world):
 def test_a_large_request_is_413_before_it_is_read(app, served, batcher):
     small = Guard(app.app, request_bytes=1_000)
     assert post(small, "/decode", b" " * 1_001).status_code == 413
-    taken = []
+    happened, body = [], bytearray()
 
-    async def chunks():
-        for _ in range(100):
-            taken.append(1)
-            yield b" " * 300
+    async def receive():
+        happened.append("bytes")
+        return {"type": "http.request", "body": b" " * 300, "more_body": len(happened) < 100}
 
-    async def asked():
-        transport = httpx.ASGITransport(app=small)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            return await client.post("/decode", content=chunks(), headers={"content-type": "application/json"})
+    async def send(message):
+        happened.append(message["type"])
+        body.extend(message.get("body", b""))
 
-    answer = asyncio.run(asked())
-    assert answer.status_code == 413 and "a request may have 1,000 bytes" in answer.json()["detail"] and len(taken) < 10
+    scope = {"type": "http", "method": "POST", "path": "/decode", "headers": [(b"content-type", b"application/json")]}
+    asyncio.run(small(scope, receive, send))
+    assert "a request may have 1,000 bytes" in json.loads(body)["detail"]
+    answered = happened.index("http.response.body")
+    assert happened[:answered].count("bytes") < 10 and happened.count("bytes") > 90  # the rest is taken in, and not kept
     assert post(small, "/decode", {"latents": [[0] * D]}).status_code == 200
 
 
@@ -571,7 +573,9 @@ def test_every_reference_of_the_page_is_there():
 def test_command_serves_until_it_is_told_to_end(world, tmp_path):
     command = [sys.executable, "-m", "eae_dist.serve", "--ckpt", str(world[0]), "--index", str(world[1]), "--port", "0"]
     how = {"stderr": subprocess.PIPE, "text": True, "env": rank_environment(), "cwd": tmp_path}
-    with subprocess.Popen(command, **how) as terminated, subprocess.Popen(command, **how) as interrupted:
+    with ExitStack() as at_last:
+        terminated, interrupted = (at_last.enter_context(subprocess.Popen(command, **how)) for _ in range(2))
+        at_last.callback(lambda: (terminated.kill(), interrupted.kill()))  # where an assertion fails
         for process, number in ((terminated, signal.SIGTERM), (interrupted, signal.SIGINT)):
             said = []
             for line in process.stderr:
@@ -587,6 +591,11 @@ def test_command_serves_until_it_is_told_to_end(world, tmp_path):
             with socket.create_connection(("127.0.0.1", int(match[2]))) as broken:
                 broken.sendall(b"\x00\xff no HTTP\r\n\r\n")
                 assert broken.recv(100).startswith(b"HTTP/1.1 400 ")
+            with socket.create_connection(("127.0.0.1", int(match[2]))) as large:
+                header = b"POST /decode HTTP/1.1\r\nhost: localhost\r\ncontent-length: 50000000\r\n\r\n"
+                large.sendall(header + bytes(50_000_000))  # to the end, before it listens
+                answer = b"".join(iter(lambda: large.recv(10_000), b""))
+                assert answer.startswith(b"HTTP/1.1 413 ") and b"a request may have 8,388,608 bytes" in answer
             with pytest.raises(SystemExit, match=f"error: --host=127.0.0.1 --port={match[2]} cannot be bound: "):
                 main(["--ckpt", str(world[0]), "--port", match[2]])
             process.send_signal(number)

@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+from contextlib import suppress
 
 REQUEST_BYTES = 8 << 20
 REQUEST_SECONDS = 30
+UNREAD_SECONDS = 5  # for which the rest of a refused request is taken in
 # Everything the page needs comes from here; a browser would refuse all else.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -45,13 +47,13 @@ class Guard:
 
         host = name_in(dict(scope["headers"]).get(b"host", b""))
         if self.hosts is not None and host not in self.hosts:
-            return await refuse(send_guarded, 400, f"this service is not called {host!r}, but {' or '.join(self.hosts)}")
+            return await refuse(receive, send_guarded, 400, f"this service is not called {host!r}, but {' or '.join(self.hosts)}")
         try:
             body = await asyncio.wait_for(self._body(scope, receive), REQUEST_SECONDS)
         except TooLarge as error:
-            return await refuse(send_guarded, 413, str(error))
+            return await refuse(receive, send_guarded, 413, str(error))
         except asyncio.TimeoutError:
-            return await refuse(send_guarded, 408, f"the request did not come within {REQUEST_SECONDS} s")
+            return await refuse(receive, send_guarded, 408, f"the request did not come within {REQUEST_SECONDS} s")
         except ConnectionResetError:
             return None
         messages = iter([{"type": "http.request", "body": body, "more_body": False}])
@@ -85,8 +87,17 @@ def name_in(host: bytes) -> str:
     return text.rpartition(":")[0] if text.rpartition(":")[2].isdigit() else text
 
 
-async def refuse(send, status: int, reason: str) -> None:
+async def refuse(receive, send, status: int, reason: str) -> None:
+    """Answers at once, and then throws away what still comes: closed with bytes unread, a connection loses the answer too."""
     body = json.dumps({"detail": reason}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), (b"connection", b"close")]
     await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+    with suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(the_rest(receive), UNREAD_SECONDS)
+    await send({"type": "http.response.body", "body": b""})
+
+
+async def the_rest(receive) -> None:
+    while (await receive()).get("more_body", False):
+        pass
