@@ -36,6 +36,7 @@ from eae_dist.latent.densities import save_density
 from eae_dist.latent.gaussian import Gaussian
 from eae_dist.retrieval import LatentSpace
 from eae_dist.serve import main
+from eae_dist.service import guard
 from eae_dist.service.app import create_app
 from eae_dist.service.batching import Batcher, Busy, Closed
 from eae_dist.service.guard import POLICY, Guard
@@ -487,6 +488,26 @@ def test_a_large_request_is_413_before_it_is_read(app, served, batcher):
     answered = happened.index("http.response.body")
     assert happened[:answered].count("bytes") < 10 and happened.count("bytes") > 90  # the rest is taken in, and not kept
     assert post(small, "/decode", {"latents": [[0] * D]}).status_code == 200
+
+
+def test_a_request_that_does_not_come_is_408(app, monkeypatch):
+    monkeypatch.setattr(guard, "REQUEST_SECONDS", 0.01)
+    monkeypatch.setattr(guard, "UNREAD_SECONDS", 0.01)
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/decode", "headers": []}
+    asyncio.run(app(scope, asyncio.Event().wait, send))
+    assert sent[0]["status"] == 408 and b"did not come within" in sent[1]["body"]
+
+
+def test_description_names_every_status_of_an_answer(app):
+    described = get(app, "/openapi.json").json()["paths"]["/decode"]["post"]["responses"]
+    source = "".join((ROOT / "eae_dist" / "service" / name).read_text() for name in ("app.py", "guard.py"))
+    answered = set(re.findall(r"(?:HTTPException|_problem|refuse)\((?:receive, send_guarded, )?(\d{3})", source))
+    assert {"408", "413", "429", "500", "503"} <= answered <= set(described)
 
 
 def test_a_body_that_does_not_say_that_it_is_json_is_415(app):

@@ -19,7 +19,7 @@ from eae_dist.generation import sample_seeds
 from eae_dist.latent.index import LONGEST
 from eae_dist.service import messages as m
 from eae_dist.service.batching import Batcher, Busy, Closed
-from eae_dist.service.guard import REQUEST_BYTES, Guard
+from eae_dist.service.guard import REQUEST_BYTES, REQUEST_SECONDS, Guard
 from eae_dist.service.images import images_from_text, png_of, texts_of
 from eae_dist.service.model import ServedModel
 from eae_dist.service.run_folder import RunFolder
@@ -28,11 +28,13 @@ PAGE = {"/": ("index.html", "text/html"), "/page.css": ("page.css", "text/css"),
 PROBLEMS = {
     400: "a body that is no JSON, or another name for this service",
     404: "a key, a picture or an index that is not there",
+    408: f"a request that did not come within {REQUEST_SECONDS} s",
     409: "a density that was not fitted",
     413: "too many bytes",
     415: "a body that does not say that it is JSON",
     422: "a value that is not wanted, and why",
     429: "too much waits; Retry-After says for how many seconds",
+    500: "a fault of the service, which goes on",
     503: "the service ends, or has too many connections",
 }
 
