@@ -1,6 +1,5 @@
 """A trained model with the latents of a data set, their index and the images that they came from: what is searched."""
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,7 +15,7 @@ from eae_dist.data.remote import Cache
 from eae_dist.data.stream import read_samples
 from eae_dist.distributed import from_first_rank, rank, world_size
 from eae_dist.generation import TrainedModel, trained_model
-from eae_dist.latent.index import LatentIndex
+from eae_dist.latent.index import DamagedIndex, LatentIndex, index_description
 from eae_dist.latent.store import LatentFolder
 from eae_dist.model.autoencoder import encoded
 
@@ -61,14 +60,19 @@ class LatentSpace:
         return start, self.folder.read(split, "latents", start, stop)
 
     def index(self) -> LatentIndex:
-        """The index of index.split, the one beside the latents if it was made with these settings."""
+        """The index of index.split, the one beside the latents if it was made with these settings.
+
+        Raises DamagedIndex if it cannot be read.
+        """
         settings = self.settings
         moved_by = {name: asdict(settings)[name] for name in ("kind", "recall", "memory", "split", "seed")}
         about = {"model_sha256": self.folder.about["model_sha256"], "index_sha256": self.folder.about["index_sha256"]} | moved_by
         path = self.folder.root / f"index-{self.split}"
-        kept = json.loads((path / "index.json").read_text()) if (path / "index.json").is_file() else {}
-        if from_first_rank(kept.get("about") == about):
-            return LatentIndex.load(path)
+        try:
+            if from_first_rank((path / "index.json").is_file() and index_description(path)["about"] == about):
+                return LatentIndex.load(path)
+        except DamagedIndex as error:
+            raise DamagedIndex(f"{error}; remove {path}, and it is made again") from error
         made = LatentIndex.build(
             self.mine(self.split)[1],
             settings.kind,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -18,7 +19,7 @@ from eae_dist import encode as encode_module
 from eae_dist import neighbors as neighbors_module
 from eae_dist.data.stream import read_samples, walk
 from eae_dist.encode import encode
-from eae_dist.latent.index import LatentIndex
+from eae_dist.latent.index import DamagedIndex, LatentIndex
 from eae_dist.latent.store import DamagedLatents, LatentFolder
 from eae_dist.model.autoencoder import to_unit
 from eae_dist.neighbors import main, near_pairs
@@ -214,6 +215,17 @@ def test_index_is_kept_and_made_anew_for_other_settings(latents, monkeypatch):
     monkeypatch.setattr(LatentIndex, "build", build)
     other = LatentSpace(latents.root, None, ["index.kind=ivf_flat", "index.recall=0.9"]).index()
     assert other.kind == "ivf_flat" and other.about["recall"] == 0.9
+
+
+@pytest.mark.parametrize(("name", "text"), [("index.json", "{"), ("index.json", "[]"), ("part-000000000000.npy", "x")])
+def test_damage_of_the_kept_index_is_said_with_the_way_out(latents, name, text):
+    index = latents.root / "index-train"
+    LatentSpace(latents.root, None, []).index()
+    (index / name).write_text(text)
+    with pytest.raises(DamagedIndex, match=f"{name} .*; remove {index}, and it is made again"):
+        LatentSpace(latents.root, None, []).index()
+    shutil.rmtree(index)
+    assert LatentSpace(latents.root, None, []).index().n == 150
 
 
 def killed_search(latents: str) -> None:

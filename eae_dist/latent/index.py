@@ -240,20 +240,13 @@ class LatentIndex:
         Raises FileNotFoundError where there is none, DamagedIndex that names the file on its rank, OSError on others.
         """
         path = Path(path)
-        if not (path / "index.json").is_file():
-            raise FileNotFoundError(f"{path} holds no index (index.json); LatentIndex.save writes one")
-        try:
-            described = json.loads((path / "index.json").read_text())
-            if described["version"] != VERSION:
-                raise ValueError(f"version {described['version']}, this program reads version {VERSION}")
-            of_parts, choice = described["parts"], Choice(described["kind"], described["reason"])
-            n, d, effort = (described[name] for name in ("n", "d", "effort"))
-        except (ValueError, KeyError, TypeError) as error:
-            raise DamagedIndex(f"{path}/index.json cannot be read as an index: {error}") from error
+        described = index_description(path)
+        of_parts, d = described["parts"], described["d"]
         first, stop = (len(of_parts) * share // world_size() for share in (rank(), rank() + 1))
         loaded = on_every_rank(lambda: [_load_part(path, part, d) for part in of_parts[first:stop]])
-        index = cls(loaded, n, d, choice, None, described["oversampling"], described["about"])
-        index._set_effort(effort)
+        choice = Choice(described["kind"], described["reason"])
+        index = cls(loaded, described["n"], d, choice, None, described["oversampling"], described["about"])
+        index._set_effort(described["effort"])
         return index
 
     def _set_effort(self, effort: int | None) -> None:
@@ -303,6 +296,20 @@ class LatentIndex:
         for file in files:
             fsync(folder / file)
         return {"start": part.start, "rows": len(part.rows), "files": {file: sha256_of(folder / file) for file in files}}
+
+
+def index_description(path: Path) -> dict:
+    """What `save` wrote of an index beside its parts. Raises FileNotFoundError where there is none, DamagedIndex."""
+    if not (path / "index.json").is_file():
+        raise FileNotFoundError(f"{path} holds no index (index.json); LatentIndex.save writes one")
+    try:
+        described = json.loads((path / "index.json").read_text())
+        if described["version"] != VERSION:
+            raise ValueError(f"version {described['version']}, this program reads version {VERSION}")
+        names = ("n", "d", "kind", "reason", "effort", "oversampling", "about", "parts")
+        return {name: described[name] for name in names}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedIndex(f"{path}/index.json cannot be read as an index: {error}") from error
 
 
 def choose(rows: int, d: int, recall: float, memory: int) -> Choice:
