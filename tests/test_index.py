@@ -3,6 +3,7 @@
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import faiss
 import numpy as np
@@ -126,6 +127,9 @@ def test_every_kind_is_tuned_saved_and_opened_again(kind, clustered, tmp_path):
     index.save(tmp_path / "index")
     opened = LatentIndex.load(tmp_path / "index")
     assert (opened.kind, opened.n, opened.d, opened.effort, opened.about) == (kind, 12_000, 7, index.effort, {"of": "clusters"})
+    maps = Path("/proc/self/maps")
+    if maps.is_file():  # on Linux
+        assert all(f"{tmp_path}/index/{path.name}" in maps.read_text() for path in (tmp_path / "index").glob("part-*"))
     again = opened.search(torch.from_numpy(asked[50:]), 10)
     assert np.array_equal(again[0], squared) and np.array_equal(again[1], ids) and isinstance(again[1], torch.Tensor)
     # Whatever found them, distances are those of the rows.

@@ -243,7 +243,7 @@ class LatentIndex:
         described = index_description(path)
         of_parts, d = described["parts"], described["d"]
         first, stop = (len(of_parts) * share // world_size() for share in (rank(), rank() + 1))
-        loaded = on_every_rank(lambda: [_load_part(path, part, d) for part in of_parts[first:stop]])
+        loaded = on_every_rank(lambda: [_load_part(path, part, d, described["kind"]) for part in of_parts[first:stop]])
         choice = Choice(described["kind"], described["reason"])
         index = cls(loaded, described["n"], d, choice, None, described["oversampling"], described["about"])
         index._set_effort(described["effort"])
@@ -453,7 +453,7 @@ def _exchange(new: Path, path: Path, old: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)  # another has put its own there meanwhile
 
 
-def _load_part(folder: Path, part: dict, d: int) -> Part:
+def _load_part(folder: Path, part: dict, d: int, kind: str) -> Part:
     for name, sha256 in part["files"].items():
         if not (folder / Path(name).name).is_file():
             raise DamagedIndex(f"the index {folder} is damaged: {name} is missing")
@@ -463,6 +463,7 @@ def _load_part(folder: Path, part: dict, d: int) -> Part:
     rows = np.load(names[".npy"], mmap_mode="r", allow_pickle=False)
     if rows.shape != (part["rows"], d) or rows.dtype != np.float32:
         raise DamagedIndex(f"the index {folder} is damaged: {names['.npy'].name} holds {rows.dtype} {rows.shape}")
-    mapped = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY
+    # FAISS has two ways; the older one maps the cells of an index alone, and would read a graph.
+    mapped = faiss.IO_FLAG_MMAP_IFC if kind == "hnsw" else faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY
     index = faiss.read_index(str(names[".faiss"]), mapped) if ".faiss" in names else None
     return _on_gpus(Part(part["start"], rows, index))
