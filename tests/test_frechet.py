@@ -194,7 +194,7 @@ def test_doubtful_statistics_are_named():
     assert few_samples_warning(65, 64) is None
     assert "64 samples for 64 features" in few_samples_warning(64, 64)
     assert warnings_about(stats_of(normal(50, 4)), "generated images") == []
-    assert "generated images has 3 samples" in warnings_about(stats_of(normal(3, 4)), "generated images")[0]
+    assert "of generated images there are 3 samples" in warnings_about(stats_of(normal(3, 4)), "generated images")[0]
     assert "too large to be exact" in warnings_about(stats_of(1e8 + normal(50, 4)), "x")[0]
     assert "blurs" in warnings_about(stats_of(1e-4 * normal(50, 4)), "x")[0]
 
