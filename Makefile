@@ -1,7 +1,7 @@
 # make train   the whole way: environment, data, training, evaluation
 # make test    the same environment, then every test that needs nothing else and takes seconds
-# make test-cluster   tests on a SLURM cluster of two nodes and two hosts on this machine, kills, and DeepSpeed; root gets missing
-#                     Debian packages installed
+# make test-cluster   tests on a SLURM cluster of two nodes and two hosts on this machine, DeepSpeed, kills and what else takes
+#                     long; root gets missing Debian packages installed
 # make test-page   the page of `serve` in a headless Chromium, which must be there, and the pictures of it in docs/results
 # make setup   the environment alone, made or brought up to date
 # make bench   speed, against what one would use otherwise
@@ -33,7 +33,7 @@ test: $(INSTALLED)
 # Interrupted rather than ended after twenty minutes, so that the daemons end too.
 test-cluster: $(INSTALLED)
 	tests/slurm/install.sh
-	timeout --signal=INT 20m sh -c '$(BIN)/python -m pytest $(CLUSTER_TESTS) && $(BIN)/python -m pytest -m kills'
+	timeout --signal=INT 20m sh -c '$(BIN)/python -m pytest $(CLUSTER_TESTS) && $(BIN)/python -m pytest -m slow'
 
 test-page: $(INSTALLED) $(SHARDS)
 	$(BIN)/python -m pip install --quiet -e '.[page]'

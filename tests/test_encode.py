@@ -110,7 +110,7 @@ def kill_at_second_part(directory: str, out: str) -> None:
     encode_module.main(["--ckpt", directory, "--out", out])
 
 
-@pytest.mark.kills
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", RANKS)
 def test_killed_encode_goes_on_to_the_same_files(ranks, run, latents, tmp_path):  # noqa: F811
     command = (str(run), str(tmp_path / "killed"))

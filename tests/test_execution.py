@@ -132,6 +132,7 @@ def compiled_in_turn(*runs: list[str]) -> None:
             trainer.train(load_config(run))
 
 
+@pytest.mark.slow
 def test_runs_go_from_eager_to_compiled_and_back_and_end_with_the_weights_of_those_that_stayed(shards, tmp_path):
     runs = []
     for name, settings in COMPILED.items():

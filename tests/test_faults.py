@@ -92,7 +92,7 @@ def require_same(run: Path, whole: Path) -> None:
     assert len(set(keys[:samples])) == samples and len(set(keys[samples:])) == STEPS * BATCH - samples
 
 
-@pytest.mark.kills
+@pytest.mark.slow
 def test_killed_rank_ends_the_others_and_the_same_command_ends_with_the_same_bits(ranks, whole_runs, shards, tmp_path):
     for name in ROWS:
         ended = broken(ranks, shards, tmp_path, "SIGKILL")
@@ -202,7 +202,7 @@ def judge(*words: str) -> None:
     evaluate.main(list(words))
 
 
-@pytest.mark.kills
+@pytest.mark.slow
 def test_killed_evaluation_goes_on_and_ends_with_the_same_numbers(ranks, whole_runs, tmp_path):
     def judged(out: Path):
         named = ("model.encoder=saboteur:KillingEncoder", "evaluate.features=saboteur:killing_features")

@@ -108,7 +108,7 @@ def test_grids_come_every_epoch_and_at_the_end(undisturbed):
     assert names == [f"step-{step:08d}-{grid}.png" for step in (6, 12, STEPS) for grid in grids]
 
 
-@pytest.mark.kills
+@pytest.mark.slow
 def test_run_with_a_killed_rank_and_a_terminated_launcher_ends_with_the_bits_of_one_without(undisturbed, shards, tmp_path):
     run, killed, terminated = (tmp_path / name for name in ("run", "killed", "terminated"))
     broken = launch(shards, run, killed, SABOTEUR_SIGNAL="SIGKILL", SABOTEUR_AWAITS=str(run / "checkpoints" / "best"))
