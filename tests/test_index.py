@@ -61,7 +61,7 @@ def test_exact_search_is_exact_at_any_scale(scale):
     squared, ids = LatentIndex.build(latents() * np.float32(scale), "flat").search(queries() * np.float32(scale), 7)
     expected, nearest = by_comparison(latents() * np.float32(scale), queries() * np.float32(scale), 7)
     np.testing.assert_allclose(squared, expected, rtol=1e-5, atol=1e-12 * scale**2)
-    assert (ids == nearest).mean() > 0.99  # rounding may exchange two that are nearly as near
+    assert (ids == nearest).mean() > 0.999  # as above
 
 
 def test_many_copies_are_compared_a_few_at_a_time(monkeypatch):

@@ -77,7 +77,7 @@ def test_gradient_after_the_mean_over_ranks_is_that_of_the_global_loss(world, ra
     assert largest_difference(several["gradients"], one["gradients"]) < (1e-12, "")
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", EVERY)
 def test_loader_workers_change_no_bit(world, ranks):
     without, with_workers = world(ranks)["training_in_float32"]["eae"], world(ranks)["training_with_two_workers"]
     assert torch.equal(with_workers["losses"], without["losses"][:3])
