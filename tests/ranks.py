@@ -77,6 +77,8 @@ def run_ranks(
 def _rank(environment: dict[str, str], log: Path, work: Callable, arguments: Sequence) -> None:
     os.environ |= environment
     torch.set_num_threads(1)
+    # A launched rank forks its loader's workers. Ranks of a fork server would have theirs from one too, which imports torch anew.
+    multiprocessing.set_start_method("fork", force=True)
     with open(log, "wb") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)

