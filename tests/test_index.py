@@ -129,7 +129,8 @@ def test_every_kind_is_tuned_saved_and_opened_again(kind, clustered, tmp_path):
     assert (opened.kind, opened.n, opened.d, opened.effort, opened.about) == (kind, 12_000, 7, index.effort, {"of": "clusters"})
     maps = Path("/proc/self/maps")
     if maps.is_file():  # on Linux
-        assert all(f"{tmp_path}/index/{path.name}" in maps.read_text() for path in (tmp_path / "index").glob("part-*"))
+        mapped = "part-*.npy" if kind == "ivf_pq" else "part-*"  # FAISS reads a CPU's codes
+        assert all(f"{tmp_path}/index/{path.name}" in maps.read_text() for path in (tmp_path / "index").glob(mapped))
     again = opened.search(torch.from_numpy(asked[50:]), 10)
     assert np.array_equal(again[0], squared) and np.array_equal(again[1], ids) and isinstance(again[1], torch.Tensor)
     # Whatever found them, distances are those of the rows.
