@@ -28,7 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 from webdataset.writer import TarWriter
 
-from eae_dist.config import DataConfig
+from eae_dist.config import WHERE_DATA_LIES, load_config
 from eae_dist.data.indexing import ShardScan, build_index, build_remote_index, index_shard, verify, write_index
 from eae_dist.data.order import permutation
 from eae_dist.data.processes import available_cores, run_tasks
@@ -47,9 +47,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parsed(argv)
     try:
         if arguments.verify:
-            return print_damage(arguments.verify, verify(arguments.verify, arguments.workers, Cache.of(DataConfig())))
+            return print_damage(arguments.verify, verify(arguments.verify, arguments.workers, fetching(arguments.set)))
         if arguments.out:
-            folder, cache = free_folder(arguments.out), Cache.of(DataConfig())
+            cache, folder = fetching(arguments.set), free_folder(arguments.out)
             info, notes = build_remote_index(arguments.index, folder, cache, arguments.split, arguments.workers)
             print_summary("indexed", folder, info, notes)
             return 0
@@ -209,6 +209,15 @@ def _locked(incomplete: Path) -> Iterator[None]:
         yield
 
 
+def fetching(settings: list[str]) -> Cache:
+    """How shards at an address are fetched, by the same settings as in training; ValueError for settings of anything else."""
+    known = [f"data.{name}" for name in WHERE_DATA_LIES if name != "root"]
+    for setting in settings:
+        if setting.partition("=")[0] not in known:
+            raise ValueError(f"--set {setting} is not about fetching shards; it takes {', '.join(known)}")
+    return Cache.of(load_config(settings).data)
+
+
 def print_summary(verb: str, folder: Path, info: dict, notes: Iterable[str]) -> None:
     shape = "x".join(map(str, info["image"]["shape"]))
     print(f"{verb} {info['name']} in {folder}: images {shape} (channels x height x width), {info['image']['encoding']}")
@@ -249,6 +258,8 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="DIR", help="with --index ADDRESS: where the index goes")
     parser.add_argument("--split", metavar="NAME", help="with --index: the split of all shards (default: from their names)")
     parser.add_argument("--verify", **where, help="check every file of a data set; exit code 1 for damage")
+    fetching = "with --index ADDRESS or --verify: how shards are fetched, as in training; again for each"
+    parser.add_argument("--set", action="append", default=[], metavar="data.KEY=VALUE", help=fetching)
     parser.add_argument("--workers", default=available_cores(), **workers)
     sources = parser.add_subparsers(dest="source", metavar="SOURCE", title="sources (SOURCE --help says more)")
     for name, load in SOURCES.items():
@@ -271,6 +282,8 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--split goes with --index")
     if (arguments.out is not None) != isinstance(arguments.index, str):
         parser.error("--out DIR goes with --index and an address, which cannot be written to")
+    if arguments.set and not (arguments.out or arguments.verify):
+        parser.error("--set goes with --index ADDRESS or --verify: nothing else is fetched")
     return arguments
 
 

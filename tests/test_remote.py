@@ -401,6 +401,21 @@ def test_unusable_shard_is_named_by_its_address(serve, tmp_path, capsys):
     assert not (tmp_path / "out" / "index.json").exists()
 
 
+def test_pack_fetches_as_it_is_told(server, tmp_path, capsys):
+    server.faults = {"test-000000.tar": ["500", "500"]}
+    once = ["--set", "data.retries=1", "--set", f"data.cache={tmp_path}/fetched"]
+    index = ["--index", f"{server.address}/test-{{000000..000001}}.tar", "--out", str(tmp_path / "out")]
+    assert main([*index, *once]) == 2
+    assert "in 2 tries" in (said := capsys.readouterr().err) and "raise data.retries=1" in said
+    assert (tmp_path / "fetched").is_dir() and not (tmp_path / "home" / ".cache").exists()
+    assert main([*index, "--set", "data.root=elsewhere"]) == 2
+    assert "--set data.root=elsewhere is not about fetching shards; it takes data.cache, " in capsys.readouterr().err
+    assert main([*index, *once]) == 0
+    with pytest.raises(SystemExit):
+        main(["--index", str(tmp_path), *once])
+    assert "--set goes with --index ADDRESS or --verify" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
