@@ -171,7 +171,7 @@ def evaluate_folders(real: Path, generated: Path, assignments: Sequence[str], ou
 def check_splits(index: ShardIndex, config: Config) -> None:
     """Raises ValueError if a split that is judged or compared with is missing or empty."""
     for key, split in {"split": config.evaluate.split, "reference": config.evaluate.reference}.items():
-        if index.split(split).samples == 0:
+        if index.split(split, f"evaluate.{key}").samples == 0:
             raise ValueError(f"evaluate.{key}={split} of {config.data.root} holds no images")
 
 

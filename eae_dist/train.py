@@ -331,7 +331,8 @@ def open_stream(config: Config) -> ShardStream:
         cache=Cache.of(config.data),
     )
     if config.data.validation is not None:
-        images = min(stream.index.split(config.data.validation).samples, config.train.validation_images)
+        validation = stream.index.split(config.data.validation, "data.validation (null: none)")
+        images = min(validation.samples, config.train.validation_images)
         smallest = {"entropy": config.objective.k + 1, "discrepancy": 2}
         wanted = max(smallest.get(name, 1) for name in ("", *objective_class(config.objective.name).penalties))
         if images < wanted:

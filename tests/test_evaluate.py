@@ -220,7 +220,7 @@ def test_numbers_stand_below_their_names_whatever_their_length():
     [
         (lambda run: None, ["train.seed=1"], "error: only evaluate"),
         (lambda run: None, ["evaluate.batches=1"], "error: .*unknown key evaluate.batches; did you mean evaluate.batch"),
-        (lambda run: None, ["evaluate.split=tset"], "error: .*no split 'tset'; it has test, train, validation"),
+        (lambda run: None, ["evaluate.split=tset"], "error: .*no split 'tset'; it has .*, validation; change evaluate.split"),
         (lambda run: None, ["data.root=absent"], "error: data.root=absent does not exist"),
         (lambda run: (run / "checkpoints" / "latest" / "state.json").unlink(), [], "error: .*state.json is missing"),
         (lambda run: shutil.rmtree(run), [], "error: .*holds no checkpoint; give a run folder"),

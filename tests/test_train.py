@@ -302,7 +302,7 @@ def test_every_objective_runs_from_the_command_line(shards, tmp_path, name):
         ("train.seed=one", "train.seed=one: .*could not be converted"),
         ("data.root=/nowhere", "data.root=/nowhere does not exist; make shards with"),
         ("data.split=trian", "no split 'trian'; it has test, train, validation"),
-        ("data.validation=valid", "no split 'valid'"),
+        ("data.validation=valid", r"no split 'valid'; it has .*; change data.validation \(null: none\)"),
         ("train.global_batch=200", "batch of 200 needs at least as many samples, the split has 150"),
         ("objective.k=26", "objective.k=26 needs more than 26 rows"),
         ("objective.group=nodes", "objective.group=nodes is neither node nor a number of ranks"),

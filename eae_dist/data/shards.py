@@ -138,11 +138,12 @@ class ShardIndex:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} cannot be read as a shard index ({error}); write it again with `pack --index`") from error
 
-    def split(self, name: str) -> Split:
-        """The split of that name; an unknown one is a ValueError that names the known."""
+    def split(self, name: str, setting: str | None = None) -> Split:
+        """The split of that name; an unknown one is a ValueError that names the known, and the `setting` that asked for it."""
         splits = self.info["splits"]
         if name not in splits:
-            raise ValueError(f"data set {self.name} has no split {name!r}; it has {', '.join(sorted(splits))}")
+            known, change = ", ".join(sorted(splits)), f"; change {setting}" if setting else ""
+            raise ValueError(f"data set {self.name} has no split {name!r}; it has {known}{change}")
         with self.open_table(f"{name}.shards.npy", splits[name]["table_sha256"], "index.json") as file:
             return Split(name, splits[name]["samples"], np.load(file.name, mmap_mode="r", allow_pickle=False))
 
