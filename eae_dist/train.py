@@ -136,10 +136,11 @@ def train(config: Config) -> None:
     if "entropy" in objective.penalties:
         reference = entropy_reference(config, accelerator.device)
     inputs = None
-    if accelerator.is_main_process:
-        data, cache = config.data, Cache.of(config.data)
-        images = next(walk(data.root, data.validation or data.split, 64, rank=0, world=1, cache=cache))["image"]
-        inputs = grid_inputs(to_unit(images, accelerator.device), config.model.latent_dim, config.train.seed)
+    with first_rank_first() as mine:
+        if mine:
+            data, cache = config.data, Cache.of(config.data)
+            images = next(walk(data.root, data.validation or data.split, 64, rank=0, world=1, cache=cache))["image"]
+            inputs = grid_inputs(to_unit(images, accelerator.device), config.model.latent_dim, config.train.seed)
     describe(config, objective, stream, step, end)
 
     progress = tqdm(

@@ -165,6 +165,15 @@ def test_truncated_shard_ends_all_ranks_and_is_named(name, ranks, shards, tmp_pa
     assert any(f"{shard} is truncated" in text for text in ended.said), ended.said
 
 
+def test_shard_that_only_the_first_rank_reads_ends_the_others_without_a_word(ranks, shards, tmp_path):
+    root = shutil.copytree(shards, tmp_path / "shards")
+    os.truncate(root / "validation-000000.tar", 512)  # its first images are for the grids
+    ended = run_ranks(ranks, tmp_path, train_in_turn, arguments(root, tmp_path / "run", "eae"))
+    assert all(code > 0 for code in ended.codes), ended
+    assert "validation-000000.tar is truncated" in ended.said[0], ended.said
+    assert not any("Traceback" in said or "error" in said for said in ended.said[1:]), ended.said
+
+
 def test_nothing_runs_that_came_with_a_checkpoint_or_a_shard(ranks, shards, tmp_path):
     marker = tmp_path / "ran"
     # Every sample has two more members, whose loading would make a file, and so would the optimizer's.
