@@ -15,6 +15,7 @@ from torch import nn
 from eae_dist.config import ModelConfig
 from eae_dist.model.autoencoder import Autoencoder, build_autoencoder, resolve_model
 from eae_dist.report import metrics_log
+from eae_dist.report.crash import reported_crashes
 from eae_dist.report.grids import BETWEEN, PAIRS, SAMPLES, draw_grids, grid_inputs, save_grids
 from eae_dist.report.metrics_log import FINITE_NORMS, MetricsLog, TrainingDiverged, averaged, lines_up_to, require_finite
 
@@ -290,3 +291,10 @@ def test_torn_line_is_gone_before_the_next_is_written(tmp_path, fresh_accelerato
 
 def test_single_image_has_no_interpolations(autoencoder):
     assert draw_grids(autoencoder, grid_inputs(images(1), autoencoder.latent_dim, 0)).keys() == {"samples", "reconstructions"}
+
+
+def test_crash_before_the_first_checkpoint_says_that_the_run_starts_anew(tmp_path, capsys):
+    with pytest.raises(KeyError), reported_crashes(tmp_path, lambda: 0, lambda: None, 1.0):
+        raise KeyError
+    for said in (capsys.readouterr().err, (tmp_path / "crashes" / "rank-0.txt").read_text()):
+        assert "failed in step 1: KeyError" in said and "no checkpoint was saved yet; the same command starts anew" in said

@@ -35,8 +35,10 @@ def reported_crashes(
         if world_size() > 1 and (silent := silent_ranks(patience)):
             said += f"\nrank {', '.join(map(str, silent))} ended or hangs: no answer within {patience:g} seconds"
         last = last_checkpoint()  # which may have to wait for it: the other ranks are answered before
-        saved = "no checkpoint was saved yet" if last is None else f"the last checkpoint is {last}"
-        said += f"\n{saved}; the same command goes on from there"
+        if last is None:
+            said += "\nno checkpoint was saved yet; the same command starts anew"
+        else:
+            said += f"\nthe last checkpoint is {last}; the same command goes on from there"
         print(said, file=sys.stderr, flush=True)
         try:
             (run / "crashes").mkdir(exist_ok=True)
