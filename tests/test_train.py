@@ -260,6 +260,14 @@ def test_worse_validations_leave_the_best_checkpoint_where_it_is(shards, tmp_pat
     assert (run / "checkpoints" / "best").resolve().name == "step-00000004"
 
 
+def test_validation_that_is_not_a_number_ends_the_run_and_leaves_the_checkpoint_before(shards, tmp_path, monkeypatch):
+    run, losses = tmp_path / "run", iter([1.0, float("nan")])
+    monkeypatch.setattr("eae_dist.train.validate", lambda *_: {"loss": next(losses)})
+    with pytest.raises(SystemExit, match=r"validation_loss is nan at step 4; the last good checkpoint is .*step-00000002"):
+        run_in_process(*settings(shards, run, f"train.validate_every={2 * BATCH}"))
+    assert state_of(run)["step"] == 2 and records(run)[-1]["validation_loss"] == 1
+
+
 def test_trace_is_written_of_as_many_steps_as_asked_for(shards, tmp_path):
     run_in_process(*settings(shards, tmp_path / "run", "train.profile=2", "train.epochs=1.2"))
     events = json.loads((tmp_path / "run" / "profile" / "rank-0.json").read_text())["traceEvents"]
