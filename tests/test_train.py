@@ -233,9 +233,12 @@ def test_validation_that_a_stop_left_out_is_made_up_for_at_the_next_start(shards
     assert list((stopped / "samples").glob("step-00000008-*"))
 
 
-def test_clipping_bounds_the_step_and_logs_the_norm_before_it(shards, tmp_path):
+def test_clipping_bounds_the_gradient_and_logs_its_norm_before(shards, tmp_path):
     run_in_process(*settings(shards, tmp_path / "run", "train.clip_norm=1e-6", "train.epochs=0.4"))
     assert records(tmp_path / "run")[-1]["gradient_norm"] > 1e-3
+    optimizer = torch.load(tmp_path / "run" / "checkpoints" / "latest" / "optimizer.pt", weights_only=True)
+    mean = torch.cat([moments["exp_avg"].flatten() for moments in optimizer["state"].values()])
+    assert 0 < mean.norm() <= 1e-6  # Adam's: a mean of gradients that are no longer than that
 
 
 def test_accumulation_says_what_entropy_and_norms_see(shards, tmp_path, caplog):
