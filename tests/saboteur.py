@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch.nn.functional import dropout
 
 from eae_dist.distributed import rank, world_size
 from eae_dist.model.networks import NETWORKS, ConvEncoder
@@ -62,6 +63,16 @@ class CommandingEncoder(CountingEncoder):
         if not mark.exists():
             mark.touch()
             subprocess.run(os.environ["SABOTEUR_COMMAND"], shell=True, check=True)
+        return h
+
+
+class DroppingEncoder(CountingEncoder):
+    """Breaks nothing, but has a random layer."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return dropout(super().forward(x), 0.1, self.training)
+
+    def sabotage(self, h: torch.Tensor) -> torch.Tensor:
         return h
 
 

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 
 from eae_dist.config import load_config, override, read_config
 from eae_dist.distributed import Stopwatch
+from eae_dist.losses.entropy import gaussian_reference
 from eae_dist.report.step_times import StepTimes
-from eae_dist.train import check_neighbors, main, open_stream
+from eae_dist.train import check_neighbors, entropy_reference, main, open_stream
 
 BATCH = 26
 STEPS = 14
@@ -231,6 +232,33 @@ def test_validation_that_a_stop_left_out_is_made_up_for_at_the_next_start(shards
     assert all(torch.equal(weights(whole)[name], tensor) for name, tensor in weights(stopped).items())
     assert state_of(stopped)["best_step"] == state_of(whole)["best_step"] and not state_of(stopped)["unfinished"]
     assert list((stopped / "samples").glob("step-00000008-*"))
+
+
+def test_schedule_best_and_random_layers_go_on_where_they_were(shards, tmp_path, monkeypatch):
+    more = ("train.schedule=plateau", "train.plateau_patience=3", f"train.validate_every={2 * BATCH}")
+
+    def trained(run: Path, *ends: int) -> Path:
+        losses = iter([3.0, 1.0, 2.0, 2.0, 1.5, 1.2])
+        monkeypatch.setattr("eae_dist.train.validate", lambda *_: {"loss": next(losses)})
+        for end in ends:
+            length = f"train.epochs={end * BATCH / 150}"
+            run_in_process(*settings(shards, run, *more, length, "model.encoder=saboteur:DroppingEncoder"))
+        return run
+
+    whole, parted = trained(tmp_path / "whole", 12), trained(tmp_path / "parted", 6, 12)
+    for run in (whole, parted):
+        # The second validation is the best, and the third in a row without improvement halves the rate after step 10.
+        rates = {line["step"]: line["learning_rate"] for line in records(run)}
+        assert rates[8] == rates[10] == 1e-3 and rates[12] == 5e-4
+        assert state_of(run)["best_step"] == 4
+    assert all(torch.equal(weights(whole)[name], tensor) for name, tensor in weights(parted).items())
+
+
+@pytest.mark.parametrize(("name", "map_dim", "d"), [("eae", "null", 5), ("eae_linear", "null", 5), ("eae_linear", "3", 3)])
+def test_reference_is_of_as_many_draws_in_as_many_dimensions_as_the_entropy(shards, name, map_dim, d):
+    words = [f"objective.name={name}", f"objective.map_dim={map_dim}", "objective.k=2", "train.seed=4"]
+    found = entropy_reference(load_config(settings(shards, Path("run"), *words)), torch.device("cpu"))
+    assert found == gaussian_reference(BATCH, d, k=2, average_k=False, eps2=1e-4, seed=4)
 
 
 def test_clipping_bounds_the_gradient_and_logs_its_norm_before(shards, tmp_path):
