@@ -174,9 +174,10 @@ def three_ranks(monkeypatch):
     monkeypatch.setattr(metrics_log, "gather_rows", gathered)
 
 
-def test_record_is_the_mean_over_the_steps():
+def test_record_is_the_mean_over_the_steps_and_ranks(monkeypatch):
+    monkeypatch.setattr(metrics_log, "gather_rows", lambda shares: torch.cat([shares, 3 * shares]))
     record = averaged(window((1, 2, 3), (3, 6, 9)), NAMES, 20, none, ignore_gradient=False)
-    assert record == {"loss": 2, "entropy": 4, "gradient_norm": 6}
+    assert record == {"loss": 4, "entropy": 8, "gradient_norm": 12}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

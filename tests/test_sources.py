@@ -407,7 +407,8 @@ def test_crop_and_size_are_pillows(tmp_path):
         for i, image in enumerate(images):
             small = Image.fromarray(image).crop(box).resize((8, 8), Image.Resampling.BILINEAR)
             np.testing.assert_array_equal(found[str(i)], channels_first(np.array(small)))
-    assert "16x16" in ShardIndex.load(tmp_path / "crop").info["preprocessing"]
+    said = ShardIndex.load(tmp_path / "crop").info["preprocessing"]
+    assert "center crop 16x16, resized to 8x8 (Pillow bilinear, antialiased)" in said
 
 
 def test_an_image_smaller_than_the_crop_is_a_bad_file(tmp_path, capsys):
