@@ -364,6 +364,7 @@ class StopRequest:
     The end of a rank's launcher counts as such a signal: one that is killed leaves its ranks behind.
     Used as a context, in which these signals are noted and no longer end the process; a second Ctrl-C interrupts at once.
     `start_asking` and `asked` bracket a step: the question travels over a gloo group of its own while the step computes.
+    `signalled`: whether this rank was; others may not know yet.
     """
 
     def __init__(self, timeout: float):
@@ -386,9 +387,13 @@ class StopRequest:
             raise KeyboardInterrupt
         self._signal = number
 
-    def start_asking(self) -> None:
+    @property
+    def signalled(self) -> bool:
         left_behind = _LAUNCHER is not None and os.getppid() != _LAUNCHER
-        flags = torch.full_like(self._flags, left_behind or self._signal is not None)
+        return left_behind or self._signal is not None
+
+    def start_asking(self) -> None:
+        flags = torch.full_like(self._flags, self.signalled)
         if self._group is None:
             self._flags = flags
         else:

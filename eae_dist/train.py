@@ -173,12 +173,14 @@ def train(config: Config) -> None:
         if rank() == 0:
             saves.start(objective.state_dict(), optimizer_state, state, copied=engine.gathered)
 
-    def finish(record: dict[str, float], due: Collection[str]) -> None:
-        """What is due after a step: validation, pictures, the line of the log, a checkpoint."""
+    def finish(record: dict[str, float], due: Collection[str]) -> bool:
+        """What is due after a step: validation, pictures, the line of the log, a checkpoint. False if a stop breaks it off."""
         nonlocal best, best_step
         improved = False
         if "validate" in due and config.data.validation:
-            validation = {f"validation_{name}": value for name, value in validate(accelerator, objective, config).items()}
+            if (terms := validate(accelerator, objective, config, stop)) is None:
+                return False
+            validation = {f"validation_{name}": value for name, value in terms.items()}
             metrics_log.require_finite(validation, step, saves.last)
             record = record | validation
             improved = record["validation_loss"] < best
@@ -195,6 +197,7 @@ def train(config: Config) -> None:
         progress.set_postfix(progress_terms(record), refresh=False)
         if improved or "save" in due:
             save()
+        return True
 
     window: list[torch.Tensor] = []  # the terms of every step since the last line of the log
     with (
@@ -206,11 +209,12 @@ def train(config: Config) -> None:
         measured_waits() as waits,
         traced(config.train.profile, run / "profile") as profiler,
     ):
-        if unfinished:
-            finish(**unfinished)
+        stopping = unfinished is not None and not finish(**unfinished)
+        if stopping:
+            save(unfinished)
         times = StepTimes(stream.rows, waits, model)
-        stopping, started = False, time.perf_counter()
-        while step < end:
+        started = time.perf_counter()
+        while step < end and not stopping:
             # One step on B images.
             stop.start_asking()
             if config.train.schedule == "exponential":
@@ -244,12 +248,10 @@ def train(config: Config) -> None:
             if reference is not None:
                 record["entropy_gaussian_reference"] = reference
             window.clear()
-            if stopping and due & {"validate", "sample"}:  # whoever stops this may not wait so long: the next start does it
+            # Whoever stops this may not wait for a validation or pictures: the next start does what is left.
+            if (stopping and due & {"validate", "sample"}) or not finish(record, due):
                 save({"record": record, "due": sorted(due)})
-            else:
-                finish(record, due)
-            if stopping:
-                break
+                stopping = True
             started = time.perf_counter()
         with first_rank_first():  # here a second signal does not end the process yet
             saves.wait()
@@ -412,10 +414,10 @@ def rehearse(accelerator: Accelerator, model: torch.nn.Module, stream: ShardStre
 
 
 @torch.no_grad()
-def validate(accelerator: Accelerator, objective: Objective, config: Config) -> dict[str, float]:
+def validate(accelerator: Accelerator, objective: Objective, config: Config, stop: StopRequest) -> dict[str, float] | None:
     """The objective's terms over the validation split (at most train.validation_images), the same on any number of ranks.
 
-    Noise is that of the images' numbers, the same each time, so that checkpoints compare.
+    Noise is that of the images' numbers, the same each time, so that checkpoints compare. None where a stop was asked for.
     """
     objective.eval()
     key = derive_key(config.train.seed)
@@ -425,6 +427,12 @@ def validate(accelerator: Accelerator, objective: Objective, config: Config) -> 
         with engine_of(accelerator).autocast():
             blocks.append(objective.per_row(to_unit(batch["image"], accelerator.device), batch["number"], key))
         numbers.append(batch["number"])
+        if stop.signalled:
+            break
+    stop.start_asking()
+    if stop.asked():
+        objective.train()
+        return None
     numbers = np.concatenate(numbers)
     if not blocks:  # more ranks than blocks: no rows, but the same terms
         image = torch.zeros(1, *objective.autoencoder.image_shape, device=accelerator.device)

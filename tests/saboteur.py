@@ -17,8 +17,8 @@ from eae_dist.model.networks import NETWORKS, ConvEncoder
 class CountingEncoder(ConvEncoder):
     """The small encoder, which counts its training steps; the two backward passes of the rehearsal come first.
 
-    It breaks nothing before the file SABOTEUR_AWAITS is there, if one is named: what a thread is writing when a process is
-    killed is lost.
+    SABOTEUR_STEP: the number of one, or `validation` for the first block of one. It breaks nothing before the file
+    SABOTEUR_AWAITS is there, if one is named: what a thread is writing when a process is killed is lost.
     """
 
     def __init__(self, *, image_shape, latent_dim, width, bias):
@@ -27,12 +27,12 @@ class CountingEncoder(ConvEncoder):
         self.calls = -2
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.training:
-            self.calls += 1
-            if self.calls == int(os.environ.get("SABOTEUR_STEP", "7")) and rank() == world_size() - 1:
-                while not Path(os.environ.get("SABOTEUR_AWAITS", "/")).exists():
-                    time.sleep(0.01)
-                return self.sabotage(super().forward(x))
+        self.calls += self.training
+        now = str(self.calls) if self.training else "validation"
+        if now == os.environ.get("SABOTEUR_STEP", "7") and rank() == world_size() - 1:
+            while not Path(os.environ.get("SABOTEUR_AWAITS", "/")).exists():
+                time.sleep(0.01)
+            return self.sabotage(super().forward(x))
         return super().forward(x)
 
 

@@ -119,6 +119,19 @@ def test_signal_to_one_rank_lets_every_rank_save_and_end_well_and_the_run_goes_o
         require_same(tmp_path / name, whole_runs / name)
 
 
+def test_signal_in_a_validation_breaks_it_off_and_the_next_start_does_it_over(ranks, whole_runs, shards, tmp_path):
+    run = tmp_path / "eae"
+    command = arguments(shards, run, "eae", f"train.validate_every={4 * BATCH}", "evaluate.batch=4")
+    sabotage = {"SABOTEUR_SIGNAL": "SIGTERM", "SABOTEUR_STEP": "validation"}
+    ended = run_ranks(ranks, tmp_path / "logs", train_in_turn, command, environment=sabotage)
+    assert ended.codes == [0] * ranks and "stopped by a signal" in ended.said[0], ended.said
+    assert latest(run) == "step-00000004" and [line["step"] for line in records(run)] == [SAVED]
+    ended = run_ranks(ranks, tmp_path / "logs", train_in_turn, command, environment=sabotage)
+    assert ended.codes == [0] * ranks and "finished" in ended.said[0], ended.said
+    assert [line["step"] for line in records(run) if "validation_loss" in line] == [4, STEPS]
+    require_same(run, whole_runs / "eae")
+
+
 @pytest.mark.parametrize("ranks", RANKS[1:], indirect=True)  # nobody waits for a single one
 def test_rank_that_hangs_is_named_by_the_others_within_the_timeout(ranks, shards, tmp_path):
     words = arguments(shards, tmp_path / "run", "eae", "model.encoder=saboteur:HangingEncoder", "train.timeout=3")

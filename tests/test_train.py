@@ -17,6 +17,7 @@ from conftest import ROOT, rank_environment
 from safetensors.torch import load_file
 
 from eae_dist.config import load_config, override, read_config
+from eae_dist.data.stream import walk
 from eae_dist.distributed import Stopwatch
 from eae_dist.losses.entropy import gaussian_reference
 from eae_dist.report.step_times import StepTimes
@@ -232,6 +233,26 @@ def test_validation_that_a_stop_left_out_is_made_up_for_at_the_next_start(shards
     assert all(torch.equal(weights(whole)[name], tensor) for name, tensor in weights(stopped).items())
     assert state_of(stopped)["best_step"] == state_of(whole)["best_step"] and not state_of(stopped)["unfinished"]
     assert list((stopped / "samples").glob("step-00000008-*"))
+
+
+def test_stop_waits_for_no_more_than_a_block_of_a_validation(shards, tmp_path, monkeypatch):
+    blocks = []
+
+    def walked(*arguments, **options):
+        for batch in walk(*arguments, **options):
+            if options.get("count"):  # the validation's, not the pictures'
+                blocks.append(len(batch["number"]))
+                if len(blocks) == 2:
+                    os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr("eae_dist.train.walk", walked)
+    arguments = settings(shards, tmp_path / "run", f"train.validate_every={4 * BATCH}", "evaluate.batch=8")
+    run_in_process(*arguments)
+    assert blocks == [8, 8] and state_of(tmp_path / "run")["step"] == 4
+    run_in_process(*arguments)
+    assert blocks[2:] == [8] * 5 * 4  # of steps 4, 8, 12 and 14
+    assert [line["step"] for line in records(tmp_path / "run") if "validation_loss" in line] == [4, 8, 12, 14]
 
 
 def test_schedule_best_and_random_layers_go_on_where_they_were(shards, tmp_path, monkeypatch):

@@ -36,6 +36,7 @@ from eae_dist.data.files import walk_images
 from eae_dist.data.stream import ShardStream
 from eae_dist.distributed import (
     FirstRankFailed,
+    StopRequest,
     barrier,
     gather_objects,
     gather_rows,
@@ -84,7 +85,8 @@ def run_steps(name: str, steps: int, *settings: str, workers: int = 0):
             gradients = {name: p.grad.clone() for name, p in objective.named_parameters()}
     batches.close()
     state = {key: value.clone() for key, value in objective.state_dict().items()}
-    validation = validate(accelerator, objective, config)
+    with StopRequest(config.train.timeout) as stop:
+        validation = validate(accelerator, objective, config, stop)
     return {"losses": torch.stack(losses), "gradients": gradients, "state": state, "validation": validation}
 
 
@@ -257,10 +259,10 @@ def weights_of(run: str, step: int) -> dict:
 
 @case
 def run_stopped_by_a_signal_to_one_rank():
-    """20 steps at once, and 20 steps with a SIGTERM to the last rank in the 8th; the weights of both at the end."""
+    """20 steps at once, and 20 steps with a SIGTERM to the last rank in the 6th; the weights of both at the end."""
     straight, broken = f"straight-{world_size()}", f"broken-{world_size()}"
     train(train_settings(straight, epochs(20)))
-    _signal_in_step(8)
+    _signal_in_step(6)
     train(train_settings(broken, epochs(20)))
     stopped = (FOLDER / broken / "checkpoints" / "latest").resolve().name
     train(train_settings(broken, epochs(20)))
