@@ -231,6 +231,14 @@ def test_more_ranks_than_lanes_is_an_error_with_the_numbers(shards):
         ShardStream(shards, "train", 4, lanes=2, rank=0, world=3)
 
 
+@pytest.mark.parametrize("wrong", [{"rank": 2, "world": 2}, {"rank": -1, "world": 2}, {"start_step": -1}])
+def test_place_that_no_rank_or_step_has_is_refused(shards, wrong):
+    with pytest.raises(
+        ValueError, match=r"wants 0 <= rank < world and start_step >= 0, got .*{}={}".format(*list(wrong.items())[0])
+    ):
+        ShardStream(shards, "train", 26, **wrong)
+
+
 def test_lanes_that_do_not_divide_the_batch_are_an_error(shards):
     with pytest.raises(ValueError, match=r"data.lanes=3 must divide train.global_batch=4"):
         ShardStream(shards, "train", 4, lanes=3)

@@ -60,6 +60,9 @@ class ShardStream(IterableDataset):
         self.lanes = resolve_lanes(self.index, split, global_batch, lanes, cache)
         self.rank = this_rank() if rank is None else rank
         self.world = world_size() if world is None else world
+        if not 0 <= self.rank < self.world or start_step < 0:
+            got = f"rank={self.rank}, world={self.world}, start_step={start_step}"
+            raise ValueError(f"a stream wants 0 <= rank < world and start_step >= 0, got {got}")
         if self.world > self.lanes:
             what = f"data.lanes={lanes}" if lanes is not None else f"train.global_batch={global_batch}"
             if lanes is None and self.lanes < global_batch:
