@@ -250,7 +250,7 @@ def train(config: Config) -> None:
             window.clear()
             # Whoever stops this may not wait for a validation or pictures: the next start does what is left.
             if (stopping and due & {"validate", "sample"}) or not finish(record, due):
-                save({"record": record, "due": sorted(due)})
+                save({"record": record, "due": sorted(due | {"save"})})  # or a later start would do it again
                 stopping = True
             started = time.perf_counter()
         with first_rank_first():  # here a second signal does not end the process yet

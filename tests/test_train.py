@@ -250,6 +250,7 @@ def test_stop_waits_for_no_more_than_a_block_of_a_validation(shards, tmp_path, m
     arguments = settings(shards, tmp_path / "run", f"train.validate_every={4 * BATCH}", "evaluate.batch=8")
     run_in_process(*arguments)
     assert blocks == [8, 8] and state_of(tmp_path / "run")["step"] == 4
+    assert state_of(tmp_path / "run")["unfinished"]["due"] == ["log", "save", "validate"]
     run_in_process(*arguments)
     assert blocks[2:] == [8] * 5 * 4  # of steps 4, 8, 12 and 14
     assert [line["step"] for line in records(tmp_path / "run") if "validation_loss" in line] == [4, 8, 12, 14]
