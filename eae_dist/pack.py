@@ -47,9 +47,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parsed(argv)
     try:
         if arguments.verify:
-            return print_damage(arguments.verify, verify(arguments.verify, arguments.workers, fetching(arguments.set)))
+            return print_damage(arguments.verify, verify(arguments.verify, arguments.workers, cache_of(arguments.set)))
         if arguments.out:
-            cache, folder = fetching(arguments.set), free_folder(arguments.out)
+            cache, folder = cache_of(arguments.set), free_folder(arguments.out)
             info, notes = build_remote_index(arguments.index, folder, cache, arguments.split, arguments.workers)
             print_summary("indexed", folder, info, notes)
             return 0
@@ -209,8 +209,8 @@ def _locked(incomplete: Path) -> Iterator[None]:
         yield
 
 
-def fetching(settings: list[str]) -> Cache:
-    """How shards at an address are fetched, by the same settings as in training; ValueError for settings of anything else."""
+def cache_of(settings: list[str]) -> Cache:
+    """The cache of shards at an address, by the settings that training has for it; ValueError for settings of anything else."""
     known = [f"data.{name}" for name in WHERE_DATA_LIES if name != "root"]
     for setting in settings:
         if setting.partition("=")[0] not in known:

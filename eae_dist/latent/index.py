@@ -346,7 +346,7 @@ def _trained(kind: str, rows: np.ndarray, generator: np.random.Generator) -> fai
 
 
 def _coded(d: int, cells: int) -> str:
-    """Half a byte a dimension: a CPU is four times as fast with codes that fit its registers, of which GPUs know nothing."""
+    """Half a byte a dimension: a CPU is three times as fast with codes that fit its registers, of which GPUs know nothing."""
     if not faiss.get_num_gpus():
         return f"IVF{cells},PQ{d}x4fs"
     even = d + d % 2
