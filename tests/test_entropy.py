@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from eae_dist.losses.entropy import (
-    BLOCK,
-    KEY_TILE,
-    QUERY_TILE,
+    CPU_TILE,
     entropy_terms,
     gaussian_reference,
     knn_entropy,
@@ -46,7 +44,7 @@ def test_bias_for_a_gaussian_is_the_known_one(d, bias, spread):
     assert float(knn_entropy(normal(1000, d))) - truth == pytest.approx(bias, abs=4 * spread)
 
 
-@pytest.mark.parametrize("n", [2, BLOCK, BLOCK + 1, 500, KEY_TILE + QUERY_TILE + 3])
+@pytest.mark.parametrize("n", [2, 16, 17, CPU_TILE, CPU_TILE + 1, 5 * CPU_TILE + 3])
 @pytest.mark.parametrize("queries", [(0.0, 1.0), (0.0, 0.3), (0.4, 0.8), (0.7, 1.0)])  # the part of the rows that asks
 @pytest.mark.parametrize("k", [1, 4])
 def test_neighbors_are_those_of_a_full_sort_whatever_the_tiles(n, queries, k):

@@ -18,8 +18,7 @@ import torch
 from eae_dist.distributed import gather_padded, rank, row_counts, world_size
 from eae_dist.precision import full_precision
 
-QUERY_TILE, KEY_TILE = 2048, 2048  # 16 MiB of float32: larger tiles fall out of the caches, smaller ones call more
-BLOCK = 16  # columns whose minimum is taken first
+CPU_TILE, GPU_TILE = 512, 2048  # sides of tiles: 1 MiB of float32 stays in a core's own cache; a GPU wants fewer, larger calls
 
 
 class EntropyTerms(NamedTuple):
@@ -149,75 +148,92 @@ class _KnnEntropy(torch.autograd.Function):
 def nearest_neighbors(queries: torch.Tensor, keys: torch.Tensor, k: int, offset: int) -> torch.Tensor:
     """Ids of each query's k nearest keys, nearest first, [b, d] x [n, d] -> int64 [b, k]; query i itself is key offset + i.
 
-    Half squared distances, tile by tile. The queries are keys too: for k = 1 a tile between two parts of them serves both, its
-    rows' neighbors along it and its columns' neighbors down it, and the tiles below the diagonal are left out.
+    Half squared distances are made tile by tile, and of a tile only the minima over blocks of keys are kept: a query's k nearest
+    lie in the k blocks with the smallest minima, and only the distances to these blocks' keys are made again. The queries are
+    keys too: for k = 1 a tile between two parts of them serves both, its rows' neighbors along it and its columns' neighbors
+    down it, and the tiles below the diagonal are left out.
     """
-    b, n = len(queries), len(keys)
-    padded = -(-n // BLOCK) * BLOCK
+    b, n, device = len(queries), len(keys), keys.device
+    symmetric = k == 1  # for more neighbors, merging the two directions costs more than the products that it saves
+    members = 16 if symmetric else 4  # keys of a block: many leave few minima, few leave few distances to make again
+    largest = CPU_TILE if device.type == "cpu" else GPU_TILE
+    blocks = -(-n // (members * -(-n // largest)))  # of a tile: the fewest tiles, all of one size
+    side = members * blocks
+    tiles, parts = -(-n // side), -(-b // side)
+
     keys = keys.roll(-offset, 0)  # the queries first
-    # (|q|^2 + |k|^2)/2 - q.k as one product, [-q, 1, |q|^2/2] with [k, |k|^2/2, 1].
+    # (|q|^2 + |k|^2)/2 - q.k as one product, [-q, 1, |q|^2/2] with [k, |k|^2/2, 1]; what fills the last tile is infinitely far.
     half_norm, one = keys.square().sum(1, keepdim=True).mul_(0.5), keys.new_ones(n, 1)
     queries = torch.cat([-queries, one[:b], half_norm[:b]], 1)
-    keys = torch.nn.functional.pad(torch.cat([keys, half_norm, one], 1), (0, 0, 0, padded - n))
+    keys = torch.nn.functional.pad(torch.cat([keys, half_norm, one], 1), (0, 0, 0, tiles * side - n))
+    keys[n:, -2] = math.inf
+    key_tiles = keys.view(tiles, side, -1).mT.unbind()
 
-    symmetric = k == 1  # for more neighbors, looking at candidates again costs more than the products that it saves
-    best = keys.new_full((b, k), math.inf), torch.zeros(b, k, dtype=torch.int64, device=keys.device)
-    buffer = keys.new_empty(QUERY_TILE * min(KEY_TILE, padded))
-    for row in range(0, b, QUERY_TILE):
-        query = queries[row : row + QUERY_TILE]
-        for column in range(row if symmetric else 0, padded, KEY_TILE):
-            key = keys[column : column + KEY_TILE]
-            tile = buffer[: QUERY_TILE * len(key)].view(QUERY_TILE, len(key))
-            torch.mm(query, key.T, out=tile[: len(query)])
-            # What fills up the last blocks is infinitely far, and so is each query from itself.
-            tile[len(query) :] = math.inf
-            tile[:, max(n - column, 0) :] = math.inf
-            if column <= row < column + len(key):
-                tile.diagonal(row - column).fill_(math.inf)
-            # Along the rows: a block's columns lie a stride apart, so that the minima are taken along whole vectors.
-            stride = len(key) // BLOCK
-            blocks = tile[: len(query)].view(-1, BLOCK, stride)
-            keep_nearest(best, row, buffer, blocks, blocks.amin(1), column, stride, 1)
-            # Down the columns, for the queries below this row of tiles.
-            start, stop = QUERY_TILE if column == row else 0, b - column
-            if symmetric and start < stop:
-                blocks = tile.view(-1, BLOCK, len(key))[..., start:stop]
-                keep_nearest(best, column + start, buffer, blocks.permute(2, 1, 0), blocks.amin(1).T, row, 1, BLOCK)
-    return (best[1] + offset) % n
+    # Block j of a tile is every blocks-th key from the j-th on, so that minima are taken along whole vectors.
+    spread = torch.arange(0, side, blocks, device=device)
+    buffer = keys.new_empty(max(largest**2, k * members * keys.shape[1]))  # of a tile, then of the keys that are looked at again
+    along, down = keys.new_empty(tiles, side, blocks), keys.new_empty(tiles, blocks, side)
+    best, best_block = keys.new_full((b,), math.inf), torch.zeros(b, dtype=torch.int64, device=device)
+    ids = torch.empty(b, k, dtype=torch.int64, device=device)
+    for part in range(parts):
+        start, stop = part * side, min((part + 1) * side, b)
+        query = queries[start:stop]
+        first = part if symmetric else 0
+        tile = buffer[: len(query) * side].view(-1, side)
+        rows, minima = tile.view(-1, members, blocks), along[first:, : len(query)]
+        for column, least in enumerate(minima, first):
+            torch.mm(query, key_tiles[column], out=tile)
+            if column == part:
+                tile.diagonal().fill_(math.inf)  # each query is infinitely far from itself
+            torch.amin(rows, 1, out=least)
+            if symmetric and part < column < parts:
+                torch.amin(tile.view(members, blocks, side), 0, out=down[column])
+
+        smallest, block = _smallest_of_tiles(minima, k)
+        block += first * blocks
+        if symmetric:
+            block = torch.where(best[start:stop, None] < smallest, best_block[start:stop, None], block)
+            # The queries below this part, by the minima down its tiles.
+            smallest = down[part + 1 : parts].amin(1).flatten()[: b - stop]
+            improved = (smallest < best[stop:]).nonzero()[:, 0]
+            column, place = part + 1 + improved // side, improved % side
+            best[stop + improved], better_block = down[column, :, place].min(1)
+            best_block[stop + improved] = start // members + better_block
+        candidates = (block // blocks * side + block % blocks)[..., None] + spread
+        ids[start:stop] = _nearest_of(candidates.flatten(1), query, keys, k, start, buffer)
+    return (ids + offset) % n
 
 
-def keep_nearest(
-    best,
-    start: int,
-    buffer: torch.Tensor,
-    blocks: torch.Tensor,
-    minima: torch.Tensor,
-    origin: int,
-    place_step: int,
-    block_step: int,
-):
-    """Merges candidates of the queries from `start` on into `best`, their k smallest values and ids so far, two [b, k].
+def _smallest_of_tiles(minima: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row's k smallest, ascending, and their blocks' numbers over all tiles: [tiles, rows, blocks] -> [rows, up to k] x 2.
 
-    blocks: [m, BLOCK, blocks], a view of the flat buffer; minima: [m, blocks], the smallest of each. The candidate at (place,
-    block) has the id origin + place place_step + block block_step. Two levels: a query's k smallest lie in the k blocks with the
-    smallest minima, and only queries for which a minimum improves on the k-th best are looked at.
+    They lie at the k places within a tile whose smallest minima, over the tiles, are smallest.
     """
-    best_value, best_id = (x[start : start + len(blocks)] for x in best)
-    k = best_value.shape[1]
-    row = (minima.amin(1) < best_value[:, -1]).nonzero()
-    improved = row[:, 0]
-    block = _smallest(minima.index_select(0, improved), min(k, minima.shape[1]))[1][:, None]  # [m', 1, up to k]
-    place = torch.arange(BLOCK, device=blocks.device)[:, None]
-    strides = blocks.stride()
-    at = (row * strides[0])[..., None] + place * strides[1] + block * strides[2] + blocks.storage_offset()
-    candidates = buffer.index_select(0, at.flatten()).view(at.shape).flatten(1)
-    if k == 1:  # the improvement is the nearest
-        best_value[improved], chosen = _smallest(candidates, 1)
-        best_id[improved] = chosen * place_step + block[:, 0] * block_step + origin
-        return
-    ids = (place * place_step + block * block_step + origin).flatten(1)
-    best_value[improved], chosen = _smallest(torch.cat([best_value[improved], candidates], 1), k)
-    best_id[improved] = torch.cat([best_id[improved], ids], 1).gather(1, chosen)
+    tiles, _, blocks = minima.shape
+    place = _smallest(minima.amin(0), min(k, blocks))[1]
+    at_places = minima.gather(2, place.expand(tiles, -1, -1)).permute(1, 0, 2).flatten(1)
+    smallest, at = _smallest(at_places, min(k, at_places.shape[1]))
+    return smallest, at // place.shape[1] * blocks + place.gather(1, at % place.shape[1])
+
+
+def _nearest_of(
+    candidates: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, k: int, start: int, buffer: torch.Tensor
+) -> torch.Tensor:
+    """The k nearest of each query's candidates, ids [rows, m] -> [rows, k]; query i itself is key start + i.
+
+    queries and keys: as the products take them. buffer: where the candidates' keys are put.
+    """
+    nearest = []
+    m, width = candidates.shape[1], keys.shape[1]
+    rows = len(buffer) // (m * width)
+    for few, query in zip(candidates.split(rows), queries.split(rows), strict=True):
+        chosen = buffer[: few.numel() * width].view(-1, width)
+        torch.index_select(keys, 0, few.flatten(), out=chosen)
+        distance = chosen.view(-1, m, width).bmm(query[..., None])[..., 0]
+        distance[few == torch.arange(start, start + len(few), device=few.device)[:, None]] = math.inf
+        nearest.append(few.gather(1, _smallest(distance, k)[1]))
+        start += len(few)
+    return torch.cat(nearest)
 
 
 def _smallest(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
