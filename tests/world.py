@@ -4,9 +4,7 @@ A case is a function of no argument; what it returns on rank 0 (tensors, numbers
 the tests to compare across world sizes. Every case must be called on every rank.
 """
 
-import os
 import shutil
-import signal
 import sys
 import time
 from pathlib import Path
@@ -24,6 +22,7 @@ from world_cases import (
     OBJECTIVES,
     OF_THREE,
     STEPS,
+    STEPS_IN_FLOAT32,
     configured,
     entropy_inputs,
 )
@@ -80,14 +79,15 @@ def run_steps(name: str, steps: int, *settings: str, workers: int = 0):
     losses, gradients, batches = [], None, iter(stream)
     for step in range(steps):
         _, terms = training_step(accelerator, model, optimizer, next(batches), stream.numbers, derive_key(3, step), config.train)
-        losses.append(gather_rows(terms[None]).mean(0))
+        losses.append(terms)
         if step == 0:
             gradients = {name: p.grad.clone() for name, p in objective.named_parameters()}
     batches.close()
     state = {key: value.clone() for key, value in objective.state_dict().items()}
     with StopRequest(config.train.timeout) as stop:
         validation = validate(accelerator, objective, config, stop)
-    return {"losses": torch.stack(losses), "gradients": gradients, "state": state, "validation": validation}
+    losses = gather_rows(torch.stack(losses)[None]).mean(0)
+    return {"losses": losses, "gradients": gradients, "state": state, "validation": validation}
 
 
 @case
@@ -104,7 +104,7 @@ def training_in_float64():
 
 @case
 def training_in_float32():
-    return {name: run_steps(name, STEPS) for name in FLOAT32}
+    return {name: run_steps(name, STEPS_IN_FLOAT32) for name in FLOAT32}
 
 
 @case
@@ -258,44 +258,23 @@ def weights_of(run: str, step: int) -> dict:
 
 
 @case
-def run_stopped_by_a_signal_to_one_rank():
-    """20 steps at once, and 20 steps with a SIGTERM to the last rank in the 6th; the weights of both at the end."""
-    straight, broken = f"straight-{world_size()}", f"broken-{world_size()}"
-    train(train_settings(straight, epochs(20)))
-    _signal_in_step(6)
-    train(train_settings(broken, epochs(20)))
-    stopped = (FOLDER / broken / "checkpoints" / "latest").resolve().name
-    train(train_settings(broken, epochs(20)))
-    return {"stopped": stopped, "straight": weights_of(straight, 20), "broken": weights_of(broken, 20)}
-
-
-def _signal_in_step(step: int) -> None:
-    """Sends this process a SIGTERM when it reads the batch of `step`, once, on the last rank only."""
-    original = ShardStream.__iter__
-
-    def patched(stream):
-        ShardStream.__iter__ = original
-        for number, batch in enumerate(original(stream), start=1):
-            if number == step and rank() == world_size() - 1:
-                os.kill(os.getpid(), signal.SIGTERM)
-            yield batch
-
-    ShardStream.__iter__ = patched
-
-
-@case
 def every_row_interrupted():
-    """For every row the weights after 4 steps at once, and after 2 and then, from the checkpoint, 2 more."""
+    """For every row the weights after 4 steps at once, and after the last 2 of them again, from the checkpoint between."""
     found = {}
     for name in INTERRUPTED[world_size()]:
-        for run, lengths in {"whole": [4], "parts": [2, 4]}.items():
-            run = f"{name}-{run}-{world_size()}"
-            for length in lengths:
-                train(train_settings(run, epochs(length), "train.keep=1", name=name))
-            found.setdefault(name, []).append(weights_of(run, 4))
+        run, weights = f"{name}-{world_size()}", []
+        for _ in range(2):
+            train(train_settings(run, epochs(4), f"train.save_every={2 * BATCH}", name=name))
+            weights.append(weights_of(run, 4))
             barrier()
-            if rank() == 0:
-                shutil.rmtree(FOLDER / run)
+            if rank() == 0:  # as if it had been killed before the end
+                folder = FOLDER / run / "checkpoints"
+                shutil.rmtree(folder / "step-00000004")
+                (folder / "best").unlink()
+                (folder / "latest").unlink()
+                (folder / "latest").symlink_to("step-00000002")
+            barrier()
+        found[name] = weights
     return found
 
 
@@ -319,7 +298,7 @@ def runs_of_two_ranks_continued():
 def evaluation():
     """Everything but the place of the checkpoint and of the pictures."""
     metrics = evaluate(
-        FOLDER / "straight-2",
+        FOLDER / "continued-eae-2",
         ["evaluate.batch=8", f"evaluate.cache={FOLDER}/cache-{world_size()}"],
         FOLDER / f"evaluation-{world_size()}",
     )
@@ -366,7 +345,7 @@ def distance_of_two_folders():
 @case
 def disk_that_is_full_at_the_second_checkpoint():
     """What each rank raises, and the step that a reader finds afterwards."""
-    save, found = checkpoints.save, {}
+    save, run = checkpoints.save, f"full-{world_size()}"
 
     def limited(run, config, model_state, optimizer_state, state):
         if state["step"] > 2:
@@ -375,16 +354,12 @@ def disk_that_is_full_at_the_second_checkpoint():
 
     checkpoints.save = limited  # called by the first rank alone
     try:
-        for name in CONTINUED:
-            run = f"full-{name}-{world_size()}"
-            try:
-                train(train_settings(run, epochs(6), f"train.save_every={2 * BATCH}", name=name))
-            except (OSError, FirstRankFailed) as error:
-                every = gather_objects((type(error).__name__, str(error)))
-                found[name] = every, checkpoints.open_checkpoint(FOLDER / run).state["step"]
+        train(train_settings(run, epochs(6), f"train.save_every={2 * BATCH}"))
+    except (OSError, FirstRankFailed) as error:
+        every = gather_objects((type(error).__name__, str(error)))
+        return every, checkpoints.open_checkpoint(FOLDER / run).state["step"]
     finally:
         checkpoints.save = save
-    return found
 
 
 def main() -> None:

@@ -85,7 +85,7 @@ def search_errors() -> dict[str, list[str]]:
 def encoded_latents() -> dict:
     """The checksums of a data set's latents, and what their neighborhoods say."""
     out = FOLDER / f"latents-{world_size()}"
-    folder = encode(FOLDER / "straight-2", out, ["evaluate.batch=8"])
+    folder = encode(FOLDER / "continued-eae-2", out, ["evaluate.batch=8"])
     numbers = neighbors(LatentSpace(out, None, ["index.k=3", "evaluate.batch=8"]), out / "neighbors")
     names = ("memorization", "duplicates", "label_accuracy", "entropy")
     return {"parts": folder.parts, "about": folder.about, "numbers": {name: numbers[name] for name in names}}
