@@ -1,8 +1,9 @@
 """Batch norm whose statistics are those of the global batch, over all ranks, on any device and twice differentiable.
 
 `nn.SyncBatchNorm` refuses CPU tensors and has no second derivative. This one is built from ATen's batch-norm kernels over
-this rank's rows, plus one sum over ranks each way. On one rank it is `F.batch_norm` on a GPU; on a CPU the same kernels are
-2-3 times faster than `F.batch_norm`, whose statistics take a slow pass. n: elements per channel over all ranks.
+this rank's rows, plus one sum over ranks each way. On one GPU it is `F.batch_norm`. On one CPU it takes 1 to 2 times as long as
+that, some 4 % of a step of `small`, but a step of `rae_gp`, which is differentiated twice, takes a tenth less.
+n: elements per channel over all ranks.
 """
 
 import torch
