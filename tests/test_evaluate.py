@@ -53,12 +53,12 @@ def cpu():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def save_run(run: Path, config: Config) -> Path:
+def save_run(run: Path, config: Config, shape=SHAPE) -> Path:
     """A checkpoint whose running statistics have seen some images; returns its run folder."""
-    objective = build_objective(config.model, config.objective, SHAPE, config.train.seed)
-    seen = torch.rand(32, *SHAPE, generator=torch.Generator().manual_seed(2))
+    objective = build_objective(config.model, config.objective, shape, config.train.seed)
+    seen = torch.rand(32, *shape, generator=torch.Generator().manual_seed(2))
     objective(seen, torch.ones(32, dtype=torch.bool), 32, np.arange(32), 0)
-    checkpoints.save(run, config, objective.state_dict(), {}, {"step": 4, "images": 104, "image_shape": list(SHAPE)})
+    checkpoints.save(run, config, objective.state_dict(), {}, {"step": 4, "images": 104, "image_shape": list(shape)})
     return run
 
 
@@ -67,15 +67,15 @@ def run(shards, tmp_path) -> Path:
     return save_run(tmp_path / "run", configured(shards, "eae"))
 
 
-def drawn_images(count: int) -> torch.Tensor:
+def drawn_images(count: int, shape=SHAPE) -> torch.Tensor:
     """The first test images as conftest.py drew them, float64 in [0, 1]: the third split starts at 20,000."""
-    pixels = [torch.from_numpy(image_of(20_000 + number)) for number in range(count)]
+    pixels = [torch.from_numpy(image_of(20_000 + number, shape)) for number in range(count)]
     return torch.stack(pixels).permute(0, 3, 1, 2).double() / 255
 
 
-def direct_error(run: Path, count: int) -> float:
+def direct_error(run: Path, count: int, shape=SHAPE) -> float:
     """The mean over images of the summed squared error, in float64."""
-    model, x = eae_dist.load(run).double(), drawn_images(count)
+    model, x = eae_dist.load(run).double(), drawn_images(count, shape)
     with torch.no_grad():
         return (model.decode(model.encode(x)) - x).square().sum((1, 2, 3)).mean().item()
 
@@ -88,6 +88,16 @@ def test_metrics_are_those_of_a_direct_computation(run, settings, count):
     assert metrics["reconstruction"] == pytest.approx(direct_error(run, count), rel=1e-5)
     assert metrics["reconstruction_per_pixel"] == pytest.approx(metrics["reconstruction"] / 256, rel=1e-12)
     assert direct_error(run, 7) != pytest.approx(direct_error(run, 33), rel=1e-4)
+
+
+def test_metrics_of_color_images_are_those_of_a_direct_computation(tmp_path, monkeypatch):
+    shape = (3, 16, 16)
+    monkeypatch.setitem(FEATURES, "efflite0", lambda: Seen([]))
+    root = write_shards(tmp_path / "color", {"train": (30,), "validation": (1,), "test": (9,)}, shape)
+    run = save_run(tmp_path / "run", configured(root, "ae", "evaluate.features=efflite0"), shape)
+    metrics = evaluate(run, ["evaluate.densities=[isotropic]"])
+    assert metrics["reconstruction"] == pytest.approx(direct_error(run, 9, shape), rel=1e-5)
+    assert metrics["reconstruction_per_pixel"] == pytest.approx(metrics["reconstruction"] / (3 * 256), rel=1e-12)
 
 
 def test_batch_size_changes_no_more_than_rounding(run):
