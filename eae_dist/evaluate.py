@@ -227,6 +227,12 @@ class Progress:
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
 
+    def remove_numbers_of_others(self) -> None:
+        """Those of another evaluation, whose densities are about to be written over."""
+        numbers = self.path.with_name("metrics.json")
+        if numbers.is_file() and not self.key.items() <= json.loads(numbers.read_text()).items():
+            numbers.unlink()
+
     def _write(self) -> None:
         with first_rank_first() as mine:
             if mine:
@@ -349,6 +355,8 @@ def fit_densities(
                     raise ValueError(f"evaluate.densities: {name} cannot be fitted: {error}") from error
                 report = {"failed": str(error)}
             with first_rank_first() as mine:
+                if mine:
+                    done.remove_numbers_of_others()
                 if mine and "failed" in report:
                     path.unlink(missing_ok=True)
                 elif mine:

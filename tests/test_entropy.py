@@ -55,10 +55,23 @@ def test_neighbors_are_those_of_a_full_sort_whatever_the_tiles(n, queries, k):
     distances = torch.cdist(z[start:stop], z, compute_mode="donot_use_mm_for_euclid_dist")
     distances.diagonal(start).fill_(torch.inf)
     expected = distances.topk(k, largest=False).indices
-    assert torch.equal(nearest_neighbors(z[start:stop], z, k, start), expected)
+    assert torch.equal(nearest_neighbors(z, k, start, stop - start), expected)
 
 
-def test_close_pairs_far_from_the_origin_keep_their_distance_in_float32():
+@pytest.mark.parametrize(("n", "d", "k"), [(300, 1024, 64), (700, 200, 9)])  # the first: of one row, more than a tile holds
+def test_candidates_are_looked_at_again_in_as_many_parts_as_fit(n, d, k):
+    z = normal(n, d)
+    distances = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(torch.inf)
+    assert torch.equal(nearest_neighbors(z, k, 0, n), distances.topk(k, largest=False).indices)
+
+
+def test_rows_far_from_the_origin_have_the_neighbors_that_they_have():
+    z = normal(1000, 16, dtype=torch.float32) + 1e3
+    # The products of such rows are 1e6 times their distances: without their mean taken away half of the neighbors are others.
+    assert float(knn_entropy(z)) == pytest.approx(float(knn_entropy(z.double())), rel=1e-5)
+
+
+def test_close_pairs_keep_their_distance_in_float32():
     z = normal(256, 64, dtype=torch.float32)
     z[1::2] = z[::2] + 1e-2 * torch.nn.functional.normalize(normal(128, 64, seed=1), dim=1).float()
     # The product form of the distance is off by a quarter here; differences of float32 rows are right to 1e-5.

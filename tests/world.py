@@ -86,6 +86,7 @@ def run_steps(name: str, steps: int, *settings: str, workers: int = 0):
     state = {key: value.clone() for key, value in objective.state_dict().items()}
     with StopRequest(config.train.timeout) as stop:
         validation = validate(accelerator, objective, config, stop)
+    assert all(torch.equal(state[key], value) for key, value in objective.state_dict().items()), "validation changed the state"
     losses = gather_rows(torch.stack(losses)[None]).mean(0)
     return {"losses": losses, "gradients": gradients, "state": state, "validation": validation}
 
@@ -259,12 +260,16 @@ def weights_of(run: str, step: int) -> dict:
 
 @case
 def every_row_interrupted():
-    """For every row the weights after 4 steps at once, and after the last 2 of them again, from the checkpoint between."""
+    """For every row the weights after 4 steps at once, and after the last 2 of them again, from the checkpoint between.
+
+    The second time it also draws pictures after the third step, which must not show.
+    """
     found = {}
     for name in INTERRUPTED[world_size()]:
         run, weights = f"{name}-{world_size()}", []
-        for _ in range(2):
-            train(train_settings(run, epochs(4), f"train.save_every={2 * BATCH}", name=name))
+        for steps in (4, 3):
+            every = f"train.save_every={2 * BATCH}", f"train.sample_every={steps * BATCH}"
+            train(train_settings(run, epochs(4), *every, name=name))
             weights.append(weights_of(run, 4))
             barrier()
             if rank() == 0:  # as if it had been killed before the end

@@ -343,7 +343,7 @@ class _Failure(Exception):
         if isinstance(error, PermissionError):
             return cls(f"may not be read ({error})", passing=False)
         if isinstance(error, ImportError):
-            return cls("needs s3fs: pip install 'eae-dist[s3]'", passing=False)
+            return cls("needs s3fs: pip install -e '.[s3]'", passing=False)
         if isinstance(error, (TimeoutError, asyncio.TimeoutError)):  # which are one from Python 3.11 on
             return cls(f"sent nothing for data.timeout={timeout:g} seconds")
         if (status := getattr(error, "status", None)) is not None:

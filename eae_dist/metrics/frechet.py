@@ -220,7 +220,13 @@ def svd_root_trace(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def _factor(covariance: torch.Tensor) -> torch.Tensor:
-    """A [f, rank] with A A^T = covariance: Cholesky's where it has full rank, else without the directions that are rounding."""
+    """A [f, rank] with A A^T = covariance: Cholesky's where it has full rank, else without the directions that are rounding.
+
+    Also without the features that do not vary, with which LAPACK's eigenvalues can fail to converge.
+    """
+    if not (varying := covariance.diagonal() > 0).all():
+        factor = _factor(covariance[varying][:, varying]) if varying.any() else covariance[:0, :0]
+        return covariance.new_zeros(len(covariance), factor.shape[1]).masked_scatter_(varying[:, None], factor)
     rounding = len(covariance) * torch.finfo(covariance.dtype).eps
     lower, failed = torch.linalg.cholesky_ex(covariance)
     if not failed and lower.diagonal().min().square() > rounding * covariance.diagonal().max():
