@@ -70,6 +70,12 @@ def table(
     found = {run: metrics for run in runs if (metrics := judged(run)) is not None}
     if not found:
         return None, failures
+    by_features = {json.dumps(metrics["features"]): str(run.folder) for run, metrics in found.items()}
+    if len(by_features) > 1:
+        raise ValueError(
+            f"no table of rows that were judged by different features, or versions of them: {', '.join(by_features.values())}; "
+            f"remove their evaluation folders, and the same command judges them again"
+        )
     results = Results([(run.row, metrics) for run, metrics in found.items()])
     text = as_markdown(results)
     for name, content in {"table.md": text, "table.csv": as_csv(results), "table.tex": as_latex(results)}.items():

@@ -114,6 +114,16 @@ def test_table_runs_what_is_missing_and_leaves_what_is_finished(configs, tmp_pat
     assert "against 20 images of test" in (out / "table.md").read_text()
 
 
+def test_rows_that_were_judged_by_different_features_are_no_table(configs, tmp_path):
+    assert failures_of(configs, ["eae", "rae"], 1, Here(), tmp_path, []) == []
+    numbers = tmp_path / "runs" / "rae-0" / "evaluation" / "metrics.json"
+    metrics = json.loads(numbers.read_text())
+    metrics["features"]["preprocessing"] = "of another version"
+    numbers.write_text(json.dumps(metrics))
+    with pytest.raises(ValueError, match="different features, or versions of them: .*-0, .*-0; remove their evaluation"):
+        failures_of(configs, ["eae", "rae"], 1, Here(), tmp_path, [])
+
+
 def test_settings_of_a_row_are_not_refused_for_others_that_an_earlier_command_made(configs, tmp_path):
     out = tmp_path / "out"
     assert failures_of(configs, ["eae"], 1, Here(), out, []) == []
