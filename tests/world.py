@@ -262,11 +262,17 @@ def weights_of(run: str, step: int) -> dict:
 def every_row_interrupted():
     """For every row the weights after 4 steps at once, and after the last 2 of them again, from the checkpoint between.
 
-    The second time it also draws pictures after the third step, which must not show.
+    And the steps from which both began. The second time it also draws pictures after the third step, which must not show.
     """
-    found = {}
+    found, read = {}, ShardStream.__iter__
+
+    def noted(stream):
+        starts.append(stream.start_step)
+        return read(stream)
+
+    ShardStream.__iter__ = noted
     for name in INTERRUPTED[world_size()]:
-        run, weights = f"{name}-{world_size()}", []
+        run, weights, starts = f"{name}-{world_size()}", [], []
         for steps in (4, 3):
             every = f"train.save_every={2 * BATCH}", f"train.sample_every={steps * BATCH}"
             train(train_settings(run, epochs(4), *every, name=name))
@@ -279,7 +285,8 @@ def every_row_interrupted():
                 (folder / "latest").unlink()
                 (folder / "latest").symlink_to("step-00000002")
             barrier()
-        found[name] = weights
+        found[name] = weights, starts
+    ShardStream.__iter__ = read
     return found
 
 
