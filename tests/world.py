@@ -22,7 +22,6 @@ from world_cases import (
     OBJECTIVES,
     OF_THREE,
     STEPS,
-    STEPS_IN_FLOAT32,
     configured,
     entropy_inputs,
 )
@@ -105,7 +104,7 @@ def training_in_float64():
 
 @case
 def training_in_float32():
-    return {name: run_steps(name, STEPS_IN_FLOAT32) for name in FLOAT32}
+    return {name: run_steps(name, STEPS) for name in FLOAT32}
 
 
 @case
