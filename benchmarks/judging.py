@@ -111,7 +111,7 @@ def throughput() -> Row:
                 calculate_activation_statistics(paths, network, BATCH, FEATURES, "cpu", num_workers=0)
 
         def our_loop() -> None:
-            describe(walk_images(folder, BATCH, channels=3)[1], extractor, BATCH, IMAGES, cpu, "the images")
+            describe(walk_images(folder, BATCH)[2], extractor, BATCH, IMAGES, cpu, "the images")
 
         seconds = take_turns({"ours": our_loop, "theirs": their_loop}, ROUNDS)
     return Row(

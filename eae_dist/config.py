@@ -205,9 +205,9 @@ class EvaluateConfig:
     second_stage_epochs: int = changeable(100)
     """Passes over the training latents in the second stage of two_stage, as officially."""
     features: str | None = changeable(None)
-    """Whose features images are compared by: inception (the distance is fid), efflite0, mnistcnn, fashioncnn or
-    package.module:function of your own, named on the command line. Default: mnistcnn for MNIST, fashioncnn for Fashion-MNIST,
-    else efflite0."""
+    """Whose features images are compared by: inception (the distance is fid), efflite0, efflite0_64px (the same network on
+    smaller images) or package.module:function of your own, named on the command line. Default: efflite0_64px for images of up to
+    64 pixels, else efflite0."""
     preprocessing: str | None = changeable(None)
     """Of inception: pytorch-fid (default), tf1 or clean."""
     inception_weights: str | None = changeable(None)
@@ -215,7 +215,8 @@ class EvaluateConfig:
     frechet: str = changeable("svd")
     """The matrix root of the Fréchet distance: svd, or sqrtm as pytorch-fid takes it."""
     neighbor_images: int = changeable(10_000)
-    """At most this many images of a set are compared by kid, precision, recall, density and coverage, the last four from 6 on."""
+    """At most this many images of a set are compared by the kernel distance, precision, recall, density and coverage, the last
+    four from 6 images on."""
     cache: str = changeable("~/.cache/eae_dist")
     """Folder where the statistics of reference images are kept."""
     batch: int = changeable(256)

@@ -41,8 +41,8 @@ from eae_dist.generation import LatentsOf, decoded, interpolations, sample_seeds
 from eae_dist.latent.densities import DENSITIES, Density, load_density, save_density
 from eae_dist.local_ranks import run_on_ranks
 from eae_dist.losses.terms import squared_error
-from eae_dist.metrics.comparison import ImageSet, compare, describe
-from eae_dist.metrics.features import CLASSIFIERS, Extractor, build_features
+from eae_dist.metrics.comparison import ImageSet, compare, describe, headline
+from eae_dist.metrics.features import Extractor, build_features, features_for
 from eae_dist.metrics.frechet import warnings_about
 from eae_dist.model.autoencoder import Autoencoder, encoded, to_unit
 from eae_dist.objectives import objective_class
@@ -92,12 +92,13 @@ def evaluate(directory: Path, assignments: Sequence[str], out: Path | None = Non
     errors, latents = reconstructed(autoencoder, config, device, through)
 
     # Every set of images in turn: made, described by its features, compared with the real ones.
-    sets, warnings = {}, warnings_about(real.stats, f"the split {settings.reference}")
+    first, warnings = headline(real, extractor)
+    sets, warnings = {}, warnings + warnings_about(real.stats, f"the split {settings.reference}")
     for name, (latents_of, count) in latent_sets(fitted, latents, through, real.stats.count, settings.seed).items():
         if name not in done.sets:
             images, what = decoded(autoencoder, latents_of, count, settings.batch, device, name), f"the set {name}"
             described = describe(images, extractor, settings.batch, settings.neighbor_images, device, what)
-            done.record(name, compare(real, described, extractor.metric, settings.frechet, device, what))
+            done.record(name, compare(real, described, extractor, settings.frechet, device, what))
         sets[name], doubts = done.sets[name]
         warnings += doubts
 
@@ -105,6 +106,7 @@ def evaluate(directory: Path, assignments: Sequence[str], out: Path | None = Non
     metrics = judged | {
         "images": len(errors),
         "reference_images": real.stats.count,
+        "headline": first,
         "reconstruction": per_image,
         "reconstruction_per_pixel": per_image / int(np.prod(index.image_shape)),
         "sets": sets,
@@ -131,16 +133,15 @@ def evaluate_folders(real: Path, generated: Path, assignments: Sequence[str], ou
     if other := [text for text in assignments if not text.startswith("evaluate.")]:
         raise ValueError(f"{other[0]}: two folders of images are judged by evaluate.* alone")
     settings, device = load_config(assignments).evaluate, PartialState().device
-    extractor = build_features(
-        settings.features or "efflite0", weights=settings.inception_weights, preprocessing=settings.preprocessing
-    ).to(device)
-    channels = 1 if settings.features in CLASSIFIERS else 3  # networks for color see gray as three equal channels
-    announce(extractor)
     described = []
     # Both are opened before the first goes through the network, so that a wrong second one is said in time.
     folders = (real, generated)
-    walks = [walk_images(folder, settings.batch, channels=channels, count=settings.count) for folder in folders]
-    for folder, (total, blocks) in zip(folders, walks, strict=True):
+    walks = [walk_images(folder, settings.batch, count=settings.count) for folder in folders]
+    (size, *_), _ = walks
+    name = settings.features or features_for(*size)
+    extractor = build_features(name, weights=settings.inception_weights, preprocessing=settings.preprocessing).to(device)
+    announce(extractor)
+    for folder, (_, total, blocks) in zip(folders, walks, strict=True):
 
         def taken(folder=folder, total=total, blocks=blocks) -> ImageSet:
             images, what = watched(blocks, str(folder), total), f"the images of {folder}"
@@ -148,18 +149,21 @@ def evaluate_folders(real: Path, generated: Path, assignments: Sequence[str], ou
 
         with first_rank_first() as mine:
             sha256 = contents_sha256(folder, settings.count) if mine else None
-        which = {"files_sha256": from_first_rank(sha256), "channels": channels}
+        which = {"files_sha256": from_first_rank(sha256)}
         described.append(remembered(which, settings, extractor, device, taken))
-    numbers, warnings = compare(*described, extractor.metric, settings.frechet, device, f"the images of {generated}")
+    numbers, doubts = compare(*described, extractor, settings.frechet, device, f"the images of {generated}")
+    fewer = min(described, key=lambda one: one.stats.count)
+    first, warnings = headline(fewer, extractor)
     metrics = {
         "real": str(real),
         "generated": str(generated),
         "reference_images": described[0].stats.count,
+        "headline": first,
         "features": extractor.record(),
         "settings": asdict(settings),
         "versions": versions(),
         "sets": {"generated": numbers},
-        "warnings": warnings_about(described[0].stats, f"the images of {real}") + warnings,
+        "warnings": warnings + warnings_about(described[0].stats, f"the images of {real}") + doubts,
     }
     with first_rank_first() as mine:
         if mine and out is not None:
@@ -187,8 +191,7 @@ def density_names(settings: EvaluateConfig, second_stage: str | None) -> list[st
 
 def open_features(settings: EvaluateConfig, index: ShardIndex, assignments: Sequence[str]) -> Extractor:
     """The extractor that evaluate.features names, or the data's own. A function that only the checkpoint names is not run."""
-    own = {"mnist": "mnistcnn", "mnist5k": "mnistcnn", "fashion_mnist": "fashioncnn"}
-    name = settings.features or own.get(index.name, "efflite0")
+    name = settings.features or features_for(*index.image_shape[1:])
     if ":" in name and f"evaluate.features={name}" not in assignments:
         raise ValueError(f"evaluate.features={name} stands in the checkpoint; give it on the command line to have it run")
     return build_features(name, weights=settings.inception_weights, preprocessing=settings.preprocessing)
@@ -430,7 +433,8 @@ def summary_of_folders(metrics: dict) -> str:
 
 def summary_of_sets(metrics: dict) -> list[str]:
     """A line for each set of images, and the warnings."""
-    names = (metrics["features"]["metric"], "kid", "precision", "recall", "density", "coverage")
+    distances = {metrics["headline"]: None} | {metrics["features"][name]: None for name in ("metric", "kernel_metric")}
+    names = (*distances, "precision", "recall", "density", "coverage")
     columns = {name: max(14, len(name) + 2) for name in names}  # characters
     lines = [f"{'':24}" + "".join(f"{column:>{width}}" for column, width in columns.items())]
     for which, numbers in metrics["sets"].items():

@@ -164,7 +164,7 @@ def finish(run: Run, first_stage: Run | None, ends: Future | None, side_by_side:
         if first_stage is not None and trained(first_stage) and same_training(run, first_stage):
             adopt(run, first_stage)
         else:
-            side_by_side.call("eae_dist.train", run.arguments, logs / f"{run.row}-{run.seed}-train.log")
+            side_by_side.call("eae_dist.train", run.arguments, logs / f"{run.folder.name}-train.log")
         if not trained(run):
             raise CommandFailed(f"training was stopped after {steps_taken(run)} of {wanted} steps; the same command goes on")
     training = clock(time.monotonic() - started)
@@ -172,7 +172,7 @@ def finish(run: Run, first_stage: Run | None, ends: Future | None, side_by_side:
     for key, value in asdict(run.config.evaluate).items():
         command.append(f"evaluate.{key}={value if isinstance(value, str) else json.dumps(value)}")
     command += [f"model.{part}={name}" for part, name in own_networks(run).items()]
-    side_by_side.call("eae_dist.evaluate", command, logs / f"{run.row}-{run.seed}-evaluate.log")
+    side_by_side.call("eae_dist.evaluate", command, logs / f"{run.folder.name}-evaluate.log")
     if judged(run) is None:
         raise CommandFailed(f"{run.folder}/evaluation holds no metrics of the checkpoint {chosen(run)}")
     return f"trained in {training}, judged after {clock(time.monotonic() - started)}"

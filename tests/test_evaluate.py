@@ -92,7 +92,7 @@ def test_metrics_are_those_of_a_direct_computation(run, settings, count):
 
 def test_metrics_of_color_images_are_those_of_a_direct_computation(tmp_path, monkeypatch):
     shape = (3, 16, 16)
-    monkeypatch.setitem(FEATURES, "efflite0", lambda: Seen([]))
+    monkeypatch.setitem(FEATURES, "efflite0_64px", lambda: Seen([]))
     root = write_shards(tmp_path / "color", {"train": (30,), "validation": (1,), "test": (9,)}, shape)
     run = save_run(tmp_path / "run", configured(root, "ae", "evaluate.features=efflite0"), shape)
     metrics = evaluate(run, ["evaluate.densities=[isotropic]"])
@@ -216,13 +216,15 @@ def test_command_prints_the_numbers_that_it_writes(run, tmp_path, capsys):
 
 
 def test_numbers_stand_below_their_names_whatever_their_length():
-    sets = {"isotropic": {"fd_a_network_of_my_own": 12.5, "kid": 3.0, "precision": 0.5}, "gmm": {"fd_a_network_of_my_own": 7.0}}
-    head, *lines = evaluate_module.summary_of_sets(
-        {"features": {"metric": "fd_a_network_of_my_own"}, "sets": sets, "warnings": []}
-    )
-    ends = [head.index(name) + len(name) for name in ("fd_a_network_of_my_own", "kid", "precision")]
+    names = ("fd_a_network_of_my_own", "kd_a_network_of_my_own", "precision")
+    sets = {"isotropic": dict(zip(names, (12.5, 3.0, 0.5), strict=True)), "gmm": {names[0]: 7.0}}
+    features = {"metric": names[0], "kernel_metric": names[1]}
+    head, *lines = evaluate_module.summary_of_sets({"features": features, "headline": names[0], "sets": sets, "warnings": []})
+    ends = [head.index(name) + len(name) for name in names]
     assert [lines[0][:end].split()[-1] for end in ends] == ["12.5", "3", "0.5"]
     assert lines[1][: ends[0]].split() == ["gmm", "7"] and {len(line) for line in lines} == {len(head)}
+    head, *_ = evaluate_module.summary_of_sets({"features": features, "headline": names[1], "sets": sets, "warnings": []})
+    assert head.split() == [names[1], names[0], "precision", "recall", "density", "coverage"]  # what to read first stands first
 
 
 @pytest.mark.parametrize(
@@ -277,7 +279,7 @@ def without_place(metrics: dict) -> dict:
 
 def test_distances_are_those_of_the_images_that_the_model_makes(run):
     metrics = evaluate(run, ["evaluate.frechet=sqrtm"])
-    model, features = eae_dist.load(run), build_features("mnistcnn")
+    model, features = eae_dist.load(run), build_features("thumbnails")
     density = eae_dist.load(run).density("mvg")
     with torch.no_grad():
         drawn = model.decode(density.sample(sample_seeds(0, np.arange(33))).float())
@@ -285,16 +287,23 @@ def test_distances_are_those_of_the_images_that_the_model_makes(run):
         generated.add(features((drawn * 255).round().to(torch.uint8)))
         real.add(features((drawn_images(33) * 255).round().to(torch.uint8)))
     # 33 images in blocks of 16 or in one: float32 features differ by rounding, few pixels by one step of uint8.
-    assert metrics["sets"]["mvg"]["fd_mnistcnn64"] == pytest.approx(frechet_distance(real, generated, "sqrtm"), rel=1e-3)
-    assert metrics["sets"].keys() == SETS and metrics["features"]["metric"] == "fd_mnistcnn64"
-    assert any("33 samples for 64 features" in warning for warning in metrics["warnings"])
+    assert metrics["sets"]["mvg"]["fd_thumbnails64"] == pytest.approx(frechet_distance(real, generated, "sqrtm"), rel=1e-3)
+    assert metrics["sets"].keys() == SETS and metrics["features"]["metric"] == "fd_thumbnails64"
+    assert metrics["headline"] == "kd_thumbnails64"  # with fewer images than features a Fréchet distance is too large
+    said = "33 images for 64 features give a covariance of rank 32 at most; read kd_thumbnails64"
+    assert (
+        sum(said in warning for warning in metrics["warnings"]) == sum("rank" in warning for warning in metrics["warnings"]) == 1
+    )
 
 
 def test_neighbor_images_bound_what_is_compared_row_by_row_and_no_moments(run):
     every, few = (evaluate(run, settings)["sets"] for settings in ([], ["evaluate.neighbor_images=20"]))
     for name, numbers in few.items():
         assert (every[name]["neighbor_images"], numbers["neighbor_images"], numbers["images"]) == (33, 20, 33)
-        assert numbers["fd_mnistcnn64"] == every[name]["fd_mnistcnn64"] and numbers["kid"] != every[name]["kid"]
+        assert (
+            numbers["fd_thumbnails64"] == every[name]["fd_thumbnails64"]
+            and numbers["kd_thumbnails64"] != every[name]["kd_thumbnails64"]
+        )
 
 
 def test_interrupted_evaluation_goes_on_and_ends_with_the_same_numbers(run, tmp_path, monkeypatch):
@@ -436,7 +445,7 @@ def test_pixels_that_are_not_finite_are_an_error_and_not_black(run, monkeypatch)
 def test_images_whose_features_are_not_finite_are_an_error_that_counts_them(run, monkeypatch):
     # A decoder of black images, and features that black images have none of.
     monkeypatch.setattr(generation, "to_uint8", lambda images: torch.zeros(images.shape, dtype=torch.uint8))
-    extractor = build_features("mnistcnn")
+    extractor = build_features("thumbnails")
     forward = extractor.forward
     extractor.forward = lambda x: torch.where((x > 0).flatten(1).any(1, keepdim=True), forward(x), torch.nan)
     monkeypatch.setattr(evaluate_module, "open_features", lambda *_: extractor)
@@ -463,26 +472,26 @@ def folders(tmp_path, monkeypatch) -> tuple[Path, Path]:
 def folder_stats(numbers) -> FeatureStats:
     stats = FeatureStats()
     images = np.stack([image_of(number) for number in numbers])
-    stats.add(build_features("mnistcnn")(torch.from_numpy(images).permute(0, 3, 1, 2)))
+    stats.add(build_features("thumbnails")(torch.from_numpy(images).permute(0, 3, 1, 2)))
     return stats
 
 
 def test_folders_are_judged_by_all_their_images(folders, tmp_path, capsys):
     out = tmp_path / "out"
-    main(["--images", *map(str, folders), "--out", str(out), "evaluate.features=mnistcnn", "evaluate.batch=8"])
+    main(["--images", *map(str, folders), "--out", str(out), "evaluate.features=thumbnails", "evaluate.batch=8"])
     metrics = json.loads((out / "metrics.json").read_text())
     numbers = metrics["sets"]["generated"]
     assert (numbers["images"], metrics["reference_images"]) == (20, 33)
     # Blocks of 8 or all at once: float32 features differ by rounding.
     expected = frechet_distance(folder_stats(range(33)), folder_stats(range(20, 40)))
-    assert numbers["fd_mnistcnn64"] == pytest.approx(expected, rel=1e-4) and expected > 0.5
-    assert f"20 images of {folders[1]} against 33 of {folders[0]}, v/255" in capsys.readouterr().out
-    first = evaluate_folders(*folders, ["evaluate.features=mnistcnn", "evaluate.count=7"])
+    assert numbers["fd_thumbnails64"] == pytest.approx(expected, rel=1e-4) and expected > 0.5
+    assert f"20 images of {folders[1]} against 33 of {folders[0]}, v/64" in capsys.readouterr().out
+    first = evaluate_folders(*folders, ["evaluate.features=thumbnails", "evaluate.count=7"])
     assert (first["sets"]["generated"]["images"], first["reference_images"]) == (7, 7)
 
 
 def test_folder_that_went_through_the_network_before_is_not_taken_again_unless_its_images_changed(folders, monkeypatch):
-    settings, taken = ["evaluate.features=mnistcnn"], []
+    settings, taken = ["evaluate.features=thumbnails"], []
 
     def noted(*arguments, stop: int):
         taken.append(arguments[-1])
@@ -509,7 +518,7 @@ def test_files_are_read_as_pytorch_fid_reads_them(tmp_path, monkeypatch):
     turned[0x0112] = 6  # shown turned by a quarter
     hidden.save(folder / "a.png")
     Image.new("RGB", (4, 6), (200, 0, 0)).save(folder / "b.png", exif=turned)
-    monkeypatch.setitem(FEATURES, "efflite0", lambda: Seen(kept))
+    monkeypatch.setitem(FEATURES, "efflite0_64px", lambda: Seen(kept))
     evaluate_folders(folder, folder, [])
     assert kept and all(
         images.shape[2:] == (6, 4) and (images[:, 0] == 200).all() and (images[:, 1:] == 0).all() for images in kept
@@ -518,7 +527,7 @@ def test_files_are_read_as_pytorch_fid_reads_them(tmp_path, monkeypatch):
 
 def test_folders_are_seen_in_color_by_networks_for_color(folders, monkeypatch):
     seen = []
-    monkeypatch.setitem(FEATURES, "efflite0", lambda: Seen(seen))
+    monkeypatch.setitem(FEATURES, "efflite0_64px", lambda: Seen(seen))
     evaluate_folders(*folders, [])
     assert {images.shape[1:] for images in seen} == {(3, 16, 16)} and sum(map(len, seen)) >= 53
     assert all((images[:, :1] == images).all() for images in seen)  # gray: three equal channels
@@ -536,7 +545,7 @@ NAMELESS = {"metric": "fd", "dimensions": 8, "sha256": None, "preprocessing": "n
 
 
 def test_tasks_of_an_srun_step_judge_two_folders_together_as_one_process_does(folders, tmp_path):
-    command = ["--images", *map(str, folders), "evaluate.features=mnistcnn", "evaluate.batch=8"]
+    command = ["--images", *map(str, folders), "evaluate.batch=8"]
     main([*command, "--out", str(tmp_path / "one")])
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
@@ -609,7 +618,7 @@ def test_wrong_second_folder_is_said_before_the_first_is_judged(folders, tmp_pat
     (empty := tmp_path / "empty").mkdir()
     for generated, message in ((tmp_path / "nowhere", "is not a folder"), (empty, "holds no image files")):
         with pytest.raises(SystemExit, match=message):
-            main(["--images", str(folders[0]), str(generated), "evaluate.features=mnistcnn"])
+            main(["--images", str(folders[0]), str(generated), "evaluate.features=thumbnails"])
 
 
 def test_wrong_folders_are_one_line(folders, tmp_path):
@@ -618,18 +627,15 @@ def test_wrong_folders_are_one_line(folders, tmp_path):
     Image.new("L", (16, 16)).save(odd / "a.png")
     Image.new("L", (16, 8)).save(odd / "b.png")
     (broken := tmp_path / "broken").mkdir()
-    (color := tmp_path / "color").mkdir()
-    Image.new("RGB", (16, 16), "red").save(color / "a.png")
     (broken / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     for generated, message in {
         tmp_path / "nowhere": "nowhere is not a folder",
         tmp_path / "empty": r"empty holds no image files \(.bmp",
         odd: r"odd: a.png is 16x16, b.png is 16x8 \(width x height\); all must have one size",
         broken: "a.png is not a usable image: ",
-        color: "a.png is a color image, and these features see gray ones",
     }.items():
         with pytest.raises(SystemExit, match=f"error: .*{message}"):
-            main(["--images", str(folders[0]), str(generated), "evaluate.features=mnistcnn"])
+            main(["--images", str(folders[0]), str(generated), "evaluate.features=thumbnails"])
     with pytest.raises(SystemExit, match="data.root=x: two folders of images are judged by evaluate"):
         main(["--images", *map(str, folders), "data.root=x"])
 

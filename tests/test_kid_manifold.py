@@ -7,6 +7,8 @@ import pytest
 import torch
 from world_metrics import feature_sets, normal
 
+from eae_dist.draws import derive_key
+from eae_dist.metrics import kid
 from eae_dist.metrics.kid import kernel_distance, squared_mmd
 from eae_dist.metrics.manifold import manifold_scores
 
@@ -50,6 +52,18 @@ def test_subsets_follow_from_the_seed_and_whole_sets_need_one():
     assert (whole.subsets, whole.subset_size, whole.std) == (1, 200, 0)
     assert whole.mean == pytest.approx(squared_mmd(x[:200], y).item(), rel=1e-12)
     assert kernel_distance(x, y).subset_size == 200
+
+
+@pytest.mark.parametrize("most", [0, 2**24])
+def test_kernel_distance_is_the_mean_over_its_subsets(most, monkeypatch):
+    """Of the products of all pairs or of a subset's own."""
+    monkeypatch.setattr(kid, "MOST_PRODUCTS", most)
+    x, y = normal(30, 4), normal(20, 4, 1)
+    rows = [[kid._subset(derive_key(3, i, side), len(z), 15) for side, z in enumerate((x, y))] for i in range(8)]
+    expected = torch.stack([squared_mmd(x[a], y[b]) for a, b in rows])
+    got = kernel_distance(x, y, subsets=8, subset_size=15, seed=3)
+    assert got.mean == pytest.approx(expected.mean().item(), rel=1e-12)
+    assert got.std == pytest.approx(expected.std(correction=0).item(), rel=1e-9)
 
 
 def brute_force(real, generated, k, k_density):

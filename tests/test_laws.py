@@ -242,7 +242,7 @@ def test_evaluation_is_the_same_number_on_any_number_of_ranks(world, ranks):
     assert sets.keys() == {"reconstruction", "isotropic", "mvg", "gmm", *BETWEEN}
     for name, numbers in sets.items():
         assert others[name] == pytest.approx(numbers, rel=1e-9)
-        assert len({numbers["fd_mnistcnn64"], numbers["kid"], numbers["coverage"], numbers["density"]}) > 2
+        assert len({numbers["fd_thumbnails64"], numbers["kd_thumbnails64"], numbers["coverage"], numbers["density"]}) > 2
 
 
 @pytest.mark.parametrize("ranks", SEVERAL)

@@ -24,7 +24,7 @@ from eae_dist.latent.densities import save_density
 from eae_dist.latent.two_stage import TwoStage
 from eae_dist.local_ranks import CommandFailed, SideBySide
 from eae_dist.objectives import OBJECTIVES, build_objective, resolve
-from eae_dist.report.figure import COLUMNS, KINDS, density_of_samples, figure, pictures
+from eae_dist.report.figure import COLUMNS, KINDS, figure, pictures
 from eae_dist.report.table import BLOCKS, MODELS, Results, as_csv, as_latex, as_markdown
 from eae_dist.table import main, table
 from eae_dist.train import last_step
@@ -40,7 +40,7 @@ def configs(shards, tmp_path) -> Path:
     path.write_text(
         f"data:\n  root: {shards}\nmodel:\n  width: 4\n  latent_dim: 5\n"
         f"train:\n  global_batch: 26\n  epochs: 0.3\n  trackers: []\n  device: cpu\n"
-        f"evaluate:\n  features: mnistcnn\n  components: 2\n  second_stage_epochs: 1\n  cache: {tmp_path}/cache\n"
+        f"evaluate:\n  features: efflite0_64px\n  components: 2\n  second_stage_epochs: 1\n  cache: {tmp_path}/cache\n"
     )
     for row in ROWS:
         (path.parent / "tiny" / f"{row}.yaml").write_text(f"objective:\n  name: {row}\n")
@@ -212,7 +212,6 @@ def test_run_that_was_trained_for_longer_is_refused(configs, tmp_path):
         (["{configs}", "evaluate.densities=[mgv]"], "evaluate.densities: mgv is unknown"),
         (["{configs}", "evaluate.split=tset"], "no split 'tset'"),
         (["{configs}", "evaluate.features=own_features:mean"], "cannot be imported"),
-        (["{configs}", "data.root={color}"], "mnistcnn and fashioncnn see gray images only, got color"),
         (["{alone}"], "alone holds no file of a row, such as .*alone/eae.yaml; copy those of configs/mnist5k"),
         (["{wrong}"], "eae.yaml: objective.name=ae, but the file's name says eae"),
     ],
@@ -240,7 +239,7 @@ def test_command_trains_and_judges_a_row_in_processes_of_its_own(configs, tmp_pa
     assert "rae, seed 0: trained in 0:" in done.stderr and "| RAE |" in done.stdout
     metrics = json.loads((tmp_path / "out" / "runs" / "rae-0" / "evaluation" / "metrics.json").read_text())
     assert metrics["step"] == 2 and metrics["settings"]["components"] == 3
-    assert f"{metrics['sets']['gmm']['fd_mnistcnn64']:.2f}" in done.stdout
+    assert metrics["headline"] == "kd_efflite0_64px" and f"{metrics['sets']['gmm']['kd_efflite0_64px']:.3f}" in done.stdout
 
 
 # Commands side by side
@@ -312,9 +311,15 @@ def evaluations(rows=tuple(OBJECTIVES), seeds: int = 1, data: str = "mnist5k") -
         for number, row in enumerate(rows):
             own = ("two_stage",) if row == "two_stage_vae" else ("isotropic", "mvg", "gmm")
             names = ("reconstruction", *own, "interpolation_linear", "interpolation_spherical")
-            sets = {name: {"fd_x": 100.0 * place + number + 2 * seed, "kid": 0.5 + number} for place, name in enumerate(names)}
+            sets = {name: {"fd_x": 100.0 * place + number + 2 * seed, "kd_x": 0.5 + number} for place, name in enumerate(names)}
             metrics = {"data": data, "index_sha256": "a", "split": "test", "reference": "test", "reference_images": 1000}
-            metrics |= {"features": {"metric": "fd_x", "preprocessing": "v/255"}, "sets": sets, "warnings": [], "images": 1000}
+            metrics |= {
+                "features": {"metric": "fd_x", "kernel_metric": "kd_x", "preprocessing": "v/255"},
+                "headline": "fd_x",
+                "sets": sets,
+                "warnings": [],
+                "images": 1000,
+            }
             metrics["settings"] = {"frechet": "svd", "components": 10, "neighbor_images": 100, "seed": 0}
             found.append((row, metrics | {"reconstruction": 11.5}))
     return found
@@ -331,12 +336,12 @@ def test_every_number_of_the_paper_stands_beside_ours(data, cells):
     ours = {(block, line[0]): line[1:] for block, lines in blocks_of(text).items() for line in lines}
     found = 0
     for line in csv.DictReader((ROOT / "eae_dist" / "report" / "paper_table1.csv").read_text().splitlines()):
-        block = {"isotropic": "Isotropic", "mvg": "MVG", "gmm": "GMM"}[line["density"]]
+        block = {"isotropic": "N(0, I)", "mvg": "MVG", "gmm": "GMM"}[line["density"]]
         distance, theirs, reconstruction, theirs_too = ours[block, line["model"]]
         assert [theirs, theirs_too] == [line[f"{data}_fid"], line[f"{data}_reconstruction"]]
         assert (distance == "N/A") == (not theirs) and float(reconstruction) >= 0
         found += bool(theirs) + bool(theirs_too)
-    found += ours["Isotropic", "EAE, linear map"][1] == ("84.53" if data == "cifar10" else None)
+    found += ours["N(0, I)", "EAE, linear map"][1] == ("84.53" if data == "cifar10" else None)
     assert found == cells
 
 
@@ -344,7 +349,7 @@ def blocks_of(text: str) -> dict[str, list[list[str]]]:
     """The lines of the paper's three blocks, by their head."""
     blocks: dict[str, list[list[str]]] = {}
     for line in markdown_cells(text):
-        if line[0] in ("Isotropic", "MVG", "GMM") or line[0] == "":
+        if line[0] in ("N(0, I)", "MVG", "GMM") or line[0] == "":
             blocks[line[0]] = lines = []
         elif line[0] != "---":
             lines.append(line)
@@ -354,12 +359,12 @@ def blocks_of(text: str) -> dict[str, list[list[str]]]:
 def test_table_on_other_data_has_no_column_of_the_paper_s_and_every_cell_of_ours():
     text = as_markdown(Results(evaluations()))
     blocks = blocks_of(text)
-    assert {len(line) for block in ("Isotropic", "MVG", "GMM") for line in blocks[block]} == {3}
+    assert {len(line) for block in ("N(0, I)", "MVG", "GMM") for line in blocks[block]} == {3}
     assert [line[0] for line in blocks[""]] == list(MODELS.values())
     eae = next(line for line in blocks[""] if line[0] == "EAE")
-    assert eae[1:] == ["10.00", "110.00", "210.00", "310.00", "-", "410.00", "510.00", "11.50"]
+    assert eae[1:] == ["110.00", "210.00", "310.00", "-", "10.00", "410.00", "510.00", "11.50"]
     two_stage = next(line for line in blocks[""] if line[0] == "2SVAE")
-    assert two_stage[2:6] == ["-", "-", "-", "103.00"]  # the draws of its second stage
+    assert two_stage[1:5] == ["-", "-", "-", "103.00"]  # the draws of its second stage
     assert ["2SVAE", "N/A", "3.00"] in blocks["GMM"]
 
 
@@ -374,7 +379,7 @@ def test_sets_that_the_papers_table_has_not_stand_under_their_own_name():
     for _, metrics in found:
         metrics["sets"] |= {name: {"fd_x": 777.0 + len(name)} for name in ("isotropic", "gmm", "two_stage")}
     text, lines = as_markdown(Results(found)), list(csv.DictReader(as_csv(Results(found)).splitlines()))
-    assert ["2SVAE", "786.00", "109.77", "0.00", "62.54"] in blocks_of(text)["Isotropic"]  # draws of the second stage
+    assert ["2SVAE", "786.00", "109.77", "0.00", "62.54"] in blocks_of(text)["N(0, I)"]  # draws of the second stage
     assert "| 2SVAE | N/A |" in text and "**780.00**" in text  # nothing of N/A is the best
     theirs = {(one["model"], one["images"]): one["paper_fid"] for one in lines}
     assert theirs["two_stage_vae", "two_stage"] == "109.77" and theirs["eae", "isotropic"] == "85.26"
@@ -397,7 +402,7 @@ def test_csv_has_every_measure_of_every_set():
     assert theirs["eae", "reconstruction"] == "40.26" and theirs["two_stage_vae", "two_stage"] == "49.7"
     assert len(theirs) == 5 + 7 + 10 + 11  # isotropic, mvg, gmm without 2SVAE, reconstructions
     assert float(line["std"]) == pytest.approx(2**0.5)
-    assert next(one for one in lines if one["measure"] == "kid")["paper_fid"] == ""
+    assert next(one for one in lines if one["measure"] == "kd_x")["paper_fid"] == ""
 
 
 def test_latex_has_as_many_cells_a_line_as_columns_and_no_bare_special_character():
@@ -423,25 +428,25 @@ def test_evaluations_that_do_not_compare_are_refused():
         Results([*one, (row, other | {"settings": other["settings"] | {"frechet": "sqrtm"}})])
 
 
-def test_figure_has_a_row_of_three_kinds_for_every_model_under_the_ground_truth():
+def test_figure_has_a_row_of_four_kinds_for_every_model_and_frames_what_the_paper_prints():
     white, black = torch.full((COLUMNS, 1, 32, 32), 255, dtype=torch.uint8), torch.zeros(COLUMNS, 1, 32, 32, dtype=torch.uint8)
-    picture = figure([("ground truth", [black]), ("EAE", [black, white, black]), ("AE + GMM", [black, white[:0], black])])
+    rows = [("ground truth", [black]), ("EAE", [black, white, black, black]), ("AE", [black, white[:0], black, black])]
+    picture = figure(rows, {"EAE": {"draws of N(0, I)", "draws of a mixture"}, "AE": {"draws of a mixture"}})
     width = (picture.width - 130) // len(KINDS)
 
-    def color(row: int, kind: int) -> int:
-        return picture.convert("L").getpixel((130 + kind * width + 5, 2 * 13 + row * 66 + 20))
+    def color(row: int, kind: int, x: int = 5) -> tuple[int, int, int]:
+        return picture.getpixel((130 + kind * width + x, 2 * 13 + row * 68 + 20))
 
-    assert [[color(row, kind) for kind in range(3)] for row in range(3)] == [[0, 255, 255], [0, 255, 0], [0, 255, 0]]
-    assert isinstance(picture, Image.Image) and picture.height == 2 * 13 + 3 * 66
-
-
-@pytest.mark.parametrize("row", OBJECTIVES)
-def test_samples_of_a_model_are_of_what_it_is_trained_for(row):
-    from_normal = ("vae", "cv_vae", "wae", "eae", "eae_linear")
-    assert density_of_samples(row) == ("two_stage" if row == "two_stage_vae" else "isotropic" if row in from_normal else "gmm")
+    found = [[color(row, kind) for kind in range(4)] for row in range(3)]
+    light, dark = (255, 255, 255), (0, 0, 0)
+    assert found == [[dark, light, light, light], [dark, light, dark, dark], [dark, light, dark, dark]]
+    framed = [[color(row, kind, x=-1) != light for kind in range(4)] for row in range(3)]
+    assert framed == [[False] * 4, [False, True, True, False], [False, False, True, False]]
+    assert isinstance(picture, Image.Image) and picture.height == 2 * 13 + 3 * 68
 
 
 def test_kinds_that_cannot_be_drawn_are_left_white(run):  # noqa: F811
     model, images = eae_dist.load(run), torch.zeros(1, 1, 16, 16, dtype=torch.uint8)
-    assert [len(part) for part in pictures(model, images, "gmm", seed=0)] == [1, 0, 0]  # no mixture, no second image
-    assert [len(part) for part in pictures(model, images.expand(6, -1, -1, -1), "isotropic", seed=0)] == [6, 6, 6]
+    assert [len(part) for part in pictures(model, "ae", images, seed=0)] == [1, 6, 0, 0]  # no mixture, no second image
+    assert [len(part) for part in pictures(model, "ae", images.expand(6, -1, -1, -1), seed=0)] == [6, 6, 0, 6]
+    assert [len(part) for part in pictures(model, "two_stage_vae", images, seed=0)] == [1, 0, 0, 0]  # not fitted; never a mixture

@@ -347,8 +347,7 @@ def distance_of_two_folders():
         return {}
     extractor = inception(FID_CASE / "hub" / "checkpoints" / INCEPTION_FILE, dimensions=64)
     a, b = (
-        describe(walk_images(FID_CASE / name, 12, channels=3)[1], extractor, 12, 10, torch.device("cpu"), name).stats
-        for name in ("a", "b")
+        describe(walk_images(FID_CASE / name, 12)[2], extractor, 12, 10, torch.device("cpu"), name).stats for name in ("a", "b")
     )
     return {root: frechet_distance(a, b, root) for root in ROOTS}
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import thumbnails  # noqa: F401  makes these features known
 import torch
 
 from eae_dist.config import Config, load_config
@@ -47,7 +48,7 @@ def configured(shards: Path, name: str, *settings: str) -> Config:
             "train.trackers=[]",
             "model.width=4",
             "model.latent_dim=5",
-            "evaluate.features=mnistcnn",
+            "evaluate.features=thumbnails",
             "evaluate.components=2",
             f"evaluate.cache={shards}-cache",
             "evaluate.batch=16",  # three validation blocks: of four ranks one has none

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from eae_dist.data.indexing import image_channels, is_gray
+from eae_dist.data.indexing import image_channels
 from eae_dist.data.order import blocks_of
 from eae_dist.data.processes import available_cores, run_tasks
 from eae_dist.distributed import rank, world_size
@@ -81,14 +81,14 @@ def read_pixels(
 
 
 def walk_images(
-    folder: Path, batch: int, *, channels: int, count: int | None = None
-) -> tuple[int, Iterator[tuple[int, torch.Tensor]]]:
+    folder: Path, batch: int, *, count: int | None = None
+) -> tuple[tuple[int, int], int, Iterator[tuple[int, torch.Tensor]]]:
     """The first `count` images of a folder (default: all) in the order of their names, this rank's run of whole blocks of
-    `batch`: how many blocks, and of each the number of its first image, and uint8 [m, channels, h, w].
+    `batch`: height and width, how many blocks, and of each the number of its first image, and uint8 [m, 3, h, w].
 
-    Pixels are read as pytorch-fid reads them: turned into RGB, or gray, without regard to transparency and EXIF. Folders inside
-    the folder count; files with other endings than ENDINGS are not images. A folder without images and a broken first one are a
-    ValueError at once, another broken file, one of another size, or a color image where channels = 1, when it is read.
+    Pixels are read as pytorch-fid reads them: turned into RGB without regard to transparency and EXIF. Folders inside the folder
+    count; files with other endings than ENDINGS are not images. A folder without images and a broken first one are a ValueError
+    at once, another broken file, or one of another size, when it is read.
     """
     names = image_names(folder, count)
 
@@ -100,9 +100,7 @@ def walk_images(
                 pixels = np.array(image.convert("RGB"))
         except Exception as error:  # what Pillow raises for a damaged file is of many kinds
             raise ValueError(f"{path} is not a usable image: {error}") from error
-        if channels == 1 and not is_gray(pixels):
-            raise ValueError(f"{path} is a color image, and these features see gray ones; take evaluate.features=efflite0")
-        return torch.from_numpy(pixels[:, :, :channels]).permute(2, 0, 1)
+        return torch.from_numpy(pixels).permute(2, 0, 1)
 
     shape = read(0).shape
 
@@ -126,7 +124,7 @@ def walk_images(
             while ahead:
                 yield stacked(*ahead.popleft())
 
-    return stop - start, blocks()
+    return tuple(shape[1:]), stop - start, blocks()
 
 
 def image_names(folder: Path, count: int | None = None) -> list[str]:

@@ -76,23 +76,38 @@ def describe(
 
 
 def compare(
-    real: ImageSet, generated: ImageSet, metric: str, root: str, device: torch.device, what: str
+    real: ImageSet, generated: ImageSet, extractor: Extractor, root: str, device: torch.device, what: str
 ) -> tuple[dict, list[str]]:
     """The distances of a set from the real one by name, and what makes them doubtful. Call on every rank.
 
-    `metric`: the name of the Fréchet distance. Precision and recall with k = 3, density and coverage with k = 5.
+    Both are of the extractor's features. Precision and recall with k = 3, density and coverage with k = 5.
     """
     rows, others = real.rows.to(device), generated.rows.to(device)
     small = min(len(rows), len(others))
     kernel = kernel_distance(rows, others, subset_size=SUBSET if small >= 2 * SUBSET else max(small // 2, 2))
     numbers = {
-        metric: frechet_distance(real.stats, generated.stats, root),
+        extractor.metric: frechet_distance(real.stats, generated.stats, root),
         "images": generated.stats.count,
-        "kid": kernel.mean,
-        "kid_std": kernel.std,
-        "kid_subset_size": kernel.subset_size,
+        extractor.kernel_metric: kernel.mean,
+        f"{extractor.kernel_metric}_std": kernel.std,
+        f"{extractor.kernel_metric}_subset_size": kernel.subset_size,
     }
     if small > 5:  # the neighbors of density and coverage
         scores = manifold_scores(rows, others)
         numbers |= scores._asdict() | {"neighbor_images": small}
     return numbers, warnings_about(generated.stats, what)
+
+
+def headline(real: ImageSet, extractor: Extractor) -> tuple[str, list[str]]:
+    """The name of the distance to read first, and what is to be said of the other.
+
+    The Fréchet distance needs covariances of full rank, so more images than features; the kernel distance is unbiased for any
+    number.
+    """
+    count, features = real.stats.count, real.stats.features
+    if count > features:
+        return extractor.metric, []
+    return extractor.kernel_metric, [
+        f"{extractor.metric} is too large, and compares only at equal numbers of images: {count} images for {features} features "
+        f"give a covariance of rank {count - 1} at most; read {extractor.kernel_metric}, or judge more than {features} images"
+    ]

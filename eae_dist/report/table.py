@@ -31,11 +31,11 @@ BLOCKS = {
     "gmm": ("vae", "cv_vae", "wae", "two_stage_vae", "rae", "rae_l2", "rae_gp", "rae_sn", "ae", "ae_l2", "eae", "eae_linear"),
 }
 TITLES = {
-    "reconstruction": "reconstruction",
-    "isotropic": "Isotropic",
+    "isotropic": "N(0, I)",
     "mvg": "MVG",
     "gmm": "GMM",
     "two_stage": "second stage",
+    "reconstruction": "reconstruction",
     "interpolation_linear": "between, linear",
     "interpolation_spherical": "between, spherical",
 }
@@ -49,7 +49,7 @@ class Results:
 
     def __init__(self, evaluations: Sequence[tuple[str, dict]]):
         first = evaluations[0][1]
-        for key in ("data", "index_sha256", "reference", "reference_images", "features", "split", "images"):
+        for key in ("data", "index_sha256", "reference", "reference_images", "features", "headline", "split", "images"):
             if other := next((row for row, metrics in evaluations if metrics[key] != first[key]), None):
                 raise ValueError(f"{key} differs between evaluations ({evaluations[0][0]}, {other}); they do not compare")
         for key in ("frechet", "components", "neighbor_images", "seed"):
@@ -58,31 +58,32 @@ class Results:
                     f"evaluate.{key} differs between evaluations ({evaluations[0][0]}, {other}); they do not compare"
                 )
         self.evaluations, self.first = list(evaluations), first
-        self.metric, self.data = first["features"]["metric"], first["data"]
+        self.metric, self.data = first["headline"], first["data"]
         self.rows = [row for row in MODELS if any(row == name for name, _ in evaluations)]
         self.seeds = max(sum(name == row for name, _ in evaluations) for row in self.rows)
 
     def values(self, row: str, images: str, measure: str | None = None) -> list[float]:
-        """A measure (default: the Fréchet distance) of a row's set of images, one number a seed; none where it was not taken."""
+        """A measure (default: the one to read first) of a row's set of images, one number a seed; none where it was not taken."""
         sets = [metrics["sets"].get(images, {}) for name, metrics in self.evaluations if name == row]
         return [numbers[measure or self.metric] for numbers in sets if (measure or self.metric) in numbers]
 
     def cells(self, images: dict[str, str | None]) -> dict[str, str]:
-        """The Fréchet distances of a set of images for each row, as text, the lowest mean in **; N/A for None.
+        """The distances of a set of images for each row, as text, the lowest mean in **; N/A for None.
 
         One seed: 85.26; several: 85.26 ± 1.30, with their number where other rows have more; - for none.
         """
+        digits = 3 if self.metric == self.first["features"]["kernel_metric"] else 2
         values = {row: [] if name is None else self.values(row, name) for row, name in images.items()}
         known = {row: mean(found) for row, found in values.items() if found}
         best = min(known, key=known.get) if len(known) > 1 else None
-        texts = {row: "N/A" if images[row] is None else self.as_text(found) for row, found in values.items()}
+        texts = {row: "N/A" if images[row] is None else self.as_text(found, digits) for row, found in values.items()}
         return {row: f"**{text}**" if row == best else text for row, text in texts.items()}
 
-    def as_text(self, values: Sequence[float]) -> str:
+    def as_text(self, values: Sequence[float], digits: int = 2) -> str:
         if not values:
             return "-"
         fewer = f" ({len(values)} of {self.seeds} seeds)" if len(values) < self.seeds else ""
-        return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "") + fewer
+        return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "") + fewer
 
     def described(self) -> str:
         """What the numbers are, in a sentence."""
@@ -143,11 +144,8 @@ def block_header(results: Results, density: str) -> list[str]:
 
 
 def as_markdown(results: Results) -> str:
-    """The paper's table, and after it every model with every set of images."""
+    """Every model with every set of images, N(0, I) first, and the paper's table."""
     parts = [f"# The table on {results.data}", "", results.described() + ".", ""]
-    for density, lines in table_blocks(results).items():
-        parts += [*markdown_table(block_header(results, density), lines), ""]
-    parts += ["Every model with every density, and the mid-points between pairs of images:", ""]
     columns = {images: results.cells(dict.fromkeys(results.rows, images)) for images in TITLES}
     shown = [images for images, cells in columns.items() if set(cells.values()) != {"-"}]
     lines = []
@@ -155,6 +153,9 @@ def as_markdown(results: Results) -> str:
         errors = [metrics["reconstruction"] for name, metrics in results.evaluations if name == row]
         lines.append([MODELS[row], *(columns[images][row] for images in shown), results.as_text(errors)])
     parts += markdown_table(["", *(TITLES[images] for images in shown), "squared error per image"], lines)
+    parts += ["", "What the paper's table prints of these:"]
+    for density, lines in table_blocks(results).items():
+        parts += ["", *markdown_table(block_header(results, density), lines)]
     if warnings := sorted({f"{MODELS[row]}: {text}" for row, metrics in results.evaluations for text in metrics["warnings"]}):
         parts += ["", "Warnings:", "", *(f"- {text}" for text in warnings)]
     return "\n".join([*parts, ""])
@@ -168,9 +169,10 @@ def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> lis
 def as_csv(results: Results) -> str:
     """Every measure of every set of images, with the paper's FID where it has one, and the network that made it."""
     paper, file = published(results.data), io.StringIO()
+    frechet = results.first["features"]["metric"]
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["model", "images", "measure", "mean", "std", "seeds", "paper_fid", "features", "preprocessing"])
-    network = (results.metric, results.first["features"]["preprocessing"])
+    network = (frechet, results.first["features"]["preprocessing"])
     for row in results.rows:
         sets = [metrics["sets"] for name, metrics in results.evaluations if name == row]
         in_paper = {set_of_cell(row, density): paper.get((density, MODELS[row], "fid")) for density in BLOCKS}
@@ -180,7 +182,7 @@ def as_csv(results: Results) -> str:
         for images in dict.fromkeys(name for found in sets for name in found):
             for measure in dict.fromkeys(name for found in sets for name in found.get(images, {})):
                 values = results.values(row, images, measure)
-                number = in_paper.get(images) if measure == results.metric else None
+                number = in_paper.get(images) if measure == frechet else None
                 spread = stdev(values) if len(values) > 1 else None
                 writer.writerow([row, images, measure, mean(values), spread, len(values), number, *network])
     return file.getvalue()

@@ -133,7 +133,7 @@ def test_job_that_fails_is_not_queued_again_and_says_where_the_reason_stands(clu
 
 def test_evaluation_of_a_job_on_two_nodes(cluster, undisturbed, tmp_path):
     arguments = ["--ckpt", str(undisturbed.run), "--out", str(tmp_path / "evaluation"), "model.encoder=witness:WitnessEncoder"]
-    small = ["evaluate.features=mnistcnn", "evaluate.components=2", f"evaluate.cache={tmp_path}/cache"]
+    small = ["evaluate.components=2", f"evaluate.cache={tmp_path}/cache"]
     job = cluster.submit(
         *("--nodes", "2", "launch/evaluate.sbatch", *arguments, *small),
         environment=environment(cluster),
@@ -148,7 +148,7 @@ def test_array_trains_and_judges_three_rows_and_the_table_command_finds_them_fin
     config.write_text(
         f"data:\n  root: {shards}\nmodel:\n  width: 4\n  latent_dim: 5\n"
         f"train:\n  global_batch: 26\n  epochs: 0.3\n  trackers: []\n  device: cpu\n"
-        f"evaluate:\n  features: mnistcnn\n  components: 2\n  cache: {tmp_path}/cache\n"
+        f"evaluate:\n  components: 2\n  cache: {tmp_path}/cache\n"
     )
     (tmp_path / "tiny").mkdir()
     for row in rows:
