@@ -158,7 +158,7 @@ def random64() -> Extractor:
 
 CANDIDATES: dict[str, Callable[[], Extractor]] = {
     "lite0_64": lambda: lite0(64, black=0, metric="fd_lite0_64"),
-    "lite0_128": lambda: lite0(128, black=0, metric="fd_lite0_128"),
+    "lite0_224": lambda: lite0(224, black=0, metric="fd_lite0_224"),
     "random64": random64,  # the control
 }
 
@@ -219,7 +219,7 @@ def report(name: str, speeds: dict[str, float], every: dict[str, dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="+", metavar="NAME=SHARDS:RUN")
-    parser.add_argument("--features", nargs="+", default=["efflite0_64px", *CANDIDATES, "efflite0"])
+    parser.add_argument("--features", nargs="+", default=["efflite0_64px", "efflite0", *CANDIDATES])
     parser.add_argument("--count", type=int, default=500, help="images of a set")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()

@@ -93,7 +93,7 @@ class ObjectiveConfig:
     objective does not read must be left at its default."""
     reconstruction_weight: float | None = None
     """Weight of the squared error, summed per image. Default: 1/(pixels channels); vae, cv_vae, two_stage_vae: 1/channels."""
-    entropy_weight: float = 0.02
+    entropy_weight: float = 0.006
     """eae, eae_linear: weight w in (squared error per pixel and channel) - w (entropy in nats per latent dimension)."""
     k: int = 1
     """eae, eae_linear: which nearest neighbor the entropy is estimated from; 1 as in the paper."""
@@ -132,14 +132,14 @@ class TrainConfig:
     """Run folder: config.yaml, metrics.jsonl, samples, checkpoints, evaluation. Starting again there continues the run."""
     seed: int = 0
     """Fixes the initial weights, the order of the data and every draw."""
-    epochs: float = changeable(50.0)
+    epochs: float = changeable(40.0)
     """Length of the run in passes over the training split."""
     global_batch: int = 128
     """Images a step, over all ranks: the batch that the entropy and the batch norms see."""
     accumulate: int = 1
     """Micro-batches a step, to save memory for a second pass through the encoder. Latent norm, entropy and discrepancy are still
     those of global_batch images, exactly; the networks' own batch norms see global_batch / accumulate."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 8e-3
     """Adam's, at the start."""
     schedule: str = "exponential"
     """exponential (x decay after every epoch), plateau (x plateau_factor when validation stands still) or constant."""
@@ -205,8 +205,8 @@ class EvaluateConfig:
     second_stage_epochs: int = changeable(100)
     """Passes over the training latents in the second stage of two_stage, as officially."""
     features: str | None = changeable(None)
-    """Whose features images are compared by: inception (the distance is fid), efflite0, efflite0_64px (the same network on
-    smaller images) or package.module:function of your own, named on the command line. Default: efflite0_64px for images of up to
+    """Whose features images are compared by: inception (the distance is fid), efflite0 (images at 128 x 128), efflite0_64px (at
+    64 x 64) or package.module:function of your own, named on the command line. Default: efflite0_64px for images of up to
     64 pixels, else efflite0."""
     preprocessing: str | None = changeable(None)
     """Of inception: pytorch-fid (default), tf1 or clean."""

@@ -146,6 +146,7 @@ def trained(ranks: int, shards: Path, folder: Path, prepare: Callable):
         "train.trackers=[]",
         "train.device=cpu",
         "train.timeout=20",
+        "train.learning_rate=1e-3",
         "model.width=4",
         "model.latent_dim=5",
     ]

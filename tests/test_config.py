@@ -448,3 +448,9 @@ def test_batch_of_one_image_is_refused_only_where_neighbors_are_wanted():
     assert load_config(["objective.name=ae", "train.global_batch=1"]).train.global_batch == 1
     with pytest.raises(ValueError, match="objective.k=1 needs more than 1 rows"):
         load_config(["objective.name=eae", "train.global_batch=1"])
+
+
+def test_training_without_settings_is_the_table_s_eae_of_the_embedded_data():
+    files = [str(ROOT / "configs" / name) for name in ("mnist5k.yaml", "mnist5k/eae.yaml")]
+    row = load_config(["--config", *files])
+    assert replace(row, train=replace(row.train, output=Config().train.output)) == Config()

@@ -38,6 +38,7 @@ def arguments(shards: Path, run: Path, name: str, *more: str) -> list[str]:
         "train.device=cpu",
         "train.timeout=10",
         "model.encoder=saboteur:KillingEncoder",
+        "train.learning_rate=1e-3",
         "model.width=4",
         "model.latent_dim=5",
         *more,

@@ -37,6 +37,7 @@ def settings(shards: Path, run: Path, *more: str) -> list[str]:
         f"train.log_every={2 * BATCH}",
         "train.device=cpu",
         "train.timeout=60",
+        "train.learning_rate=1e-3",
         "model.width=4",
         "model.latent_dim=5",
         *more,

@@ -25,7 +25,7 @@ INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
 INCEPTION_SIDE = 299  # pixels
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-LITE0_SIDE, SMALL_SIDE = 224, 64  # pixels: what it was trained on, and what is enough for images that are no larger
+LITE0_SIDE, SMALL_SIDE = 128, 64  # pixels; 224, which it was trained on, tells 32-pixel images apart less well, and slower
 LITE0_NORMS = (  # the convolutions of its stem, head and blocks, and the batch norms after them
     ("_conv_stem", "_bn0"),
     ("_conv_head", "_bn1"),
@@ -237,12 +237,12 @@ PREPROCESSING = {
 
 
 def efflite0() -> Extractor:
-    """EfficientNet-Lite0, trained on ImageNet, from PyPI: the mean of its last 1280 activation maps, of images at 224 x 224."""
+    """EfficientNet-Lite0, trained on ImageNet, from PyPI: the mean of its last 1280 activation maps, of images at 128 x 128."""
     return lite0(LITE0_SIDE, black=0, metric="fd_efflite0_1280")
 
 
 def efflite0_64px() -> Extractor:
-    """The same network at 64 x 64, for images of up to 64 pixels: eight times as fast on a CPU (docs/results/judges.md).
+    """The same network at 64 x 64, for images of up to 64 pixels: four times as fast on a CPU (docs/results/judges.md).
 
     Values up to 16 count as black, as in video. At this size the network sees a black background that is one or two levels off,
     which no person does, as farther from the real images than one with its halves joined from two.

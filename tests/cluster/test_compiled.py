@@ -24,6 +24,7 @@ def arguments(shards: Path, run: Path, compiled: bool) -> list[str]:
         f"train.compile={compiled}",
         "train.trackers=[]",
         "train.device=cpu",
+        "train.learning_rate=1e-3",
         "model.width=4",
         "model.latent_dim=5",
         "evaluate.batch=16",  # blocks of 16, 16 and 8 images

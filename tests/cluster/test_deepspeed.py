@@ -67,6 +67,7 @@ def arguments(shards: Path, run: Path, name: str, *more: str, steps: int = STEPS
         "train.device=cpu",
         "train.timeout=60",
         "train.channels_last=false",  # convolutions round alike under both engines if their weights lie alike in memory
+        "train.learning_rate=1e-3",
         "model.width=4",
         "model.latent_dim=5",
         *OBJECTIVES[row],

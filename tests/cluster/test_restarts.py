@@ -25,6 +25,7 @@ def trained(ranks: int, shards: Path, folder: Path, plan: list[tuple[int, int]])
         "train.device=cpu",
         "train.trackers=[]",
         "train.timeout=60",
+        "train.learning_rate=1e-3",
         "model.width=4",
         "model.latent_dim=5",
     ]

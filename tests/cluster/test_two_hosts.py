@@ -56,6 +56,7 @@ def trained(hosts: list[tuple[str, str]], shards: Path, run: Path, timeout: floa
         "train.trackers=[]",
         f"train.timeout={timeout}",
         "model.encoder=saboteur:CommandingEncoder",
+        "train.learning_rate=1e-3",
         "model.width=4",
         "model.latent_dim=5",
     ]
