@@ -1,6 +1,6 @@
 """Tunes one setting of every row of a table on the validation split, five values each, and prints what each came to:
 
-    python -m benchmarks.tuning configs/NAME.yaml [--only ROW ...] [--jobs N] --out FOLDER [key=value ...]
+    python -m benchmarks.tuning configs/NAME.yaml [--only ROW,ROW] [--jobs N] --out FOLDER [key=value ...]
 
 The plain autoencoder has no weight of its own: its trials are of the learning rate, which configs/NAME.yaml then sets for all
 rows. Those of the two-stage VAE are of its second stage, on the weights of configs/NAME/two_stage_vae.yaml. The score is the mean
@@ -71,13 +71,15 @@ def tuned(config: Path, rows: Sequence[str], side_by_side: SideBySide, out: Path
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
-    parser.add_argument("--only", nargs="+", default=list(GRIDS), choices=list(GRIDS), metavar="ROW")
+    parser.add_argument("--only", default=",".join(GRIDS), metavar="ROW,ROW")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("settings", nargs="*", metavar="key=value")
     arguments = parser.parse_intermixed_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    records = tuned(arguments.config, arguments.only, SideBySide(arguments.jobs, None), arguments.out, arguments.settings)
+    records = tuned(
+        arguments.config, arguments.only.split(","), SideBySide(arguments.jobs, None), arguments.out, arguments.settings
+    )
     columns = list(dict.fromkeys(key for record in records for key in record))
     with open(arguments.out / "tuning.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")

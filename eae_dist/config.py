@@ -216,7 +216,7 @@ class EvaluateConfig:
     """The matrix root of the Fréchet distance: svd, or sqrtm as pytorch-fid takes it."""
     neighbor_images: int = changeable(10_000)
     """At most this many images of a set are compared by the kernel distance, precision, recall, density and coverage, the last
-    four from 6 images on."""
+    four from 6 images on; and the latents of at most so many with N(0, I)."""
     cache: str = changeable("~/.cache/eae_dist")
     """Folder where the statistics of reference images are kept."""
     batch: int = changeable(256)

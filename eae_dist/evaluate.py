@@ -39,6 +39,7 @@ from eae_dist.distributed import first_rank_first, from_first_rank, gather_objec
 from eae_dist.durable import replace_file
 from eae_dist.generation import LatentsOf, decoded, interpolations, sample_seeds, watched
 from eae_dist.latent.densities import DENSITIES, Density, load_density, save_density
+from eae_dist.latent.gaussianity import gaussianity
 from eae_dist.local_ranks import run_on_ranks
 from eae_dist.losses.terms import squared_error
 from eae_dist.metrics.comparison import ImageSet, compare, describe, headline
@@ -109,6 +110,7 @@ def evaluate(directory: Path, assignments: Sequence[str], out: Path | None = Non
         "headline": first,
         "reconstruction": per_image,
         "reconstruction_per_pixel": per_image / int(np.prod(index.image_shape)),
+        "latents": gaussianity(latents[: settings.neighbor_images], seed=settings.seed),
         "sets": sets,
         "densities": reports,
         "warnings": warnings
@@ -412,11 +414,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def summary(metrics: dict) -> str:
     """The metrics of a checkpoint as a person reads them."""
+    latents = metrics["latents"]
     lines = [
         f"{metrics['checkpoint']} on {metrics['images']:,} {metrics['split']} images of {metrics['data']}: squared error "
         f"{metrics['reconstruction']:.3f} per image, {metrics['reconstruction_per_pixel']:.6f} per pixel and channel",
         f"against {metrics['reference_images']:,} {metrics['reference']} images, {metrics['features']['preprocessing']}:",
         *summary_of_sets(metrics),
+        f"latents of {latents['images']:,} images, beside as many draws of N(0, I): sliced Wasserstein distance from N(0, I) "
+        f"{latents['sliced_wasserstein']:.3f} beside {latents['sliced_wasserstein_of_draws']:.3f}, entropy "
+        f"{latents['entropy']:.2f} beside {latents['entropy_of_draws']:.2f} nats",
     ]
     return "\n".join([*lines, f"pictures, densities and metrics.json in {metrics['out']}"])
 

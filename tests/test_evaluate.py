@@ -288,6 +288,7 @@ def test_distances_are_those_of_the_images_that_the_model_makes(run):
         real.add(features((drawn_images(33) * 255).round().to(torch.uint8)))
     # 33 images in blocks of 16 or in one: float32 features differ by rounding, few pixels by one step of uint8.
     assert metrics["sets"]["mvg"]["fd_thumbnails64"] == pytest.approx(frechet_distance(real, generated, "sqrtm"), rel=1e-3)
+    assert metrics["latents"]["images"] == 33 and metrics["latents"]["sliced_wasserstein"] > 0
     assert metrics["sets"].keys() == SETS and metrics["features"]["metric"] == "fd_thumbnails64"
     assert metrics["headline"] == "kd_thumbnails64"  # with fewer images than features a Fréchet distance is too large
     said = "33 images for 64 features give a covariance of rank 32 at most; read kd_thumbnails64"

@@ -237,6 +237,7 @@ BETWEEN = ("interpolation_linear", "interpolation_spherical")
 def test_evaluation_is_the_same_number_on_any_number_of_ranks(world, ranks):
     one, several = dict(world(1)["evaluation"]), dict(world(ranks)["evaluation"])
     assert one["images"] == one["reference_images"] == 33
+    assert several.pop("latents") == pytest.approx(one.pop("latents"), rel=1e-9)
     sets, others = one.pop("sets"), several.pop("sets")
     assert several == one
     assert sets.keys() == {"reconstruction", "isotropic", "mvg", "gmm", *BETWEEN}

@@ -313,7 +313,17 @@ def evaluation():
         ["evaluate.batch=8", f"evaluate.cache={FOLDER}/cache-{world_size()}"],
         FOLDER / f"evaluation-{world_size()}",
     )
-    names = ("images", "reconstruction", "reconstruction_per_pixel", "step", "sets", "densities", "warnings", "reference_images")
+    names = (
+        "images",
+        "reconstruction",
+        "reconstruction_per_pixel",
+        "step",
+        "latents",
+        "sets",
+        "densities",
+        "warnings",
+        "reference_images",
+    )
     return {key: metrics[key] for key in names}
 
 

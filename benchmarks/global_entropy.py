@@ -1,0 +1,126 @@
+"""What it is worth to compare a latent with those of all ranks: no entropy, that of parts of the batch, and that of all of it.
+
+    python -m benchmarks.global_entropy configs/NAME.yaml --out FOLDER [--jobs N] [--seeds N] [--dims D,D] [--only E,E] [key=value ...]
+
+Runs of the EAE at equal numbers of images seen, and everything else equal but what is named:
+
+    groups   the batch of 128 rows; its entropy the mean of those of 1, 2, 4 or 8 groups of neighboring rows, which so many
+             ranks would hold (`objective.group`); 0: none, the batch norm alone
+    compared the batch of 512; groups of 32, 64, 128, 256 or 512 rows
+    batch    32 to 2,048 rows, all compared; the learning rate grows as the root of the batch
+
+Each is judged on validation: distances of draws of N(0, I) and of a mixture, and how far held-out latents are from N(0, I),
+beside as many latents of the training split. Writes FOLDER/runs.csv, a line for each run; runs that are finished are left as they are.
+"""
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from eae_dist.config import load_config
+from eae_dist.data.stream import walk
+from eae_dist.evaluate import evaluate
+from eae_dist.generation import load
+from eae_dist.latent.gaussianity import gaussianity
+from eae_dist.local_ranks import SideBySide
+from eae_dist.losses.entropy import entropy_terms
+from eae_dist.model.autoencoder import to_unit
+from eae_dist.objectives import EAE, OBJECTIVES
+from eae_dist.train import main as train
+
+DIMS, BATCH, LARGE = (8, 16, 64), 128, 512
+GROUPS, COMPARED, BATCHES = (0, 1, 2, 4, 8), (32, 64, 128, 256, 512), (32, 128, 512, 2048)
+
+
+def grouped(groups: int) -> type[EAE]:
+    """The EAE whose entropy is the mean of those of so many groups of neighboring rows of the batch; one process alone."""
+
+    class GroupedEAE(EAE):
+        def entropy(self, latents, first, rows, numbers, key):
+            config = self.config
+            options = {"k": config.k, "average_k": config.average_k, "eps2": config.eps2}
+            parts = groups if self.training else 1  # validation compares all of its images
+            found = [
+                entropy_terms(z, valid=valid, **options)
+                for z, valid in zip(latents.chunk(parts), first.chunk(parts), strict=True)
+            ]
+            entropy = torch.stack([terms.entropy for terms in found]).mean()
+            return {"entropy": entropy, "floored_pairs": sum(terms.floored for terms in found)}
+
+    return GroupedEAE
+
+
+def experiments(dims: Sequence[int], rate: float) -> Iterator[tuple[str, int, list[str]]]:
+    """Name, groups and settings of every run but for its seed."""
+    for d in dims:
+        for groups in GROUPS:
+            weight = [] if groups else ["objective.entropy_weight=0"]
+            yield f"groups-{groups}-d{d}", max(groups, 1), [f"model.latent_dim={d}", *weight]
+        for compared in COMPARED:
+            yield f"compared-{compared}-d{d}", LARGE // compared, [f"model.latent_dim={d}", f"train.global_batch={LARGE}"]
+        for batch in BATCHES:
+            scaled = f"train.learning_rate={rate * (batch / BATCH) ** 0.5:.6g}"
+            yield f"batch-{batch}-d{d}", 1, [f"model.latent_dim={d}", f"train.global_batch={batch}", scaled]
+
+
+def run(groups: int, folder: Path, settings: Sequence[str]) -> None:
+    """Trains and judges one run in this process; writes folder/result.json."""
+    OBJECTIVES["eae"] = grouped(groups)
+    train([*settings, f"train.output={folder}"])
+    on_validation = ("evaluate.split=validation", "evaluate.reference=validation", "evaluate.densities=[isotropic,gmm]")
+    metrics = evaluate(folder, on_validation)
+    headline = metrics["headline"]
+    result = {name: metrics["sets"][name][headline] for name in ("reconstruction", "isotropic", "gmm")}
+    result |= {"measure": headline, "squared_error": metrics["reconstruction"]}
+    config, model = load_config(settings), load(folder)
+    for split, name in (("held out", config.data.validation), ("trained on", config.data.split)):
+        images = next(walk(config.data.root, name, metrics["latents"]["images"]))["image"]
+        with torch.no_grad():
+            latents = torch.cat([model.encode(to_unit(part, torch.device("cpu"))) for part in images.split(256)])
+        result |= {f"{split}, {key}": value for key, value in gaussianity(latents).items()}
+    (folder / "result.json").write_text(json.dumps(result, indent=2))
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--run"]:  # of the processes that are started below
+        groups, folder, *settings = sys.argv[2:]
+        return run(int(groups), Path(folder), settings)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--dims", default=",".join(map(str, DIMS)), help="latent sizes, as 8,16")
+    parser.add_argument("--only", default="groups,compared,batch", help="experiments, as groups,batch")
+    parser.add_argument("settings", nargs="*", metavar="key=value")
+    arguments = parser.parse_intermixed_args()
+    files = ["--config", str(arguments.config), str(arguments.config.with_suffix("") / "eae.yaml"), *arguments.settings]
+    pool, side_by_side = ThreadPoolExecutor(arguments.jobs), SideBySide(arguments.jobs, 1)
+    (arguments.out / "logs").mkdir(parents=True, exist_ok=True)
+    runs, only, dims = [], arguments.only.split(","), [int(text) for text in arguments.dims.split(",")]
+    for seed in range(arguments.seeds):
+        for name, groups, own in experiments(dims, load_config(files).train.learning_rate):
+            if name.split("-")[0] in only:
+                folder = arguments.out / "runs" / f"{name}-{seed}"
+                runs.append((name, seed, folder))
+                if not (folder / "result.json").is_file():
+                    command = ["--run", str(groups), str(folder), *files, *own, f"train.seed={seed}"]
+                    pool.submit(side_by_side.call, "benchmarks.global_entropy", command, arguments.out / "logs" / folder.name)
+    pool.shutdown()
+    found = [(run, json.loads(path.read_text())) for run in runs if (path := run[2] / "result.json").is_file()]
+    with open(arguments.out / "runs.csv", "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["experiment", "value", "latent_dim", "seed", *found[0][1]])
+        for (name, seed, _), result in found:
+            experiment, value, d = name.split("-")
+            writer.writerow([experiment, value, d[1:], seed, *result.values()])
+
+
+if __name__ == "__main__":
+    main()

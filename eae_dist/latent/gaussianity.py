@@ -1,0 +1,48 @@
+"""How far latents are from N(0, I), which says whether decoding draws of it can work. n: rows, d: dimensions, s: directions."""
+
+import numpy as np
+import torch
+
+from eae_dist.distributed import gather_padded, rank, world_size
+from eae_dist.draws import derive_key, normal, row_keys
+from eae_dist.losses.entropy import knn_entropy
+
+DIRECTIONS, DRAWS = range(2)  # what random numbers are drawn for
+
+
+def gaussianity(latents: torch.Tensor, *, directions: int = 512, seed: int = 0) -> dict[str, float | int]:
+    """Two measures of latents [n, d], and of as many draws of N(0, I), since both depend on n.
+
+    `sliced_wasserstein`: see below. `entropy`: the nearest-neighbor estimate in nats; of rows that fill N(0, I) less evenly than
+    draws do it is lower. The draws' numbers end in `_of_draws`. Call on every rank with the same latents: the result is the same
+    on any number of ranks, to rounding. Raises ValueError for fewer than 2 rows.
+    """
+    if latents.ndim != 2 or len(latents) < 2:
+        raise ValueError(f"gaussianity is measured on latents [n, d] of at least 2 rows, got shape {tuple(latents.shape)}")
+    latents = latents.detach().double().cpu()
+    draws = normal(row_keys(derive_key(seed, DRAWS), np.arange(len(latents))), latents.shape[1])
+    measured: dict[str, float | int] = {"images": len(latents)}
+    for rows, ending in ((latents, ""), (draws, "_of_draws")):
+        measured["sliced_wasserstein" + ending] = sliced_wasserstein(rows, directions=directions, seed=seed)
+        measured["entropy" + ending] = entropy(rows)
+    return measured
+
+
+def sliced_wasserstein(latents: torch.Tensor, *, directions: int = 512, seed: int = 0) -> float:
+    """The sliced 2-Wasserstein distance of the rows [n, d] from N(0, I) (Bonneel et al. 2015).
+
+    Its square is the mean, over random directions u, of (1/n) sum_i (x_(i) - q_i)^2: x_(i) are the rows' coordinates along u in
+    ascending order, q_i the quantiles of N(0, 1) at (i - 1/2)/n.
+    """
+    u = normal(row_keys(derive_key(seed, DIRECTIONS), np.arange(directions)), latents.shape[1])
+    u = u / u.norm(dim=1, keepdim=True)
+    places = (torch.arange(len(latents), dtype=torch.float64) + 0.5) / len(latents)
+    coordinates = (latents.double() @ u.T).sort(0).values
+    return (coordinates - torch.special.ndtri(places)[:, None]).square().mean().sqrt().item()
+
+
+def entropy(latents: torch.Tensor) -> float:
+    """The nearest-neighbor entropy of rows [n, d] that every rank has, in nats; each rank asks for its part of them."""
+    start, stop = (part * len(latents) // world_size() for part in (rank(), rank() + 1))
+    share = knn_entropy(latents[start:stop])
+    return float(gather_padded(share[None], [1] * world_size()).mean())
