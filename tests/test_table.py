@@ -450,3 +450,11 @@ def test_kinds_that_cannot_be_drawn_are_left_white(run):  # noqa: F811
     assert [len(part) for part in pictures(model, "ae", images, seed=0)] == [1, 6, 0, 0]  # no mixture, no second image
     assert [len(part) for part in pictures(model, "ae", images.expand(6, -1, -1, -1), seed=0)] == [6, 6, 0, 6]
     assert [len(part) for part in pictures(model, "two_stage_vae", images, seed=0)] == [1, 0, 0, 0]  # not fitted; never a mixture
+
+
+def test_warnings_are_said_once_with_the_models_they_are_about():
+    found = evaluations(rows=("rae", "ae", "eae"), seeds=2)
+    for row, metrics in found:
+        metrics["warnings"] = ["of all of them"] + ["of the adversary"] * (row != "eae")
+    said = as_markdown(Results(found)).partition("Warnings:")[2]
+    assert said.strip().splitlines() == ["- all: of all of them", "- RAE, AE: of the adversary"]

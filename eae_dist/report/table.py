@@ -156,9 +156,18 @@ def as_markdown(results: Results) -> str:
     parts += ["", "What the paper's table prints of these:"]
     for density, lines in table_blocks(results).items():
         parts += ["", *markdown_table(block_header(results, density), lines)]
-    if warnings := sorted({f"{MODELS[row]}: {text}" for row, metrics in results.evaluations for text in metrics["warnings"]}):
+    if warnings := warnings_of(results):
         parts += ["", "Warnings:", "", *(f"- {text}" for text in warnings)]
     return "\n".join([*parts, ""])
+
+
+def warnings_of(results: Results) -> list[str]:
+    """Every warning once, with the models that it is about."""
+    about: dict[str, list[str]] = {}
+    for row in results.rows:
+        for text in dict.fromkeys(text for name, metrics in results.evaluations if name == row for text in metrics["warnings"]):
+            about.setdefault(text, []).append(MODELS[row])
+    return [f"{'all' if len(rows) == len(results.rows) else ', '.join(rows)}: {text}" for text, rows in about.items()]
 
 
 def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
