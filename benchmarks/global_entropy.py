@@ -1,6 +1,6 @@
 """What it is worth to compare a latent with those of all ranks: no entropy, that of parts of the batch, and that of all of it.
 
-    python -m benchmarks.global_entropy configs/NAME.yaml --out FOLDER [--jobs N] [--seeds N] [--dims D,D] [--only E,E] [key=value ...]
+    python -m benchmarks.global_entropy configs/NAME.yaml --out FOLDER [--jobs N] [--seeds N] [--dims D,D] [--only E,E] [key=value]
 
 Runs of the EAE at equal numbers of images seen, and everything else equal but what is named:
 
@@ -10,7 +10,7 @@ Runs of the EAE at equal numbers of images seen, and everything else equal but w
     batch    32 to 2,048 rows, all compared; the learning rate grows as the root of the batch
 
 Each is judged on validation: distances of draws of N(0, I) and of a mixture, and how far held-out latents are from N(0, I),
-beside as many latents of the training split. Writes FOLDER/runs.csv, a line for each run; runs that are finished are left as they are.
+beside as many latents of the training split. Writes FOLDER/runs.csv, a line for each run; what is finished is left as it is.
 """
 
 import argparse

@@ -38,7 +38,7 @@ ON_VALIDATION = ("evaluate.split=validation", "evaluate.reference=validation")
 
 def trial(config: Path, row: str, value: float, out: Path, settings: Sequence[str]) -> Run:
     key, _ = GRIDS[row]
-    run = planned(config, row_files(config, [row])[row], row, 0, out, [f"{key}={value}", *ON_VALIDATION, *settings])
+    run = planned(config, row_files(config, [row])[row], row, 0, out, [*ON_VALIDATION, *settings, f"{key}={value}"])
     folder = out / "runs" / f"{row}-{value:g}"
     arguments = tuple(f"train.output={folder}" if text.startswith("train.output=") else text for text in run.arguments)
     return replace(run, folder=folder, arguments=arguments)
