@@ -1,6 +1,6 @@
 """What it is worth to compare a latent with those of all ranks: no entropy, that of parts of the batch, and that of all of it.
 
-    python -m benchmarks.global_entropy configs/NAME.yaml --out FOLDER [--jobs N] [--seeds N] [--dims D,D] [--only E,E] [key=value]
+    python -m benchmarks.global_entropy configs/NAME.yaml --out FOLDER [--jobs N] [--seeds N] [--dims D,D] [--only E,E] [K=V]
 
 Runs of the EAE at equal numbers of images seen, and everything else equal but what is named:
 
