@@ -182,7 +182,7 @@ def test_damaged_checkpoint_is_refused_by_name(run, name):
         ("train.seed=1", "train.seed: 0 -> 1"),
         ("train.keep=9", f"train.keep: {Config().train.keep} -> 9"),  # may change when a run is continued, not here
         ("model.latent_dim=6", "model.latent_dim: 5 -> 6"),
-        ("objective.entropy_weight=9", f"objective.entropy_weight: {Config().objective.entropy_weight} -> 9.0"),
+        ("objective.entropy_weight=9", "objective.entropy_weight: 0.02 -> 9.0"),
         ("data.split=test", "data.split: train -> test"),
         ("model.encoder=json:JSONEncoder", "model.encoder: None -> json:JSONEncoder"),
     ],
