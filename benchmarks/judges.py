@@ -146,7 +146,7 @@ def drawn(model: TrainedModel, images: torch.Tensor, count: int) -> Iterator[tup
 
 
 def random64() -> Extractor:
-    """EfficientNet-Lite0 at 64 px with random weights; without norms."""
+    """EfficientNet-Lite0 at 64 px with random weights: He's for the kernels, zero for the biases, and no batch norms."""
     extractor = lite0(64, black=0, metric="fd_random64")
     torch.manual_seed(SEED)
     for layer in extractor.network.modules():

@@ -37,6 +37,7 @@ ON_VALIDATION = ("evaluate.split=validation", "evaluate.reference=validation")
 
 
 def trial(config: Path, row: str, value: float, out: Path, settings: Sequence[str]) -> Run:
+    """The run of a row with one value of its grid, in a folder of its own. Raises ValueError for what a user can set right."""
     key, _ = GRIDS[row]
     run = planned(config, row_files(config, [row])[row], row, 0, out, [*ON_VALIDATION, *settings, f"{key}={value}"])
     folder = out / "runs" / f"{row}-{value:g}"

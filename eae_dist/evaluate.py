@@ -93,7 +93,7 @@ def evaluate(directory: Path, assignments: Sequence[str], out: Path | None = Non
     errors, latents = reconstructed(autoencoder, config, device, through)
 
     # Every set of images in turn: made, described by its features, compared with the real ones.
-    first, warnings = headline(real, extractor)
+    read_first, warnings = headline(min(real.stats.count, len(errors)), real.stats.features, extractor)
     sets, warnings = {}, warnings + warnings_about(real.stats, f"the split {settings.reference}")
     for name, (latents_of, count) in latent_sets(fitted, latents, through, real.stats.count, settings.seed).items():
         if name not in done.sets:
@@ -107,7 +107,7 @@ def evaluate(directory: Path, assignments: Sequence[str], out: Path | None = Non
     metrics = judged | {
         "images": len(errors),
         "reference_images": real.stats.count,
-        "headline": first,
+        "headline": read_first,
         "reconstruction": per_image,
         "reconstruction_per_pixel": per_image / int(np.prod(index.image_shape)),
         "latents": gaussianity(latents[: settings.neighbor_images], seed=settings.seed),
@@ -154,13 +154,13 @@ def evaluate_folders(real: Path, generated: Path, assignments: Sequence[str], ou
         which = {"files_sha256": from_first_rank(sha256)}
         described.append(remembered(which, settings, extractor, device, taken))
     numbers, doubts = compare(*described, extractor, settings.frechet, device, f"the images of {generated}")
-    fewer = min(described, key=lambda one: one.stats.count)
-    first, warnings = headline(fewer, extractor)
+    fewest = min(one.stats.count for one in described)
+    read_first, warnings = headline(fewest, described[0].stats.features, extractor)
     metrics = {
         "real": str(real),
         "generated": str(generated),
         "reference_images": described[0].stats.count,
-        "headline": first,
+        "headline": read_first,
         "features": extractor.record(),
         "settings": asdict(settings),
         "versions": versions(),

@@ -297,6 +297,15 @@ def test_distances_are_those_of_the_images_that_the_model_makes(run):
     )
 
 
+def test_set_of_fewer_images_than_features_is_not_read_by_its_frechet_distance(run):
+    """Also where the reference has enough: 150 training images, but 33 reconstructions."""
+    metrics = evaluate(run, ["evaluate.reference=train", "evaluate.densities=[isotropic]"])
+    assert metrics["reference_images"] == 150 and metrics["headline"] == "kd_thumbnails64"
+    assert any("33 images for 64 features" in warning for warning in metrics["warnings"])
+    enough = evaluate(run, ["evaluate.reference=train", "evaluate.split=train", "evaluate.densities=[isotropic]"])
+    assert enough["headline"] == "fd_thumbnails64" and not any("64 features" in warning for warning in enough["warnings"])
+
+
 def test_neighbor_images_bound_what_is_compared_row_by_row_and_no_moments(run):
     every, few = (evaluate(run, settings)["sets"] for settings in ([], ["evaluate.neighbor_images=20"]))
     for name, numbers in few.items():

@@ -67,6 +67,13 @@ def test_color_networks_see_gray_as_three_equal_channels():
     assert torch.equal(extractor(gray), extractor(gray.expand(-1, 3, -1, -1)))
 
 
+def test_damaged_weights_are_refused(monkeypatch):
+    built("efflite0")  # or skips
+    monkeypatch.setattr(features, "LITE0_SHA256", 64 * "0")
+    with pytest.raises(ValueError, match="is damaged: its sha256 is .*, wanted 0000"):
+        build_features("efflite0")
+
+
 def test_features_for_small_images_do_not_see_what_is_black_to_a_person():
     extractor, seen = built("efflite0_64px"), images(0, 3)
     seen[:, :, :8] = 0

@@ -98,16 +98,15 @@ def compare(
     return numbers, warnings_about(generated.stats, what)
 
 
-def headline(real: ImageSet, extractor: Extractor) -> tuple[str, list[str]]:
-    """The name of the distance to read first, and what is to be said of the other.
+def headline(fewest: int, features: int, extractor: Extractor) -> tuple[str, list[str]]:
+    """The name of the distance to read first, and what is to be said of the other; fewest: images of the smallest set.
 
     The Fréchet distance needs covariances of full rank, so more images than features; the kernel distance is unbiased for any
     number.
     """
-    count, features = real.stats.count, real.stats.features
-    if count > features:
+    if fewest > features:
         return extractor.metric, []
     return extractor.kernel_metric, [
-        f"{extractor.metric} is too large, and compares only at equal numbers of images: {count} images for {features} features "
-        f"give a covariance of rank {count - 1} at most; read {extractor.kernel_metric}, or judge more than {features} images"
+        f"{extractor.metric} is too large, and compares only at equal numbers of images: {fewest} images for {features} features "
+        f"give a covariance of rank {fewest - 1} at most; read {extractor.kernel_metric}, or judge more than {features} images"
     ]

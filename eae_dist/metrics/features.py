@@ -242,7 +242,7 @@ def efflite0() -> Extractor:
 
 
 def efflite0_64px() -> Extractor:
-    """The same network at 64 x 64, for images of up to 64 pixels: four times as fast on a CPU (docs/results/judges.md).
+    """The same network at 64 x 64, for images of up to 64 pixels: three times as fast on a CPU (docs/results/judges.md).
 
     Values up to 16 count as black, as in video. At this size the network sees a black background that is one or two levels off,
     which no person does, as farther from the real images than one with its halves joined from two.
