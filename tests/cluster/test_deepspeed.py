@@ -32,17 +32,20 @@ RELAY = (12, 16, STEPS)  # the steps after which another engine takes over
 # Relative. DeepSpeed adds gradients in float32; two ranks have come out with the same bits, but where the gradient was clipped:
 # its norm adds up in another order, which the small moments of a bias showed as 3e-6.
 PRECISE, OF_MOMENTS = 1e-6, 1e-5
-VARIANTS = {  # of eae, but for those that name another row
-    "clipped": ["objective.name=ae", "train.clip_norm=0.005"],
-    "plateau": [
-        "train.learning_rate=0.1",  # so that validations get worse
-        "train.schedule=plateau",
-        "train.plateau_patience=1",
-        f"train.validate_every={BATCH}",
-    ],
-    "bf16": ["train.precision=bf16", f"train.validate_every={5 * BATCH}"],
-    "computed_twice": ["train.checkpoint_activations=true"],
-    "compiled": ["train.compile=true"],
+VARIANTS = {  # name: the row that it is a variant of, and what it sets
+    "clipped": ("ae", ["train.clip_norm=0.005"]),
+    "plateau": (
+        "eae",
+        [
+            "train.learning_rate=0.1",  # so that validations get worse
+            "train.schedule=plateau",
+            "train.plateau_patience=1",
+            f"train.validate_every={BATCH}",
+        ],
+    ),
+    "bf16": ("eae", ["train.precision=bf16", f"train.validate_every={5 * BATCH}"]),
+    "computed_twice": ("eae", ["train.checkpoint_activations=true"]),
+    "compiled": ("eae", ["train.compile=true"]),
 }
 installed = pytest.mark.skipif(
     any(engines.find_spec(name) is None for name in ("deepspeed", "transformers")),
@@ -51,7 +54,7 @@ installed = pytest.mark.skipif(
 
 
 def arguments(shards: Path, run: Path, name: str, *more: str, steps: int = STEPS) -> list[str]:
-    row = name if name in OBJECTIVES else "eae"
+    row, settings = VARIANTS.get(name, (name, []))
     return [
         f"objective.name={row}",
         f"data.root={shards}",
@@ -71,7 +74,7 @@ def arguments(shards: Path, run: Path, name: str, *more: str, steps: int = STEPS
         "model.width=4",
         "model.latent_dim=5",
         *OBJECTIVES[row],
-        *VARIANTS.get(name, ()),
+        *settings,
         *more,
     ]
 
@@ -128,9 +131,11 @@ def folder(shards, tmp_path_factory) -> Path:
     """Runs of both engines on two ranks: each whole, and some that go from one engine to the other."""
     folder = tmp_path_factory.mktemp("engines")
 
-    def launch(name: str, environment: dict, *runs: list[str]) -> str:
+    def launch(name: str, environment: dict, *runs: list[str], refusals: int = 0) -> str:
         ended = run_ranks(2, folder / f"logs-{name}", train_flat, *runs, environment=environment)
         assert ended.codes == [0, 0], ended.said
+        refused = [line for line in ended.said[0].splitlines() if line.startswith("refused:")]
+        assert len(refused) == refusals, refused
         return ended.said[0]
 
     def whole(engine: str, *names: str) -> list[list[str]]:
@@ -144,7 +149,7 @@ def folder(shards, tmp_path_factory) -> Path:
     parts = arguments(shards, folder / "parts", "eae", "train.accumulate=2")
     launch("ddp", {}, *whole("ddp", *ROWS, *VARIANTS), relay(0))
     launch("zero1", zero(1), *whole("zero1", *ROWS))
-    said = launch("zero2", zero(2), *whole("zero2", *ROWS, *VARIANTS), relay(1), *halves, parts, broken)
+    said = launch("zero2", zero(2), *whole("zero2", *ROWS, *VARIANTS), relay(1), *halves, parts, broken, refusals=2)
     (folder / "said").write_text(said)
     shutil.copytree(folder / "relay", folder / "halfway", symlinks=True)
     launch("back", {}, relay(2))
@@ -187,9 +192,9 @@ def test_deepspeed_trains_as_ddp_does(folder, engine, name):
 
 @installed
 def test_clipping_and_mixed_precision_take_effect(folder):
-    plain, clipped, bf16 = (state_of(folder / "zero2" / name) for name in ("eae", "clipped", "bf16"))
+    plain, clipped, eae, bf16 = (state_of(folder / "zero2" / name) for name in ("ae", "clipped", "eae", "bf16"))
     name = next(name for name in plain if name.endswith("head.weight"))
-    assert not torch.equal(plain[name], clipped[name]) and not torch.equal(plain[name], bf16[name])
+    assert not torch.equal(plain[name], clipped[name]) and not torch.equal(eae[name], bf16[name])
     assert all(tensor.dtype != torch.bfloat16 for tensor in bf16.values())
 
 
