@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from benchmarks.entropy import peak_memory_mib
 from benchmarks.table import Row
 from eae_dist.config import ModelConfig
-from eae_dist.execution import checkpoint_activations
 from eae_dist.model.autoencoder import build_autoencoder, resolve_model
+from eae_dist.training.compilation import checkpoint_activations
 
 BATCH, SHAPE = 32, (3, 64, 64)
 

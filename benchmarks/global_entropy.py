@@ -25,10 +25,10 @@ import torch
 
 from eae_dist.config import load_config
 from eae_dist.data.stream import walk
+from eae_dist.distributed.launch import JobPool
 from eae_dist.evaluate import evaluate
-from eae_dist.generation import load
+from eae_dist.inference.trained_model import load
 from eae_dist.latent.gaussianity import gaussianity
-from eae_dist.local_ranks import SideBySide
 from eae_dist.losses.entropy import entropy_terms
 from eae_dist.model.autoencoder import to_unit
 from eae_dist.objectives import EAE, OBJECTIVES
@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", metavar="key=value")
     arguments = parser.parse_intermixed_args()
     files = ["--config", str(arguments.config), str(arguments.config.with_suffix("") / "eae.yaml"), *arguments.settings]
-    pool, side_by_side = ThreadPoolExecutor(arguments.jobs), SideBySide(arguments.jobs, 1)
+    pool, job_pool = ThreadPoolExecutor(arguments.jobs), JobPool(arguments.jobs, 1)
     (arguments.out / "logs").mkdir(parents=True, exist_ok=True)
     runs, only, dims = [], arguments.only.split(","), [int(text) for text in arguments.dims.split(",")]
     for seed in range(arguments.seeds):
@@ -111,7 +111,7 @@ def main() -> None:
                 runs.append((name, seed, folder))
                 if not (folder / "result.json").is_file():
                     command = ["--run", str(groups), str(folder), *files, *own, f"train.seed={seed}"]
-                    pool.submit(side_by_side.call, "benchmarks.global_entropy", command, arguments.out / "logs" / folder.name)
+                    pool.submit(job_pool.call, "benchmarks.global_entropy", command, arguments.out / "logs" / folder.name)
     pool.shutdown()
     found = [(run, json.loads(path.read_text())) for run in runs if (path := run[2] / "result.json").is_file()]
     with open(arguments.out / "runs.csv", "w", newline="") as file:

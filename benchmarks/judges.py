@@ -27,12 +27,12 @@ from torchvision.transforms.functional import gaussian_blur
 import eae_dist
 from eae_dist.data.order import permutation
 from eae_dist.data.stream import walk
-from eae_dist.draws import derive_key
-from eae_dist.generation import TrainedModel, sample_seeds
+from eae_dist.inference.trained_model import TrainedModel, sample_seeds
 from eae_dist.latent.gaussian import Gaussian
-from eae_dist.metrics.comparison import compare, describe
 from eae_dist.metrics.features import Extractor, build_features, lite0
+from eae_dist.metrics.image_sets import compare, describe
 from eae_dist.model.autoencoder import to_uint8, to_unit
+from eae_dist.numerics.keyed_random import derive_key
 from eae_dist.report.grids import grid, png_bytes
 
 BLOCK, SEED = 250, 0  # images a forward pass; of every choice

@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_limits
 from benchmarks.table import Row, at_least, take_turns
 from eae_dist.distributed import rank, world_size
 from eae_dist.latent.mixture import Mixture, Parameters
-from eae_dist.train import peak_memory_mib
+from eae_dist.training.run import peak_memory_mib
 
 N, D, K = 50_000, 64, 10
 MANY_LATENTS = 1_000_000

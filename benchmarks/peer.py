@@ -109,7 +109,7 @@ def pythae_networks(autoencoder: torch.nn.Module) -> tuple[torch.nn.Module, torc
 
         def forward(self, x):
             h = self.autoencoder[0](x)
-            if autoencoder.spread:
+            if autoencoder.variational:
                 mean, log_sigma = h.chunk(2, 1)
                 return ModelOutput(embedding=mean, log_covariance=2 * torch.tanh(log_sigma))
             return ModelOutput(embedding=h)

@@ -23,11 +23,12 @@ import torch
 
 from benchmarks.images import write_shards
 from benchmarks.table import Row, Seconds, at_most, take_turns
-from eae_dist import checkpoint as checkpoints
-from eae_dist import train as training
-from eae_dist.background import BackgroundSaves
+from eae_dist import train as command
 from eae_dist.config import load_config
 from eae_dist.objectives import build_objective, resolve
+from eae_dist.training import checkpoint as checkpoints
+from eae_dist.training import loop as training
+from eae_dist.training.async_checkpoint import AsyncCheckpoints
 
 SHAPE, BATCH, IMAGES = (1, 32, 32), 128, 1024  # of the small network
 SHARE, LINES, STEPS_PER_LINE = 0.02, 12, 10
@@ -70,7 +71,7 @@ def saving(run: Path) -> Row:
         moments = [tensor for state in optimizer.state_dict()["state"].values() for tensor in state.values()]
         return [tensor.clone() for tensor in (*objective.state_dict().values(), *moments)]
 
-    with BackgroundSaves(run, config) as saves:
+    with AsyncCheckpoints(run, config) as saves:
 
         def start() -> None:
             saves.start(objective.state_dict(), optimizer.state_dict(), {"step": 1, "best_step": 0})
@@ -153,7 +154,7 @@ def main() -> None:
         sys.exit()
 
     training.training_step = only
-    training.main()
+    command.main()
 
 
 if __name__ == "__main__":

@@ -19,13 +19,13 @@ import torch
 
 from benchmarks.images import write_shards
 from benchmarks.table import Row, Seconds, at_least, at_most, take_turns
-from eae_dist import checkpoint as checkpoints
 from eae_dist.config import load_config
 from eae_dist.distributed import barrier, rank
 from eae_dist.encode import encode
-from eae_dist.generation import load
+from eae_dist.inference.trained_model import load
 from eae_dist.latent.index import LatentIndex
 from eae_dist.objectives import build_objective, resolve
+from eae_dist.training import checkpoint as checkpoints
 
 ROWS, QUERIES, D, K = 1_000_000, 10_000, 64, 10
 SHARDED_ROWS, SHARDED_QUERIES = 200_000, 4_000

@@ -23,10 +23,10 @@ import psutil
 import torch
 
 from benchmarks.table import Row, Seconds, at_least
-from eae_dist import checkpoint as checkpoints
 from eae_dist.config import load_config
-from eae_dist.generation import TrainedModel, load
+from eae_dist.inference.trained_model import TrainedModel, load
 from eae_dist.objectives import build_objective, resolve
+from eae_dist.training import checkpoint as checkpoints
 
 CLIENTS, LATENTS, BATCH = 32, 16, 256
 # Network -> image shape, requests of each client a round, rounds, the least share of the bare model's speed.

@@ -16,14 +16,15 @@ from contextlib import closing, contextmanager
 import torch
 
 from eae_dist.config import Config, load_config
-from eae_dist.data.shards import ShardIndex
+from eae_dist.data.shard_index import ShardIndex
 from eae_dist.distributed import StopRequest, barrier, gather_objects, rank, world_size
-from eae_dist.engines import engine_of
-from eae_dist.execution import set_execution
 from eae_dist.losses.entropy import knn_entropy
 from eae_dist.objectives import build_objective, resolve
-from eae_dist.report.metrics_log import averaged
-from eae_dist.train import open_stream, start_accelerator, training_step
+from eae_dist.training.compilation import set_execution
+from eae_dist.training.engines import engine_of
+from eae_dist.training.loop import training_step
+from eae_dist.training.metrics_log import averaged
+from eae_dist.training.setup import open_stream, start_accelerator
 
 ENTROPY_ROWS = 1024
 
@@ -61,7 +62,7 @@ def training(config: Config) -> Iterator[Callable[[int], None]]:
         window = []
         for _ in range(count):
             stop.start_asking()
-            names, terms = training_step(accelerator, model, optimizer, next(batches), stream.numbers, step, config.train)
+            names, terms = training_step(accelerator, model, optimizer, next(batches), stream.row_ids, step, config.train)
             window.append(terms)
             stop.asked()
             step += 1

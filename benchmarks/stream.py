@@ -18,7 +18,7 @@ from torchvision.transforms import PILToTensor
 
 from benchmarks.images import write_shards
 from benchmarks.table import Row, Seconds, at_least, take_turns
-from eae_dist.data.shards import ShardIndex, ShardReader
+from eae_dist.data.shard_index import ShardIndex, ShardReader
 from eae_dist.data.stream import ShardStream
 
 SHAPE, SHARDS, SAMPLES, BATCH = (3, 32, 32), 8, 512, 128

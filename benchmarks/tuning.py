@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
-from eae_dist.local_ranks import SideBySide
+from eae_dist.distributed.launch import JobPool
 from eae_dist.report.table import BLOCKS, MODELS, set_of_cell
 from eae_dist.table import Run, finish_all, judged, planned, row_files
 
@@ -45,7 +45,7 @@ def trial(config: Path, row: str, value: float, out: Path, settings: Sequence[st
     return replace(run, folder=folder, arguments=arguments)
 
 
-def tuned(config: Path, rows: Sequence[str], side_by_side: SideBySide, out: Path, settings: Sequence[str]) -> list[dict]:
+def tuned(config: Path, rows: Sequence[str], job_pool: JobPool, out: Path, settings: Sequence[str]) -> list[dict]:
     """Runs every trial; a record for each that came to its end."""
     trials = {(row, value): trial(config, row, value, out, settings) for row in rows for value in GRIDS[row][1]}
     first_stage = next((run for (row, _), run in trials.items() if row == "two_stage_vae"), None)
@@ -53,7 +53,7 @@ def tuned(config: Path, rows: Sequence[str], side_by_side: SideBySide, out: Path
     first_stages = {
         run: first_stage if run.row == "two_stage_vae" and run is not first_stage else None for run in trials.values()
     }
-    for failure in finish_all(list(trials.values()), first_stages, side_by_side, out / "logs"):
+    for failure in finish_all(list(trials.values()), first_stages, job_pool, out / "logs"):
         print(failure)
     records = []
     for (row, value), run in trials.items():
@@ -78,9 +78,7 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", metavar="key=value")
     arguments = parser.parse_intermixed_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    records = tuned(
-        arguments.config, arguments.only.split(","), SideBySide(arguments.jobs, None), arguments.out, arguments.settings
-    )
+    records = tuned(arguments.config, arguments.only.split(","), JobPool(arguments.jobs, None), arguments.out, arguments.settings)
     columns = list(dict.fromkeys(key for record in records for key in record))
     with open(arguments.out / "tuning.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")

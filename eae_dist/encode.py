@@ -17,15 +17,15 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from eae_dist.checkpoint import evaluation_config, load_objective, named_networks, open_checkpoint, open_data
 from eae_dist.data.order import blocks_of
 from eae_dist.data.remote import Cache
 from eae_dist.data.stream import walk
-from eae_dist.distributed import first_rank_first, on_every_rank, rank, world_size
-from eae_dist.durable import replace_file
+from eae_dist.distributed import on_every_rank, on_rank_zero, rank, world_size
+from eae_dist.distributed.launch import run_on_ranks
 from eae_dist.latent.store import PART_ROWS, VERSION, LatentFolder, description, finished_part, write_part
-from eae_dist.local_ranks import run_on_ranks
 from eae_dist.model.autoencoder import encoded
+from eae_dist.numerics.atomic_files import replace_file
+from eae_dist.training.checkpoint import evaluation_config, load_objective, named_networks, open_checkpoint, open_data
 
 IDENTITY = ("model_sha256", "index_sha256", "batch")  # what moves a bit of a latent, on one kind of processor
 
@@ -85,7 +85,7 @@ def encode(directory: Path, out: Path, assignments: Sequence[str]) -> LatentFold
     on_every_rank(encode_missing)
 
     # All parts are there.
-    with first_rank_first() as first:
+    with on_rank_zero() as first:
         if first:
             splits: dict[str, list] = {split: [] for split in samples}
             for split, part, _ in parts:
@@ -105,8 +105,8 @@ def name_of(split: str, part: int) -> str:
 
 def start_folder(out: Path, about: dict) -> None:
     """Makes the folder, or goes on with one of the same latents. Call on every rank. Raises ValueError or OSError."""
-    with first_rank_first() as mine:
-        if mine:
+    with on_rank_zero() as is_rank_zero:
+        if is_rank_zero:
             out.mkdir(parents=True, exist_ok=True)
             begun = out / ".encoding.json"
             if (out / "manifest.json").is_file():

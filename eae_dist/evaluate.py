@@ -20,7 +20,26 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
-from eae_dist.checkpoint import (
+from eae_dist.config import Config, EvaluateConfig, load_config
+from eae_dist.data.image_files import contents_sha256, walk_images
+from eae_dist.data.order import blocks_of, filled
+from eae_dist.data.remote import Cache
+from eae_dist.data.shard_index import ShardIndex
+from eae_dist.data.stream import walk
+from eae_dist.distributed import from_rank_zero, gather_objects, gather_rows, on_rank_zero, rank, world_size
+from eae_dist.distributed.launch import run_on_ranks
+from eae_dist.inference.trained_model import LatentsOf, decoded, interpolations, sample_seeds, with_progress
+from eae_dist.latent.densities import DENSITIES, Density, load_density, save_density
+from eae_dist.latent.gaussianity import gaussianity
+from eae_dist.losses.terms import squared_error
+from eae_dist.metrics.features import Extractor, build_features, features_for
+from eae_dist.metrics.frechet import warnings_about
+from eae_dist.metrics.image_sets import ImageSet, compare, describe, headline
+from eae_dist.model.autoencoder import Autoencoder, encoded, to_unit
+from eae_dist.numerics.atomic_files import replace_file
+from eae_dist.objectives import objective_class
+from eae_dist.report.grids import ACROSS, SAMPLES, draw_grids, grid, grid_inputs, save_grids
+from eae_dist.training.checkpoint import (
     evaluation_config,
     evaluation_folder,
     load_objective,
@@ -29,25 +48,6 @@ from eae_dist.checkpoint import (
     open_data,
     versions,
 )
-from eae_dist.config import Config, EvaluateConfig, load_config
-from eae_dist.data.files import contents_sha256, walk_images
-from eae_dist.data.order import blocks_of, filled
-from eae_dist.data.remote import Cache
-from eae_dist.data.shards import ShardIndex
-from eae_dist.data.stream import walk
-from eae_dist.distributed import first_rank_first, from_first_rank, gather_objects, gather_rows, rank, world_size
-from eae_dist.durable import replace_file
-from eae_dist.generation import LatentsOf, decoded, interpolations, sample_seeds, watched
-from eae_dist.latent.densities import DENSITIES, Density, load_density, save_density
-from eae_dist.latent.gaussianity import gaussianity
-from eae_dist.local_ranks import run_on_ranks
-from eae_dist.losses.terms import squared_error
-from eae_dist.metrics.comparison import ImageSet, compare, describe, headline
-from eae_dist.metrics.features import Extractor, build_features, features_for
-from eae_dist.metrics.frechet import warnings_about
-from eae_dist.model.autoencoder import Autoencoder, encoded, to_unit
-from eae_dist.objectives import objective_class
-from eae_dist.report.grids import ACROSS, SAMPLES, draw_grids, grid, grid_inputs, save_grids
 
 log = logging.getLogger("eae_dist")
 
@@ -116,8 +116,8 @@ def evaluate(directory: Path, assignments: Sequence[str], out: Path | None = Non
         "warnings": warnings
         + [f"{name}: {report[what]}" for name, report in reports.items() for what in doubtful & report.keys()],
     }
-    with first_rank_first() as mine:
-        if mine:
+    with on_rank_zero() as is_rank_zero:
+        if is_rank_zero:
             images = next(walk(config.data.root, settings.split, 64, rank=0, world=1, cache=Cache.of(config.data)))["image"]
             inputs = grid_inputs(to_unit(images, device), autoencoder.latent_dim, settings.seed)
             save_grids(draw_grids(autoencoder, inputs) | sample_grids(autoencoder, fitted, settings, device), out)
@@ -146,13 +146,13 @@ def evaluate_folders(real: Path, generated: Path, assignments: Sequence[str], ou
     for folder, (_, total, blocks) in zip(folders, walks, strict=True):
 
         def taken(folder=folder, total=total, blocks=blocks) -> ImageSet:
-            images, what = watched(blocks, str(folder), total), f"the images of {folder}"
+            images, what = with_progress(blocks, str(folder), total), f"the images of {folder}"
             return describe(images, extractor, settings.batch, settings.neighbor_images, device, what)
 
-        with first_rank_first() as mine:
-            sha256 = contents_sha256(folder, settings.count) if mine else None
-        which = {"files_sha256": from_first_rank(sha256)}
-        described.append(remembered(which, settings, extractor, device, taken))
+        with on_rank_zero() as is_rank_zero:
+            sha256 = contents_sha256(folder, settings.count) if is_rank_zero else None
+        which = {"files_sha256": from_rank_zero(sha256)}
+        described.append(cached_image_set(which, settings, extractor, device, taken))
     numbers, doubts = compare(*described, extractor, settings.frechet, device, f"the images of {generated}")
     fewest = min(one.stats.count for one in described)
     read_first, warnings = headline(fewest, described[0].stats.features, extractor)
@@ -167,8 +167,8 @@ def evaluate_folders(real: Path, generated: Path, assignments: Sequence[str], ou
         "sets": {"generated": numbers},
         "warnings": warnings + warnings_about(described[0].stats, f"the images of {real}") + doubts,
     }
-    with first_rank_first() as mine:
-        if mine and out is not None:
+    with on_rank_zero() as is_rank_zero:
+        if is_rank_zero and out is not None:
             out.mkdir(parents=True, exist_ok=True)
             replace_file(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     return metrics
@@ -209,8 +209,8 @@ class Progress:
 
     def __init__(self, folder: Path, key: dict):
         self.path, self.key, self.sets, self.densities = folder / ".progress.json", json.loads(json.dumps(key)), {}, {}
-        with first_rank_first() as mine:
-            if mine:
+        with on_rank_zero() as is_rank_zero:
+            if is_rank_zero:
                 folder.mkdir(parents=True, exist_ok=True)
                 found = json.loads(self.path.read_text()) if self.path.is_file() else {}
                 if found and found["key"] != self.key:  # its densities are about to be written over
@@ -218,7 +218,7 @@ class Progress:
                 elif found:
                     self.sets, self.densities = found["sets"], found["densities"]
                     log.info("going on with an evaluation that was interrupted: %s", ", ".join(self.sets) or "densities")
-        self.sets, self.densities = from_first_rank((self.sets, self.densities))
+        self.sets, self.densities = from_rank_zero((self.sets, self.densities))
 
     def record(self, name: str, result) -> None:
         """A set that was compared."""
@@ -239,8 +239,8 @@ class Progress:
             numbers.unlink()
 
     def _write(self) -> None:
-        with first_rank_first() as mine:
-            if mine:
+        with on_rank_zero() as is_rank_zero:
+            if is_rank_zero:
                 text = json.dumps({"key": self.key, "sets": self.sets, "densities": self.densities})
                 replace_file(self.path, text)
 
@@ -256,14 +256,14 @@ def reference_images(config: Config, index: ShardIndex, extractor: Extractor, de
         return describe(images, extractor, settings.batch, settings.neighbor_images, device, what)
 
     which = {"index_sha256": index.sha256, "split": settings.reference, "count": settings.count}
-    return remembered(which, settings, extractor, device, taken)
+    return cached_image_set(which, settings, extractor, device, taken)
 
 
-def remembered(
+def cached_image_set(
     which: dict, settings: EvaluateConfig, extractor: Extractor, device: torch.device, taken: Callable[[], ImageSet]
 ) -> ImageSet:
     """What `taken` gives, from evaluate.cache if it was taken before. which: the images, without doubt. Call on every rank."""
-    moved_by = which | {
+    cache_key = which | {
         "rows": settings.neighbor_images,
         "block": settings.batch,
         "features": extractor.record(),
@@ -271,14 +271,14 @@ def remembered(
         "device": device.type,
         "torch": torch.__version__,
     }
-    key = json.dumps(moved_by, sort_keys=True)
+    key = json.dumps(cache_key, sort_keys=True)
     path = Path(settings.cache).expanduser() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
     # The weights of a user's function are unknown; a cache may lie on some of the machines only.
     if extractor.sha256 is not None and all(gather_objects(path.is_file())):
         return ImageSet.from_file(path, key)
     described = taken()
-    with first_rank_first() as mine:
-        if mine and extractor.sha256 is not None:
+    with on_rank_zero() as is_rank_zero:
+        if is_rank_zero and extractor.sha256 is not None:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 replace_file(path, described.to_bytes(key))
@@ -288,11 +288,11 @@ def remembered(
 
 
 def walked(config: Config, split: str, description: str, count: int | None = None) -> Iterable[dict]:
-    """`walk` over the first images of a split in blocks of evaluate.batch, watched."""
+    """`walk` over the first images of a split in blocks of evaluate.batch, with_progress."""
     root, block, cache = config.data.root, config.evaluate.batch, Cache.of(config.data)
     images = ShardIndex.load(root, cache).split(split).samples
     start, stop = blocks_of(min(images, count or images), block, rank(), world_size())
-    return watched(walk(root, split, block, count=count, cache=cache), description, stop - start)
+    return with_progress(walk(root, split, block, count=count, cache=cache), description, stop - start)
 
 
 @torch.no_grad()
@@ -359,12 +359,12 @@ def fit_densities(
                 if name in needed:
                     raise ValueError(f"evaluate.densities: {name} cannot be fitted: {error}") from error
                 report = {"failed": str(error)}
-            with first_rank_first() as mine:
-                if mine:
+            with on_rank_zero() as is_rank_zero:
+                if is_rank_zero:
                     done.remove_numbers_of_others()
-                if mine and "failed" in report:
+                if is_rank_zero and "failed" in report:
                     path.unlink(missing_ok=True)
-                elif mine:
+                elif is_rank_zero:
                     save_density(density, path, model)
             done.record_density(name, report)
         if "failed" not in done.densities[name]:

@@ -15,13 +15,13 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 
-from eae_dist.checkpoint import evaluation_config, named_networks, open_checkpoint
 from eae_dist.config import is_assignment
-from eae_dist.distributed import first_rank_first
-from eae_dist.durable import replace_file
-from eae_dist.generation import decoded, sample_seeds, trained_model
-from eae_dist.local_ranks import run_on_ranks
+from eae_dist.distributed import on_rank_zero
+from eae_dist.distributed.launch import run_on_ranks
+from eae_dist.inference.trained_model import decoded, sample_seeds, trained_model
+from eae_dist.numerics.atomic_files import replace_file
 from eae_dist.report.grids import png_bytes
+from eae_dist.training.checkpoint import evaluation_config, named_networks, open_checkpoint
 
 
 def generate(directory: Path, out: Path, density: str, count: int, assignments: Sequence[str]) -> None:
@@ -37,8 +37,8 @@ def generate(directory: Path, out: Path, density: str, count: int, assignments: 
     def latents(numbers: np.ndarray) -> torch.Tensor:
         return drawn_from.sample(sample_seeds(settings.seed, numbers))
 
-    with first_rank_first() as mine:
-        if mine:
+    with on_rank_zero() as is_rank_zero:
+        if is_rank_zero:
             out.mkdir(parents=True, exist_ok=True)
             if any(out.iterdir()):
                 raise ValueError(f"{out} is not empty, and images of two sets must not mix; take another folder")

@@ -20,38 +20,38 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from eae_dist.data.files import read_image
-from eae_dist.distributed import first_rank_first, gather_objects, rank, sum_over_ranks
-from eae_dist.durable import replace_file
-from eae_dist.generation import decoded, sample_seeds
-from eae_dist.latent.neighborhoods import compare_distances, entropy_of_distances, nearest_others, vote
-from eae_dist.local_ranks import run_on_ranks
-from eae_dist.report.neighbors import distances_figure, neighbors_picture
-from eae_dist.retrieval import LatentSpace
+from eae_dist.data.image_files import read_image
+from eae_dist.distributed import gather_objects, on_rank_zero, rank, sum_over_ranks
+from eae_dist.distributed.launch import run_on_ranks
+from eae_dist.inference.encoded_dataset import EncodedDataset
+from eae_dist.inference.trained_model import decoded, sample_seeds
+from eae_dist.latent.neighbor_statistics import compare_distances, entropy_of_distances, nearest_others, vote
+from eae_dist.numerics.atomic_files import replace_file
+from eae_dist.report.neighbor_page import distances_figure, neighbors_picture
 
 SHOWN = 10  # queries in a picture
 LISTED = 1_000  # pairs in duplicates.csv
 
 
-def neighbors(space: LatentSpace, out: Path) -> dict:
+def neighbors(space: EncodedDataset, out: Path) -> dict:
     """The numbers of the whole, also written to `out` with pictures by rank 0. Call on every rank."""
     settings, folder = space.settings, space.folder
     index = space.index()
     k = min(settings.k, index.n)
-    if folder.rows(settings.queries) == 0:
-        raise ValueError(f"index.queries={settings.queries} holds no images; take another split")
+    if folder.rows(settings.query_split) == 0:
+        raise ValueError(f"index.query_split={settings.query_split} holds no images; take another split")
 
     # Test images: their neighbors, and what these say of their labels.
-    start, queries = space.mine(settings.queries)
+    start, queries = space.rows_of_this_rank(settings.query_split)
     squared, ids = index.search(queries, k)
     train_labels = np.asarray(folder.read(space.split, "labels"))
-    labels = np.asarray(folder.read(settings.queries, "labels"))[start : start + len(queries)]
+    labels = np.asarray(folder.read(settings.query_split, "labels"))[start : start + len(queries)]
     labeled = labels >= 0
     right = vote(train_labels[ids])[labeled] == labels[labeled]
     counted = sum_over_ranks(torch.tensor([int(right.sum()), int(labeled.sum())], device=space.device)).tolist()
 
     # Generated images: drawn, decoded, encoded again.
-    density, count = space.model.density(settings.density), min(settings.samples, folder.rows(settings.queries))
+    density, count = space.model.density(settings.density), min(settings.samples, folder.rows(settings.query_split))
     like = next(space.model.autoencoder.decoder.parameters())
 
     def draw(numbers: np.ndarray) -> torch.Tensor:
@@ -63,14 +63,14 @@ def neighbors(space: LatentSpace, out: Path) -> dict:
     squared_drawn, ids_drawn = index.search(space.encode(drawn), k)
 
     # The split against itself.
-    first, rows = space.mine(space.split)
+    first, rows = space.rows_of_this_rank(space.split)
     nearest, twin = nearest_others(index, rows, first)
 
     every = gather_objects((squared, ids, squared_drawn, ids_drawn, nearest, twin))
     squared, ids, squared_drawn, ids_drawn, nearest, twin = (np.concatenate(parts) for parts in zip(*every, strict=True))
     distances, distances_drawn = np.sqrt(squared), np.sqrt(squared_drawn)
     apart = np.sqrt(nearest.astype(np.float64))
-    threshold = settings.near * float(np.median(apart))
+    threshold = settings.duplicate_ratio * float(np.median(apart))
     pairs_apart, pairs = near_pairs(apart, twin, threshold)
     shown, shown_drawn = closest(squared), closest(squared_drawn)
     images_drawn = from_their_ranks(drawn, shown_drawn)
@@ -90,16 +90,16 @@ def neighbors(space: LatentSpace, out: Path) -> dict:
         "label_accuracy": counted[0] / counted[1] if counted[1] else None,
         "entropy": entropy_of_distances(apart, index.d),
     }
-    with first_rank_first() as mine:
-        if mine:
+    with on_rank_zero() as is_rank_zero:
+        if is_rank_zero:
             out.mkdir(parents=True, exist_ok=True)
-            images = space.images(settings.queries, shown)
+            images = space.images(settings.query_split, shown)
             save_picture(space, out / "queries.png", images, ids[shown], distances[shown])
             save_picture(space, out / "samples.png", images_drawn, ids_drawn[shown_drawn], distances_drawn[shown_drawn])
             if len(pairs):
                 images = space.images(space.split, pairs[:SHOWN, 0])
                 save_picture(space, out / "duplicates.png", images, pairs[:SHOWN, 1:], pairs_apart[:SHOWN, None])
-            histograms = distances_figure(distances[:, 0], distances_drawn[:, 0], settings.queries, settings.density)
+            histograms = distances_figure(distances[:, 0], distances_drawn[:, 0], settings.query_split, settings.density)
             replace_file(out / "distances.png", histograms)
             replace_file(out / "duplicates.csv", pairs_table(space, pairs_apart, pairs))
             replace_file(out / "neighbors.json", json.dumps(found, indent=2) + "\n")
@@ -127,7 +127,7 @@ def near_pairs(distance: np.ndarray, twin: np.ndarray, threshold: float) -> tupl
     return distance[near[at]][order], pairs[order]
 
 
-def pairs_table(space: LatentSpace, apart: np.ndarray, pairs: np.ndarray) -> str:
+def pairs_table(space: EncodedDataset, apart: np.ndarray, pairs: np.ndarray) -> str:
     """The nearest pairs as CSV, by their keys."""
     text = io.StringIO()
     table = csv.writer(text)
@@ -137,13 +137,13 @@ def pairs_table(space: LatentSpace, apart: np.ndarray, pairs: np.ndarray) -> str
     return text.getvalue()
 
 
-def save_picture(space: LatentSpace, path: Path, images: np.ndarray, ids: np.ndarray, distances: np.ndarray) -> None:
+def save_picture(space: EncodedDataset, path: Path, images: np.ndarray, ids: np.ndarray, distances: np.ndarray) -> None:
     """Images, uint8 [m, c, h, w], beside the rows of these ids, [m, k], at these distances, [m, k]."""
     near = space.images(space.split, ids.ravel()).reshape(*ids.shape, *images.shape[1:])
     replace_file(path, neighbors_picture(images, near, distances))
 
 
-def query(space: LatentSpace, files: Sequence[Path], out: Path | None) -> list[dict]:
+def query(space: EncodedDataset, files: Sequence[Path], out: Path | None) -> list[dict]:
     """The neighbors of image files, and a picture of them in `out`. Call on every rank."""
     channels, height, width = space.model.image_shape
     images = []
@@ -164,8 +164,8 @@ def query(space: LatentSpace, files: Sequence[Path], out: Path | None) -> list[d
         names = [space.class_of(label) for label in labels[near].tolist()]
         rows = zip(space.keys(near), near.tolist(), names, distances.tolist(), strict=True)
         found.append({"query": str(file), "neighbors": [{"key": k, "row": r, "class": c, "distance": d} for k, r, c, d in rows]})
-    with first_rank_first() as mine:
-        if mine and out is not None:
+    with on_rank_zero() as is_rank_zero:
+        if is_rank_zero and out is not None:
             out.mkdir(parents=True, exist_ok=True)
             save_picture(space, out / "query.png", images.numpy(), ids, np.sqrt(squared))
     return found
@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = arguments.out or arguments.latents / "neighbors"
 
     def work() -> str:
-        space = LatentSpace(arguments.latents, arguments.ckpt, arguments.settings)
+        space = EncodedDataset(arguments.latents, arguments.ckpt, arguments.settings)
         if arguments.query:
             found = query(space, arguments.query, out)
             return json.dumps(found, indent=2) if arguments.json else summary_of_queries(found, out)
@@ -204,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def summary(found: dict) -> str:
     """The numbers as a person reads them."""
     settings, index, copies, twins = (found[name] for name in ("settings", "index", "memorization", "duplicates"))
-    split, queries, accuracy = settings["split"], settings["queries"], found["label_accuracy"]
+    split, queries, accuracy = settings["split"], settings["query_split"], found["label_accuracy"]
     told = f"labels of {queries} images told by {settings['k']} neighbors"
     lines = [
         f"{index['rows']:,} {split} latents, index {index['kind']}: {index['reason']}",

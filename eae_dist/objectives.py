@@ -17,22 +17,22 @@ import torch
 from torch import nn
 
 from eae_dist.config import Config, ModelConfig, ObjectiveConfig
-from eae_dist.draws import derive_key, normal, row_keys
 from eae_dist.losses.entropy import entropy_terms
 from eae_dist.losses.terms import gaussian_divergence, kernel_discrepancy, mean_share, squared_error, sum_of_squares
 from eae_dist.model.autoencoder import LATENT_EPS, Autoencoder, build_autoencoder, resolve_model
 from eae_dist.model.networks import kernels_of
 from eae_dist.model.norm import GlobalBatchNorm
-from eae_dist.precision import full_precision
+from eae_dist.numerics.keyed_random import derive_key, normal, row_keys
+from eae_dist.numerics.precision import full_precision
 
 Latents = tuple[torch.Tensor, torch.Tensor | None]  # means and the logarithms of deviations, [b, d] each
 POSTERIOR, PRIOR, INPUT, MAP = range(4)  # what a batch's random numbers are drawn for
 REDUCTIONS = {  # of the penalties' terms, in words
-    "latent_square": "mean over images and dimensions",
-    "decoder_square": "sum over the decoder's kernels",
-    "gradient_square": "mean over images and dimensions",
-    "divergence": "nats, sum over dimensions, mean over images",
-    "discrepancy": "squared MMD of the batch",
+    "latent_l2": "mean over images and dimensions",
+    "decoder_l2": "sum over the decoder's kernels",
+    "gradient_penalty": "mean over images and dimensions",
+    "kl": "nats, sum over dimensions, mean over images",
+    "mmd": "squared MMD of the batch",
     "entropy": "nats, of the batch; the setting is per dimension",
 }
 
@@ -40,14 +40,15 @@ REDUCTIONS = {  # of the penalties' terms, in words
 class Objective(nn.Module):
     """Squared error and the penalties of a row.
 
-    penalties: term -> the setting that is its weight. settings: what else the row reads of `objective.*`. latent_norm, spread,
-    spectral: what its autoencoder has (`build_autoencoder`). twice_differentiated: whether the decoder is. first_stage: the row
-    whose weights it has as well. second_stage: the density that stands for N(0, I), and that reconstructions pass through too.
+    penalties: term -> the setting that is its weight. settings: what else the row reads of `objective.*`. latent_norm,
+    variational, spectral: what its autoencoder has (`build_autoencoder`). twice_differentiated: whether the decoder is.
+    first_stage: the row whose weights it has as well. second_stage: the density that stands for N(0, I), and that
+    reconstructions pass through too.
     """
 
     penalties: dict[str, str] = {}
     settings: tuple[str, ...] = ()
-    latent_norm = spread = spectral = twice_differentiated = False
+    latent_norm = variational = spectral = twice_differentiated = False
     mean_over_pixels = True  # whether w is 1/(P C) or 1/C
     first_stage: str | None = None
     second_stage: str | None = None
@@ -61,53 +62,54 @@ class Objective(nn.Module):
         self.reconstruction_weight = config.reconstruction_weight or 1 / (self.pixels if self.mean_over_pixels else channels)
 
     def forward(
-        self, images: torch.Tensor, first: torch.Tensor, rows: int, numbers: np.ndarray, key: int
+        self, images: torch.Tensor, is_first_copy: torch.Tensor, global_batch: int, row_ids: np.ndarray, key: int
     ) -> dict[str, torch.Tensor]:
-        """Shares of the loss and its terms: images [b, c, h, w] in [0, 1], first bool [b], rows = n -> scalars by name.
+        """Shares of the loss and its terms: images [b, c, h, w] in [0, 1] -> scalars by name.
 
-        numbers: int64 [b], which rows of the global batch these are; they and the batch's key fix all noise. `first` is False
-        for a second copy of a sample, which counts in every mean but is no neighbor. "loss" is what is minimized,
+        is_first_copy: bool [b], False for a second copy of a sample, which counts in every mean but is no neighbor.
+        global_batch: n. row_ids: int64 [b], which rows of the global batch these are; they and the batch's key fix all noise.
+        "loss" is what is minimized,
         "reconstruction" is squared error per image, "reconstruction_per_pixel" the same per pixel and channel.
         """
-        return self.terms(self.per_row(images, numbers, key), first, rows, numbers, key)
+        return self.terms(self.per_row(images, row_ids, key), is_first_copy, global_batch, row_ids, key)
 
-    def per_row(self, images: torch.Tensor, numbers: np.ndarray, key: int) -> dict[str, torch.Tensor]:
+    def per_row(self, images: torch.Tensor, row_ids: np.ndarray, key: int) -> dict[str, torch.Tensor]:
         """What the terms are made of: "error" [b], "latent" [b, d] and penalties that are means over rows, [b]."""
-        return self.decoded(self.latents(self.code(images, numbers, key)), images, numbers, key)
+        return self.decoded(self.latents(self.encoder_output(images, row_ids, key)), images, row_ids, key)
 
     # A step is made of these three, so that accumulation (accumulation.py) can take them one by one.
 
-    def code(self, images: torch.Tensor, numbers: np.ndarray, key: int) -> torch.Tensor:
-        """The encoder's code of images, before what makes latents of it."""
-        return self.autoencoder.code(images)
+    def encoder_output(self, images: torch.Tensor, row_ids: np.ndarray, key: int) -> torch.Tensor:
+        """What the encoder gives for images, [b, d] or, of a variational model, [b, 2d]; `latents` makes latents of it."""
+        return self.autoencoder.encoder_output(images)
 
-    def latents(self, code: torch.Tensor) -> Latents:
-        """Latents, and of a posterior the logarithms of its deviations, from the codes of a whole batch."""
-        return self.autoencoder.latents(code)
+    def latents(self, encoder_output: torch.Tensor) -> Latents:
+        """Latents, and of a posterior the logarithms of its deviations, from the encoder outputs of a whole batch."""
+        return self.autoencoder.latents(encoder_output)
 
-    def decoded(self, latents: Latents, images: torch.Tensor, numbers: np.ndarray, key: int) -> dict[str, torch.Tensor]:
+    def decoded(self, latents: Latents, images: torch.Tensor, row_ids: np.ndarray, key: int) -> dict[str, torch.Tensor]:
         """What `per_row` gives, from latents of any part of the batch."""
         mean, _ = latents
         return {"error": squared_error(self.autoencoder.decode(mean), images), "latent": mean}
 
     def terms(
-        self, per_row: dict[str, torch.Tensor], first: torch.Tensor, rows: int, numbers: np.ndarray, key: int
+        self, per_row: dict[str, torch.Tensor], is_first_copy: torch.Tensor, global_batch: int, row_ids: np.ndarray, key: int
     ) -> dict[str, torch.Tensor]:
         """The terms from what `per_row` gave, in float32 or better; validation calls it once for a whole split."""
         with full_precision(per_row["latent"].device):
-            terms = self.terms_of_rows(per_row, rows)
+            terms = self.terms_of_rows(per_row, global_batch)
             for name in self.penalties:
                 if name not in per_row:
-                    terms |= getattr(self, name)(per_row["latent"], first, rows, numbers, key)
+                    terms |= getattr(self, name)(per_row["latent"], is_first_copy, global_batch, row_ids, key)
         loss = self.weighted(terms)
         per_pixel = terms["reconstruction"] / self.pixels
         logged = {name: term.detach() for name, term in terms.items() if name != "reconstruction"}
         return {"loss": loss, "reconstruction": terms["reconstruction"], "reconstruction_per_pixel": per_pixel, **logged}
 
-    def terms_of_rows(self, per_row: dict[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
+    def terms_of_rows(self, per_row: dict[str, torch.Tensor], global_batch: int) -> dict[str, torch.Tensor]:
         """The terms that are means over rows: any part of a batch has its part of them."""
-        means = {name: mean_share(per_row[name], rows) for name in self.penalties if name in per_row}
-        return {"reconstruction": mean_share(per_row["error"], rows), **means}
+        means = {name: mean_share(per_row[name], global_batch) for name in self.penalties if name in per_row}
+        return {"reconstruction": mean_share(per_row["error"], global_batch), **means}
 
     def weighted(self, terms: dict[str, torch.Tensor]) -> torch.Tensor:
         """The part of the loss that these terms have."""
@@ -128,21 +130,21 @@ class Objective(nn.Module):
             parts.append(f"{weight:.4g} {name} ({REDUCTIONS[name]}; objective.{setting}={getattr(self.config, setting):g})")
         return " + ".join(parts)
 
-    # The penalties that are not means over rows: (latents [b, d], first, rows, numbers, key) -> shares by name.
+    # The penalties that are not means over rows: (latents [b, d], is_first_copy, global_batch, row_ids, key) -> shares by name.
 
-    def latent_square(self, latents, first, rows, numbers, key):
-        return {"latent_square": mean_share(latents.square().mean(1), rows)}
+    def latent_l2(self, latents, is_first_copy, global_batch, row_ids, key):
+        return {"latent_l2": mean_share(latents.square().mean(1), global_batch)}
 
-    def decoder_square(self, latents, first, rows, numbers, key):
-        return {"decoder_square": sum_of_squares(kernels_of(self.autoencoder.decoder))}  # every rank's is the whole
+    def decoder_l2(self, latents, is_first_copy, global_batch, row_ids, key):
+        return {"decoder_l2": sum_of_squares(kernels_of(self.autoencoder.decoder))}  # every rank's is the whole
 
-    def discrepancy(self, latents, first, rows, numbers, key):
-        return {"discrepancy": kernel_discrepancy(latents, noise(latents, numbers, key, PRIOR))}
+    def mmd(self, latents, is_first_copy, global_batch, row_ids, key):
+        return {"mmd": kernel_discrepancy(latents, noise(latents, row_ids, key, PRIOR))}
 
-    def entropy(self, latents, first, rows, numbers, key):
+    def entropy(self, latents, is_first_copy, global_batch, row_ids, key):
         config, group = self.config, self.group if self.training else None  # validation is the same on any ranks
         options = {"k": config.k, "average_k": config.average_k, "eps2": config.eps2, "group": group}
-        entropy, floored = entropy_terms(latents, valid=first, **options)
+        entropy, floored = entropy_terms(latents, valid=is_first_copy, **options)
         return {"entropy": entropy, "floored_pairs": mean_share(floored, 1)}
 
 
@@ -153,19 +155,19 @@ class AE(Objective):
 class AEL2(Objective):
     """The plain autoencoder with an L2 penalty on the decoder's kernels."""
 
-    penalties = {"decoder_square": "decoder_weight"}
+    penalties = {"decoder_l2": "decoder_weight"}
 
 
 class RAE(Objective):
     """Regularized autoencoder: + beta mean_j z_j^2 (Ghosh et al. 2020)."""
 
-    penalties = {"latent_square": "latent_weight"}
+    penalties = {"latent_l2": "latent_weight"}
 
 
 class RAEL2(RAE):
     """... and an L2 penalty on the decoder's kernels."""
 
-    penalties = RAE.penalties | {"decoder_square": "decoder_weight"}
+    penalties = RAE.penalties | {"decoder_l2": "decoder_weight"}
 
 
 class RAEGP(RAE):
@@ -174,17 +176,17 @@ class RAEGP(RAE):
     The decoder's batch norms couple the batch, so that each latent's gradient holds parts of all images, on all ranks.
     """
 
-    penalties = RAE.penalties | {"gradient_square": "gradient_weight"}
+    penalties = RAE.penalties | {"gradient_penalty": "gradient_weight"}
     twice_differentiated = True
 
-    def decoded(self, latents, images, numbers, key):
+    def decoded(self, latents, images, row_ids, key):
         latents, _ = latents
         learning = torch.is_grad_enabled()  # else validation, where the batch norms couple nothing
         with torch.enable_grad():
             at = latents if learning else latents.requires_grad_()
             decoded = self.autoencoder.decode(at)
             (gradient,) = torch.autograd.grad(decoded.square().sum(), at, create_graph=learning)
-        per_row = {"error": squared_error(decoded, images), "latent": latents, "gradient_square": gradient.square().mean(1)}
+        per_row = {"error": squared_error(decoded, images), "latent": latents, "gradient_penalty": gradient.square().mean(1)}
         return per_row if learning else {name: rows.detach() for name, rows in per_row.items()}
 
 
@@ -197,25 +199,25 @@ class RAESN(RAE):
 class VAE(Objective):
     """Variational autoencoder: SSE/C + w KL, one draw of the posterior a row."""
 
-    penalties = {"divergence": "kl_weight"}
+    penalties = {"kl": "kl_weight"}
     mean_over_pixels = False
-    spread = True
+    variational = True
 
-    def decoded(self, latents, images, numbers, key):
+    def decoded(self, latents, images, row_ids, key):
         mean, log_sigma = latents
-        drawn = mean + log_sigma.exp() * noise(mean, numbers, key, POSTERIOR)
+        drawn = mean + log_sigma.exp() * noise(mean, row_ids, key, POSTERIOR)
         error = squared_error(self.autoencoder.decode(drawn), images)
-        return {"error": error, "latent": mean, "divergence": gaussian_divergence(mean, log_sigma)}
+        return {"error": error, "latent": mean, "kl": gaussian_divergence(mean, log_sigma)}
 
 
 class ConstantVarianceVAE(VAE):
     """VAE whose posterior has one fixed deviation, `objective.sigma`."""
 
     settings = ("sigma",)
-    spread = False
+    variational = False
 
-    def latents(self, code):
-        mean, _ = self.autoencoder.latents(code)
+    def latents(self, encoder_output):
+        mean, _ = self.autoencoder.latents(encoder_output)
         return mean, torch.full_like(mean, self.config.sigma).log()
 
 
@@ -228,14 +230,14 @@ class TwoStageVAE(VAE):
 class WAE(Objective):
     """Wasserstein autoencoder: + w MMD^2 between the latents and the prior, both of the global batch (Tolstikhin et al. 2018)."""
 
-    penalties = {"discrepancy": "mmd_weight"}
+    penalties = {"mmd": "mmd_weight"}
     settings = ("input_noise",)
 
-    def code(self, images, numbers, key):
+    def encoder_output(self, images, row_ids, key):
         sigma = self.config.input_noise
         if sigma and self.training:
-            images = images + (sigma * noise(images.flatten(1), numbers, key, INPUT)).clamp(-sigma, sigma).view_as(images)
-        return super().code(images, numbers, key)
+            images = images + (sigma * noise(images.flatten(1), row_ids, key, INPUT)).clamp(-sigma, sigma).view_as(images)
+        return super().encoder_output(images, row_ids, key)
 
 
 class EAE(Objective):
@@ -273,9 +275,9 @@ class EAELinear(EAE):
     def weights(self):
         return {"entropy": -self.config.entropy_weight / self.map_dim}
 
-    def entropy(self, latents, first, rows, numbers, key):
+    def entropy(self, latents, is_first_copy, global_batch, row_ids, key):
         matrix = self.map if self.config.map == "fixed" else orthonormal(latents.shape[1], self.map_dim, key)
-        return super().entropy(self.map_norm(latents @ matrix.to(latents)), first, rows, numbers, key)
+        return super().entropy(self.map_norm(latents @ matrix.to(latents)), is_first_copy, global_batch, row_ids, key)
 
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -301,9 +303,9 @@ def objective_class(name: str) -> type[Objective]:
     return OBJECTIVES[name]
 
 
-def noise(like: torch.Tensor, numbers: np.ndarray, key: int, purpose: int) -> torch.Tensor:
+def noise(like: torch.Tensor, row_ids: np.ndarray, key: int, purpose: int) -> torch.Tensor:
     """Draws of N(0, 1), [b, m] as `like`, that depend on the batch's key, the purpose and the row's number alone."""
-    return normal(row_keys(derive_key(key, purpose), numbers), like.shape[1]).to(like)
+    return normal(row_keys(derive_key(key, purpose), row_ids), like.shape[1]).to(like)
 
 
 def orthonormal(d: int, m: int, key: int) -> torch.Tensor:
@@ -336,5 +338,6 @@ def build_objective(model: ModelConfig, objective: ObjectiveConfig, image_shape:
     cls = objective_class(objective.name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        autoencoder = build_autoencoder(model, image_shape, latent_norm=cls.latent_norm, spread=cls.spread, spectral=cls.spectral)
+        parts = {"latent_norm": cls.latent_norm, "variational": cls.variational, "spectral": cls.spectral}
+        autoencoder = build_autoencoder(model, image_shape, **parts)
     return cls(autoencoder, objective, seed)

@@ -31,11 +31,11 @@ from webdataset.writer import TarWriter
 from eae_dist.config import WHERE_DATA_LIES, load_config
 from eae_dist.data.indexing import ShardScan, build_index, build_remote_index, index_shard, verify, write_index
 from eae_dist.data.order import permutation
-from eae_dist.data.processes import available_cores, run_tasks
 from eae_dist.data.remote import Cache, is_address
 from eae_dist.data.sources import CACHE, SOURCES, SPLITS, Samples, Source
-from eae_dist.draws import derive_key
-from eae_dist.durable import fsync
+from eae_dist.distributed.processes import available_cores, run_tasks
+from eae_dist.numerics.atomic_files import fsync
+from eae_dist.numerics.keyed_random import derive_key
 
 EXTENSIONS = {"png": "png", "jpeg": "jpg", "webp": "webp", "raw": "npy"}
 JPEG_QUALITY = 95

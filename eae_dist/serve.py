@@ -1,6 +1,6 @@
 """Serves a trained model over HTTP, with a page to look at it:
 
-    python -m eae_dist.serve --ckpt DIR [--index LATENTS] [--host 127.0.0.1] [--port 8000] [key=value ...]
+    python -m eae_dist.serve --ckpt DIR [--latents DIR] [--host 127.0.0.1] [--port 8000] [key=value ...]
 
 http://127.0.0.1:8000 is the page, /openapi.json describes the rest. LATENTS is a folder that `python -m eae_dist.encode` wrote:
 with it neighbors among the data set's images are found. Ctrl-C and SIGTERM end the service. It needs `pip install -e '.[serve]'`.
@@ -21,10 +21,10 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 
-from eae_dist.local_ranks import keep_freed_memory
-from eae_dist.service.batching import Batcher
-from eae_dist.service.guard import LOCAL_NAMES
-from eae_dist.service.model import ServedModel
+from eae_dist.distributed.launch import keep_freed_memory
+from eae_dist.inference.service.batching import Batcher
+from eae_dist.inference.service.guard import LOCAL_NAMES
+from eae_dist.inference.service.model import ServedModel
 
 log = logging.getLogger("eae_dist")
 
@@ -38,7 +38,7 @@ def serve(directory: Path, latents: Path | None, host: str, port: int, assignmen
     """Serves until it is told to end. Raises ValueError or OSError for what a user can set right."""
     import uvicorn
 
-    from eae_dist.service.app import create_app  # wants the extra, as uvicorn does
+    from eae_dist.inference.service.app import create_app  # wants the extra, as uvicorn does
 
     with closing(bound(host, port)) as listening:
         served = ServedModel(directory, latents, assignments)
@@ -81,13 +81,16 @@ def bound(host: str, port: int) -> socket.socket:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m eae_dist.serve", description=__doc__.split(":\n")[0])
     parser.add_argument("--ckpt", type=Path, required=True, help="a checkpoint folder, or a run folder (its latest checkpoint)")
-    parser.add_argument("--index", type=Path, metavar="LATENTS", help="a folder that `python -m eae_dist.encode` wrote")
+    parser.add_argument("--latents", type=Path, metavar="DIR", help="a folder that `python -m eae_dist.encode` wrote")
+    parser.add_argument("--index", help=argparse.SUPPRESS)  # its name of before
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; default: 127.0.0.1, this machine alone")
     parser.add_argument("--port", type=int, default=8000, help="default: 8000; 0: a free one")
     parser.add_argument(
         "settings", nargs="*", metavar="key=value", help="evaluate.batch (most rows of a forward pass), index.*, data.root"
     )
     arguments = parser.parse_intermixed_args(argv)
+    if arguments.index is not None:
+        parser.error("--index is now called --latents")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.exit("error: the service is one process; start it without a launcher")
@@ -95,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not torch.cuda.is_available():
         keep_freed_memory()
     try:
-        serve(arguments.ckpt, arguments.index, arguments.host, arguments.port, arguments.settings)
+        serve(arguments.ckpt, arguments.latents, arguments.host, arguments.port, arguments.settings)
     except KeyboardInterrupt:
         pass
     except ModuleNotFoundError as error:

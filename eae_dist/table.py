@@ -21,18 +21,28 @@ from pathlib import Path
 
 import torch
 
-from eae_dist import checkpoint as checkpoints
-from eae_dist.config import WHERE_DATA_LIES, Config, changed_keys, is_assignment, load_config, read_config, save_config
+from eae_dist.config import (
+    WHERE_DATA_LIES,
+    Config,
+    changed_keys,
+    find_config,
+    is_assignment,
+    load_config,
+    read_config,
+    save_config,
+)
 from eae_dist.data.remote import Cache
-from eae_dist.data.shards import ShardIndex
+from eae_dist.data.shard_index import ShardIndex
 from eae_dist.data.stream import resolve_lanes
-from eae_dist.durable import replace_file
+from eae_dist.distributed.launch import CommandFailed, JobPool
 from eae_dist.evaluate import check_splits, density_names, open_features
-from eae_dist.local_ranks import CommandFailed, SideBySide
+from eae_dist.inference.trained_model import load
+from eae_dist.numerics.atomic_files import replace_file
 from eae_dist.objectives import OBJECTIVES, resolve
 from eae_dist.report.figure import save_figure
 from eae_dist.report.table import Results, as_csv, as_latex, as_markdown
-from eae_dist.train import last_step
+from eae_dist.training import checkpoint as checkpoints
+from eae_dist.training.setup import last_step
 
 log = logging.getLogger("eae_dist")
 
@@ -50,12 +60,13 @@ class Run:
 
 
 def table(
-    config: Path, only: Sequence[str], seeds: int, side_by_side: SideBySide, out: Path, settings: Sequence[str]
+    config: Path, only: Sequence[str], seeds: int, job_pool: JobPool, out: Path, settings: Sequence[str]
 ) -> tuple[str | None, list[str]]:
     """Trains, judges and writes the table into `out`; returns it as markdown, None without any row, and the failures.
 
     only: rows, all if empty. Raises ValueError or OSError for what a user can set right.
     """
+    config = find_config(config)
     files = row_files(config, only)
     rows = [row for row in files if row in (only or files)]
     wanted = {OBJECTIVES[row].first_stage for row in rows}
@@ -65,7 +76,7 @@ def table(
     runs = [run for run in every.values() if run.row in rows]
     runs.sort(key=lambda run: (run.seed, first_stages[run] is not None))  # last: those that wait for others' weights
     check_judging([run for run in runs if judged(run) is None])
-    failures = finish_all(runs, first_stages, side_by_side, out / "logs")
+    failures = finish_all(runs, first_stages, job_pool, out / "logs")
 
     found = {run: metrics for run in runs if (metrics := judged(run)) is not None}
     if not found:
@@ -80,17 +91,15 @@ def table(
     text = as_markdown(results)
     for name, content in {"table.md": text, "table.csv": as_csv(results), "table.tex": as_latex(results)}.items():
         replace_file(out / name, content)
-    models = {row: next(chosen(run) for run in found if run.row == row) for row in results.rows}
     data, judging, allow = runs[0].config.data, runs[0].config.evaluate, own_networks(runs[0]).values()
-    save_figure(models, data.root, judging.split, judging.seed, out / "figure.png", allow, Cache.of(data))
+    models = {row: load(next(chosen(run) for run in found if run.row == row), allow=allow) for row in results.rows}
+    save_figure(models, data.root, judging.split, judging.seed, out / "figure.png", Cache.of(data))
     return text, failures
 
 
 def row_files(config: Path, only: Sequence[str]) -> dict[str, Path]:
     """The file of each row in the folder beside the data set's file, in the table's order; those of `only` must be among them."""
     folder = config.with_suffix("")
-    if not config.is_file():
-        raise FileNotFoundError(f"{config}: there is no such configuration file; wanted is a data set's, as configs/mnist5k.yaml")
     files = {row: folder / f"{row}.yaml" for row in OBJECTIVES if (folder / f"{row}.yaml").is_file()}
     if not files:
         raise FileNotFoundError(f"{folder} holds no file of a row, such as {folder}/eae.yaml; copy those of configs/mnist5k")
@@ -124,15 +133,15 @@ def check_judging(runs: Sequence[Run]) -> None:
         extractor(torch.zeros(2, *run.index.image_shape, dtype=torch.uint8))
 
 
-def finish_all(runs: Sequence[Run], first_stages: dict[Run, Run | None], side_by_side: SideBySide, logs: Path) -> list[str]:
+def finish_all(runs: Sequence[Run], first_stages: dict[Run, Run | None], job_pool: JobPool, logs: Path) -> list[str]:
     """Brings every run to its end, several at a time; the failures, a line each, which do not stop the others."""
     failures, started = [], time.monotonic()
     logs.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(side_by_side.jobs) as pool:
+    with ThreadPoolExecutor(job_pool.jobs) as pool:
         futures: dict[Run, Future] = {}
         for run in runs:
             first_stage = first_stages[run]
-            futures[run] = pool.submit(finish, run, first_stage, futures.get(first_stage), side_by_side, logs)
+            futures[run] = pool.submit(finish, run, first_stage, futures.get(first_stage), job_pool, logs)
         try:
             for run, future in futures.items():
                 try:
@@ -142,13 +151,13 @@ def finish_all(runs: Sequence[Run], first_stages: dict[Run, Run | None], side_by
                     failures.append(f"{run.row}, seed {run.seed}: {error}")
                 log.info("[%s] %s, seed %d: %s", clock(time.monotonic() - started), run.row, run.seed, said)
         except BaseException:
-            side_by_side.stop()
+            job_pool.stop()
             pool.shutdown(cancel_futures=True)
             raise
     return failures
 
 
-def finish(run: Run, first_stage: Run | None, ends: Future | None, side_by_side: SideBySide, logs: Path) -> str:
+def finish(run: Run, first_stage: Run | None, ends: Future | None, job_pool: JobPool, logs: Path) -> str:
     """Brings one run to its end; says what that took.
 
     first_stage: the run whose weights it takes over if that is trained, when it `ends` where it is among the runs.
@@ -164,7 +173,7 @@ def finish(run: Run, first_stage: Run | None, ends: Future | None, side_by_side:
         if first_stage is not None and trained(first_stage) and same_training(run, first_stage):
             adopt(run, first_stage)
         else:
-            side_by_side.call("eae_dist.train", run.arguments, logs / f"{run.folder.name}-train.log")
+            job_pool.call("eae_dist.train", run.arguments, logs / f"{run.folder.name}-train.log")
         if not trained(run):
             raise CommandFailed(f"training was stopped after {steps_taken(run)} of {wanted} steps; the same command goes on")
     training = clock(time.monotonic() - started)
@@ -172,7 +181,7 @@ def finish(run: Run, first_stage: Run | None, ends: Future | None, side_by_side:
     for key, value in asdict(run.config.evaluate).items():
         command.append(f"evaluate.{key}={value if isinstance(value, str) else json.dumps(value)}")
     command += [f"model.{part}={name}" for part, name in own_networks(run).items()]
-    side_by_side.call("eae_dist.evaluate", command, logs / f"{run.folder.name}-evaluate.log")
+    job_pool.call("eae_dist.evaluate", command, logs / f"{run.folder.name}-evaluate.log")
     if judged(run) is None:
         raise CommandFailed(f"{run.folder}/evaluation holds no metrics of the checkpoint {chosen(run)}")
     return f"trained in {training}, judged after {clock(time.monotonic() - started)}"
@@ -247,7 +256,12 @@ def interrupt(*_) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m eae_dist.table", description=__doc__.split(":\n")[0])
-    parser.add_argument("config", type=Path, metavar="CONFIG.yaml", help="a data set's file, beside the folder of its rows")
+    parser.add_argument(
+        "config",
+        type=Path,
+        metavar="CONFIG.yaml",
+        help="a data set's file, beside the folder of its rows, or the name of a shipped one",
+    )
     parser.add_argument("--only", nargs="+", default=[], metavar="ROW", help="a table of these rows alone; default: all")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each row; from 2 on, mean ± deviation")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, sharing the GPUs or cores; default: 1")
@@ -261,10 +275,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if arguments.seeds < 1:
             raise ValueError(f"--seeds={arguments.seeds} must be at least 1")
-        side_by_side = SideBySide(arguments.jobs, arguments.nproc)
+        job_pool = JobPool(arguments.jobs, arguments.nproc)
         rows = [text for text in arguments.only if not is_assignment(text)]  # --only takes what follows, settings too
         settings = [*filter(is_assignment, arguments.only), *arguments.settings]
-        text, failures = table(arguments.config, rows, arguments.seeds, side_by_side, out, settings)
+        text, failures = table(arguments.config, rows, arguments.seeds, job_pool, out, settings)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 import torch
 import webdataset as wds
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from PIL import Image
 from ranks import run_ranks, run_script
+from runs import save_run
 from torch import nn
+from world_cases import configured
 
 from eae_dist.data.indexing import build_index
 from eae_dist.metrics import features
@@ -133,3 +137,17 @@ def world(tmp_path_factory, shards, fid_case):
         return results[ranks]
 
     return results_of
+
+
+@pytest.fixture
+def cpu():
+    """accelerate keeps the device in a global, which other tests may have set."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState(cpu=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def run(shards, tmp_path) -> Path:
+    return save_run(tmp_path / "run", configured(shards, "eae"))

@@ -20,8 +20,8 @@ import torch
 from eae_dist.config import load_config
 from eae_dist.data.stream import ShardStream
 from eae_dist.distributed import ending_ranks, rank
-from eae_dist.report.metrics_log import TrainingDiverged
-from eae_dist.train import train
+from eae_dist.training.loop import train
+from eae_dist.training.metrics_log import TrainingDiverged
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["eae_dist.train", "torch._dynamo"])  # the second by every optimizer, in a second or more

@@ -11,7 +11,7 @@ import torch
 from conftest import image_of, write_shards
 from PIL import Image
 from ranks import run_ranks
-from test_evaluate import cpu, run, save_run  # noqa: F401  fixtures
+from runs import save_run
 from world_cases import configured
 
 import eae_dist
@@ -19,12 +19,13 @@ from eae_dist import encode as encode_module
 from eae_dist import neighbors as neighbors_module
 from eae_dist.data.stream import read_samples, walk
 from eae_dist.encode import encode
+from eae_dist.inference.encoded_dataset import EncodedDataset
 from eae_dist.latent.index import DamagedIndex, LatentIndex
 from eae_dist.latent.store import DamagedLatents, LatentFolder
 from eae_dist.model.autoencoder import to_unit
 from eae_dist.neighbors import main, near_pairs
-from eae_dist.retrieval import LatentSpace
 
+pytestmark = pytest.mark.usefixtures("cpu")
 RANKS = (1, 2, 4)
 COUNTS = {"test": 33, "train": 150, "validation": 40}
 
@@ -139,10 +140,10 @@ def test_what_does_not_belong_together_is_refused(run, latents, shards, tmp_path
     with pytest.raises(ValueError, match="manifest.json is of other latents; .*\n  model_sha256: "):
         encode(other, latents.root, [])
     with pytest.raises(ValueError, match="holds the latents of other weights than"):
-        LatentSpace(latents.root, other, [])
+        EncodedDataset(latents.root, other, [])
     moved = write_shards(tmp_path / "moved", {"train": (9,), "test": (9,)})
     with pytest.raises(ValueError, match=r"data.root=.*moved is not the data set that .*latents was made of"):
-        LatentSpace(latents.root, None, [f"data.root={moved}"])
+        EncodedDataset(latents.root, None, [f"data.root={moved}"])
     color = write_shards(tmp_path / "color", {"train": (9,)}, shape=(3, 16, 16))
     with pytest.raises(ValueError, match=r"holds images of shape \(3, 16, 16\)"):
         encode(run, tmp_path / "colors", [f"data.root={color}"])
@@ -154,8 +155,8 @@ def test_what_does_not_belong_together_is_refused(run, latents, shards, tmp_path
         latents.rows("tset")
     run.rename(tmp_path / "elsewhere")
     with pytest.raises(FileNotFoundError, match="give --ckpt if it moved"):
-        LatentSpace(latents.root, None, [])
-    assert LatentSpace(latents.root, tmp_path / "elsewhere", []).folder.d == 5
+        EncodedDataset(latents.root, None, [])
+    assert EncodedDataset(latents.root, tmp_path / "elsewhere", []).folder.d == 5
 
 
 def test_neighbors_of_a_data_set_with_copies(tmp_path, capsys):
@@ -170,7 +171,9 @@ def test_neighbors_of_a_data_set_with_copies(tmp_path, capsys):
     assert found["memorization"]["samples"] == 15 and found["memorization"]["queries"] == 20
     assert found["duplicates"]["exact"] == 0 and 0 <= found["label_accuracy"] <= 1
     # Every training image is a query: it is its own neighbor, and its label is told.
-    main(["--latents", str(tmp_path / "latents"), "index.k=1", "index.queries=train", "--json", "--out", str(tmp_path / "own")])
+    main(
+        ["--latents", str(tmp_path / "latents"), "index.k=1", "index.query_split=train", "--json", "--out", str(tmp_path / "own")]
+    )
     own = json.loads(capsys.readouterr().out)
     assert own["memorization"]["median_query"] == 0 and own["label_accuracy"] == 1
     assert own["memorization"]["sample_nearer"] == 0
@@ -207,25 +210,25 @@ def test_wrong_query_is_one_line(latents, tmp_path, size, words):
 
 
 def test_index_is_kept_and_made_anew_for_other_settings(latents, monkeypatch):
-    space = LatentSpace(latents.root, None, [])
+    space = EncodedDataset(latents.root, None, [])
     assert space.index().kind == "flat"
     build = LatentIndex.build
     monkeypatch.setattr(LatentIndex, "build", lambda *_, **__: pytest.fail("the index was made again"))
-    assert LatentSpace(latents.root, None, ["index.k=9"]).index().n == 150
+    assert EncodedDataset(latents.root, None, ["index.k=9"]).index().n == 150
     monkeypatch.setattr(LatentIndex, "build", build)
-    other = LatentSpace(latents.root, None, ["index.kind=ivf_flat", "index.recall=0.9"]).index()
+    other = EncodedDataset(latents.root, None, ["index.kind=ivf_flat", "index.recall=0.9"]).index()
     assert other.kind == "ivf_flat" and other.about["recall"] == 0.9
 
 
 @pytest.mark.parametrize(("name", "text"), [("index.json", "{"), ("index.json", "[]"), ("part-000000000000.npy", "x")])
 def test_damage_of_the_kept_index_is_said_with_the_way_out(latents, name, text):
     index = latents.root / "index-train"
-    LatentSpace(latents.root, None, []).index()
+    EncodedDataset(latents.root, None, []).index()
     (index / name).write_text(text)
     with pytest.raises(DamagedIndex, match=f"{name} .*; remove {index}, and it is made again"):
-        LatentSpace(latents.root, None, []).index()
+        EncodedDataset(latents.root, None, []).index()
     shutil.rmtree(index)
-    assert LatentSpace(latents.root, None, []).index().n == 150
+    assert EncodedDataset(latents.root, None, []).index().n == 150
 
 
 def killed_search(latents: str) -> None:

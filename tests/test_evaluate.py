@@ -14,57 +14,33 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate import PartialState
-from accelerate.state import AcceleratorState
 from conftest import ROOT, image_of, rank_environment, write_shards
 from PIL import Image
+from runs import SHAPE, save_run
 from world_cases import configured
 
 import eae_dist
-from eae_dist import checkpoint as checkpoints
-from eae_dist import distributed, generation
 from eae_dist import evaluate as evaluate_module
-from eae_dist.checkpoint import DamagedCheckpoint, open_checkpoint
 from eae_dist.config import Config
-from eae_dist.data.shards import ShardIndex
+from eae_dist.data.shard_index import ShardIndex
 from eae_dist.data.stream import walk
+from eae_dist.distributed import failures
+from eae_dist.distributed.launch import first_host, srun_ranks, tasks_of_nodes
 from eae_dist.evaluate import evaluate, evaluate_folders, main
-from eae_dist.generation import sample_seeds, spherical_middle
+from eae_dist.inference import trained_model as generation
+from eae_dist.inference.trained_model import sample_seeds, spherical_middle
 from eae_dist.latent.densities import DENSITIES
 from eae_dist.latent.mixture import Mixture
 from eae_dist.latent.two_stage import TwoStage
-from eae_dist.local_ranks import first_host, srun_ranks, tasks_of_nodes
-from eae_dist.metrics.comparison import compare, describe
 from eae_dist.metrics.features import FEATURES, Extractor, build_features
 from eae_dist.metrics.frechet import FeatureStats, frechet_distance
+from eae_dist.metrics.image_sets import compare, describe
 from eae_dist.model.autoencoder import Autoencoder
-from eae_dist.objectives import build_objective
+from eae_dist.training import checkpoint as checkpoints
+from eae_dist.training.checkpoint import DamagedCheckpoint, open_checkpoint
 
-SHAPE = (1, 16, 16)
+pytestmark = pytest.mark.usefixtures("cpu")
 PICTURES = {"samples.png", "reconstructions.png", "interpolations.png"}
-
-
-@pytest.fixture(autouse=True)
-def cpu():
-    """accelerate keeps the device in a global, which other tests may have set."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState(cpu=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def save_run(run: Path, config: Config, shape=SHAPE) -> Path:
-    """A checkpoint whose running statistics have seen some images; returns its run folder."""
-    objective = build_objective(config.model, config.objective, shape, config.train.seed)
-    seen = torch.rand(32, *shape, generator=torch.Generator().manual_seed(2))
-    objective(seen, torch.ones(32, dtype=torch.bool), 32, np.arange(32), 0)
-    checkpoints.save(run, config, objective.state_dict(), {}, {"step": 4, "images": 104, "image_shape": list(shape)})
-    return run
-
-
-@pytest.fixture
-def run(shards, tmp_path) -> Path:
-    return save_run(tmp_path / "run", configured(shards, "eae"))
 
 
 def drawn_images(count: int, shape=SHAPE) -> torch.Tensor:
@@ -604,10 +580,10 @@ def test_tasks_of_srun_are_named_as_torchrun_names_ranks(monkeypatch):
 
 
 def test_ranks_with_different_arguments_are_refused(monkeypatch):
-    monkeypatch.setattr(distributed, "gather_objects", lambda value: [value, value, ["--ckpt", "b"]])
-    distributed.require_equal(["--ckpt", "b"], "arguments")
+    monkeypatch.setattr(failures, "gather_objects", lambda value: [value, value, ["--ckpt", "b"]])
+    failures.require_equal(["--ckpt", "b"], "arguments")
     with pytest.raises(ValueError, match=r"^rank 2 was given other arguments than rank 0.*'b'.*'a'.*SLURM_STEP_NUM_TASKS=1"):
-        distributed.require_equal(["--ckpt", "a"], "arguments")
+        failures.require_equal(["--ckpt", "a"], "arguments")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from world_cases import BATCH
 
 from eae_dist import evaluate
-from eae_dist.durable import sha256_of
+from eae_dist.numerics.atomic_files import sha256_of
 
 RANKS = (1, 2, 3, 4)
 ROWS = ("eae", "eae_linear", "ae")

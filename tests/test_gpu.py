@@ -22,8 +22,8 @@ from world_cases import BATCH, configured, entropy_inputs, run_of
 from eae_dist.distributed import ending_ranks, gather_rows, rank, sum_over_ranks, world_size
 from eae_dist.losses.entropy import entropy_terms, knn_entropy
 from eae_dist.model.norm import GlobalBatchNorm
+from eae_dist.numerics.precision import allow_tf32
 from eae_dist.objectives import build_objective
-from eae_dist.precision import allow_tf32
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
@@ -135,14 +135,14 @@ def test_latents_and_losses_under_autocast_are_what_a_cpu_makes_of_the_codes_in_
     images, numbers = torch.rand(BATCH, *SHAPE, generator=torch.Generator().manual_seed(1)), np.arange(BATCH)
     first = torch.ones(BATCH, dtype=torch.bool)
     with torch.autocast(device, PRECISIONS[precision]):
-        code = objective.code(images.to(device), numbers, 3)
+        code = objective.encoder_output(images.to(device), numbers, 3)
         latents = objective.latents(code)
         per_row = objective.decoded(latents, images.to(device), numbers, 3)
         terms = objective.terms(per_row, first.to(device), BATCH, numbers, 3)
     assert all(tensor.dtype == torch.float32 for tensor in (code, *per_row.values()))
     # The code went through rounded layers, what is made of it did not: float32 on two devices, over 26 rows.
     rounded = {torch.bfloat16: 2**-8, torch.float16: 2**-11}[PRECISIONS[precision]]
-    assert close(code, reference.code(images, numbers, 3), 50 * rounded)
+    assert close(code, reference.encoder_output(images, numbers, 3), 50 * rounded)
     for found, expected in zip(latents, reference.latents(code.cpu()), strict=True):
         assert (found is None) == (expected is None)
         assert found is None or (found.dtype == torch.float32 and close(found, expected, 1e-5))

@@ -25,11 +25,11 @@ from world_cases import (
 )
 
 from eae_dist.data.stream import ShardStream
-from eae_dist.draws import derive_key
 from eae_dist.losses.entropy import log_unit_ball_volume
 from eae_dist.metrics.frechet import ROOTS
 from eae_dist.model.autoencoder import to_unit
 from eae_dist.model.networks import one_power_iteration
+from eae_dist.numerics.keyed_random import derive_key
 from eae_dist.objectives import build_objective
 
 SEVERAL = (2, 3, 4)
@@ -97,7 +97,7 @@ def test_accumulated_step_is_on_any_ranks_that_of_one_graph_whose_networks_see_t
         firsts = [batch["first"][rows] for rows in numbers]
         key, split = derive_key(3, 0), [len(part) for part in images]
         with one_power_iteration(objective.autoencoder):
-            codes = [objective.code(*inputs, key) for inputs in zip(images, numbers, strict=True)]
+            codes = [objective.encoder_output(*inputs, key) for inputs in zip(images, numbers, strict=True)]
             latents = objective.latents(torch.cat(codes))
             parts = zip(*([None] * 2 if x is None else x.split(split) for x in latents), strict=True)
             decoded = [objective.decoded(*inputs, key) for inputs in zip(parts, images, numbers, strict=True)]
@@ -285,4 +285,4 @@ def test_distance_equals_that_of_pytorch_fids_command(world, distance_by_pytorch
 def test_full_disk_ends_all_ranks_and_leaves_the_checkpoint_before(world, ranks):
     (first, *others), left = world(ranks)["disk_that_is_full_at_the_second_checkpoint"]
     assert first == ("OSError", "No space left on device") and left == 2
-    assert others == [("FirstRankFailed", "OSError: No space left on device")] * (ranks - 1)
+    assert others == [("RankZeroFailed", "OSError: No space left on device")] * (ranks - 1)

@@ -9,9 +9,9 @@ from world_cases import OBJECTIVES as CASES
 from world_cases import configured
 
 from eae_dist.config import Config, ModelConfig, ObjectiveConfig
-from eae_dist.draws import derive_key, normal, row_keys
 from eae_dist.losses.entropy import knn_entropy
 from eae_dist.model.autoencoder import LATENT_EPS
+from eae_dist.numerics.keyed_random import derive_key, normal, row_keys
 from eae_dist.objectives import OBJECTIVES, Objective, build_objective, orthonormal, resolve
 
 SHAPE = (1, 16, 16)
@@ -213,13 +213,13 @@ def test_cases_take_in_every_row():
 # What each row adds to the squared error, written down once more; x: images, z: latents, c: the settings.
 
 
-def divergence(objective, x, key):
-    mean, log_sigma = objective.latents(objective.autoencoder.code(x))
+def kl(objective, x, key):
+    mean, log_sigma = objective.latents(objective.autoencoder.encoder_output(x))
     posterior = torch.distributions.Normal(mean, log_sigma.exp())
     return torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).sum(1).mean()
 
 
-def discrepancy(objective, x, key):
+def mmd(objective, x, key):
     z = objective.autoencoder.encode(noisy(x, 0.05, key))
     prior = normal(row_keys(derive_key(key, 1), np.arange(len(x))), 5)
     total = 0.0
@@ -239,32 +239,32 @@ def noisy(x, sigma, key):
     return x + (sigma * draws).clamp(-sigma, sigma)
 
 
-def decoder_square(objective, x, key):
+def decoder_l2(objective, x, key):
     kernels = [p for name, p in objective.autoencoder.decoder.named_parameters() if name.startswith("layers") and p.ndim == 4]
     assert len(kernels) == 3
     return sum(p.square().sum() for p in kernels)
 
 
-def gradient_square(objective, x, key):
+def gradient_penalty(objective, x, key):
     z = objective.autoencoder.encode(x).detach().requires_grad_()
     (gradient,) = torch.autograd.grad(objective.autoencoder.decode(z).square().sum(), z)
     return gradient.square().mean()
 
 
-def latent_square(objective, x, key):
+def latent_l2(objective, x, key):
     return objective.autoencoder.encode(x).square().mean()
 
 
 ADDED = {
     "ae": {},
-    "ae_l2": {decoder_square: 1e-2},
-    "rae": {latent_square: 0.1},
-    "rae_l2": {latent_square: 0.1, decoder_square: 1e-2},
-    "rae_gp": {latent_square: 0.1, gradient_square: 1e-4},
-    "vae": {divergence: 0.3},
-    "cv_vae": {divergence: 0.3},
-    "two_stage_vae": {divergence: 0.3},
-    "wae": {discrepancy: 0.5},
+    "ae_l2": {decoder_l2: 1e-2},
+    "rae": {latent_l2: 0.1},
+    "rae_l2": {latent_l2: 0.1, decoder_l2: 1e-2},
+    "rae_gp": {latent_l2: 0.1, gradient_penalty: 1e-4},
+    "vae": {kl: 0.3},
+    "cv_vae": {kl: 0.3},
+    "two_stage_vae": {kl: 0.3},
+    "wae": {mmd: 0.5},
 }
 
 
@@ -274,8 +274,8 @@ def test_loss_is_that_of_the_official_code(name, channels):
     objective, x = built(name, shape=(channels, 16, 16)), images(channels=channels)
     terms = loss_of(objective, x, key=3)
     model = objective.autoencoder
-    if divergence in ADDED[name]:
-        mean, log_sigma = objective.latents(objective.autoencoder.code(x))
+    if kl in ADDED[name]:
+        mean, log_sigma = objective.latents(objective.autoencoder.encoder_output(x))
         z = mean + log_sigma.exp() * normal(row_keys(derive_key(3, 0), np.arange(ROWS)), 5)
         scale = 1 / channels
     else:
@@ -296,16 +296,16 @@ def test_l2_penalty_takes_in_the_dense_layer_of_celebas_decoder_alone(network, p
     kernels = [layer.weight for layer in decoder.layers if hasattr(layer, "stride")] + [decoder.dense.weight] * penalized
     expected = sum(kernel.square().sum() for kernel in kernels)
     terms = loss_of(objective, torch.rand(4, 3, 64, 64))
-    assert terms["decoder_square"].item() == pytest.approx(expected.item(), rel=1e-9)
+    assert terms["decoder_l2"].item() == pytest.approx(expected.item(), rel=1e-9)
 
 
 def test_deviation_of_a_vae_is_bounded_and_that_of_a_cv_vae_is_set():
     objective, x = built("vae"), images()
     objective.autoencoder.encoder.head.weight.data *= 1e4
-    assert objective.latents(objective.autoencoder.code(x))[1].abs().max().item() == pytest.approx(5)
+    assert objective.latents(objective.autoencoder.encoder_output(x))[1].abs().max().item() == pytest.approx(5)
     assert objective.autoencoder.encoder.head.out_features == 10
     objective = built("cv_vae", "objective.sigma=0.7")
-    assert objective.latents(objective.autoencoder.code(x))[1].exp().unique().tolist() == pytest.approx([0.7])
+    assert objective.latents(objective.autoencoder.encoder_output(x))[1].exp().unique().tolist() == pytest.approx([0.7])
 
 
 def test_spectral_norm_divides_every_kernel_by_its_largest_singular_value():

@@ -14,21 +14,21 @@ import pytest
 import torch
 from conftest import ROOT, rank_environment, write_shards
 from PIL import Image
-from test_evaluate import cpu, run  # noqa: F401  fixtures
 
 import eae_dist
-from eae_dist import checkpoint as checkpoints
 from eae_dist.config import load_config, save_config
-from eae_dist.data.shards import ShardIndex
+from eae_dist.data.shard_index import ShardIndex
+from eae_dist.distributed.launch import CommandFailed, JobPool
 from eae_dist.latent.densities import save_density
 from eae_dist.latent.two_stage import TwoStage
-from eae_dist.local_ranks import CommandFailed, SideBySide
 from eae_dist.objectives import OBJECTIVES, build_objective, resolve
 from eae_dist.report.figure import COLUMNS, KINDS, figure, pictures
 from eae_dist.report.table import BLOCKS, MODELS, Results, as_csv, as_latex, as_markdown
 from eae_dist.table import main, table
-from eae_dist.train import last_step
+from eae_dist.training import checkpoint as checkpoints
+from eae_dist.training.setup import last_step
 
+pytestmark = pytest.mark.usefixtures("cpu")
 ROWS = ("vae", "two_stage_vae", "rae", "eae")
 
 
@@ -48,7 +48,7 @@ def configs(shards, tmp_path) -> Path:
 
 
 class Here:
-    """Stands for SideBySide: saves a checkpoint of the last step instead of training, and numbers instead of evaluating."""
+    """Stands for JobPool: saves a checkpoint of the last step instead of training, and numbers instead of evaluating."""
 
     def __init__(self, jobs: int = 1, fails: tuple[str, ...] = ()):
         self.jobs, self.fails, self.trained, self.judged, self.steps = jobs, fails, [], [], None
@@ -247,28 +247,26 @@ def test_command_trains_and_judges_a_row_in_processes_of_its_own(configs, tmp_pa
 
 def test_failed_command_says_its_own_error_and_where_the_rest_lies(tmp_path):
     with pytest.raises(CommandFailed, match=r"pack ended with status 2: error: .*nowhere.* \(all of it: .*log\)"):
-        SideBySide(1, None).call("eae_dist.pack", ["--verify", "nowhere"], tmp_path / "log")
+        JobPool(1, None).call("eae_dist.pack", ["--verify", "nowhere"], tmp_path / "log")
 
 
 def test_error_of_several_lines_is_told_whole_and_without_the_bar_before_it(tmp_path):
     said = "settings: 0/1error: other settings:\\n  a: 1 -> 2\\n  b: 3 -> 4\\nTraceback\\n  File"
     with pytest.raises(CommandFailed, match="status 3: error: other settings:\n  a: 1 -> 2\n  b: 3 -> 4 \\(all of it"):
-        SideBySide(1, 1).call("timeit", ["-s", f"import os; print('{said}', flush=True); os._exit(3)"], tmp_path / "log")
+        JobPool(1, 1).call("timeit", ["-s", f"import os; print('{said}', flush=True); os._exit(3)"], tmp_path / "log")
     with pytest.raises(CommandFailed, match="status 3: it said nothing"):
-        SideBySide(1, 1).call("timeit", ["-s", "import os; os._exit(3)"], tmp_path / "log")
+        JobPool(1, 1).call("timeit", ["-s", "import os; os._exit(3)"], tmp_path / "log")
 
 
 WAIT = "import time; time.sleep(600)"
 
 
 def test_commands_are_ended_and_none_is_started_after_a_stop(tmp_path):
-    side_by_side, failures = SideBySide(2, 1), []
+    job_pool, failures = JobPool(2, 1), []
 
     def sleep():
         try:
-            side_by_side.call(
-                "timeit", ["-n", "1", "-s", "import time; print(1, flush=True)", "time.sleep(600)"], tmp_path / "log"
-            )
+            job_pool.call("timeit", ["-n", "1", "-s", "import time; print(1, flush=True)", "time.sleep(600)"], tmp_path / "log")
         except CommandFailed as error:
             failures.append(str(error))
 
@@ -276,7 +274,7 @@ def test_commands_are_ended_and_none_is_started_after_a_stop(tmp_path):
     thread.start()
     while not ((tmp_path / "log").is_file() and (tmp_path / "log").read_text()):
         time.sleep(0.01)
-    side_by_side.stop()
+    job_pool.stop()
     thread.join(timeout=60)
     assert len(failures) == 1 and "ended with status -15" in failures[0]
     sleep()
@@ -286,19 +284,19 @@ def test_commands_are_ended_and_none_is_started_after_a_stop(tmp_path):
 def test_what_is_sent_to_our_process_group_reaches_commands_once(tmp_path):
     """By `stop`: torchrun that is told twice leaves its ranks before they have saved."""
     said = "import os; print(os.getpgid(0) == os.getpid())"
-    SideBySide(1, 1).call("timeit", ["-n", "1", "-r", "1", said], tmp_path / "log")
+    JobPool(1, 1).call("timeit", ["-n", "1", "-r", "1", said], tmp_path / "log")
     assert (tmp_path / "log").read_text().startswith("True")
 
 
 def test_gpus_are_shared_out_among_jobs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7,8")
-    side_by_side = SideBySide(2, None)
-    environments = [side_by_side._environments.get() for _ in range(2)]
-    assert side_by_side.ranks == 2
+    job_pool = JobPool(2, None)
+    environments = [job_pool._environments.get() for _ in range(2)]
+    assert job_pool.ranks == 2
     assert [environment["CUDA_VISIBLE_DEVICES"] for environment in environments] == ["4,5", "6,7"]
     with pytest.raises(ValueError, match=r"--jobs=3 with 2 rank\(s\) each wants 6 GPUs, there are 5"):
-        SideBySide(3, 2)
+        JobPool(3, 2)
 
 
 # What is printed

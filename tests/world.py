@@ -29,11 +29,10 @@ from world_latent import CASES as LATENT_CASES
 from world_metrics import CASES as METRIC_CASES
 from world_search import CASES as SEARCH_CASES
 
-from eae_dist import checkpoint as checkpoints
-from eae_dist.data.files import walk_images
+from eae_dist.data.image_files import walk_images
 from eae_dist.data.stream import ShardStream
 from eae_dist.distributed import (
-    FirstRankFailed,
+    RankZeroFailed,
     StopRequest,
     barrier,
     gather_objects,
@@ -43,17 +42,20 @@ from eae_dist.distributed import (
     sum_over_ranks,
     world_size,
 )
-from eae_dist.draws import derive_key
 from eae_dist.evaluate import evaluate, reconstructed
-from eae_dist.execution import set_execution
-from eae_dist.generation import decoded
+from eae_dist.inference.trained_model import decoded
 from eae_dist.losses.entropy import entropy_terms, gaussian_reference, knn_entropy
-from eae_dist.metrics.comparison import describe
 from eae_dist.metrics.features import INCEPTION_FILE, inception
 from eae_dist.metrics.frechet import ROOTS, frechet_distance
+from eae_dist.metrics.image_sets import describe
 from eae_dist.model.norm import GlobalBatchNorm
+from eae_dist.numerics.keyed_random import derive_key
 from eae_dist.objectives import build_objective
-from eae_dist.train import check_micro_batches, rehearse, train, training_step, validate
+from eae_dist.training import checkpoint as checkpoints
+from eae_dist.training.compilation import set_execution
+from eae_dist.training.loop import train, training_step, warm_up_ddp_buckets
+from eae_dist.training.setup import check_micro_batches
+from eae_dist.training.validation import validate
 
 OUT, SHARDS, FOLDER, FID_CASE = (Path(argument) for argument in sys.argv[1:5])
 CASES = LATENT_CASES | METRIC_CASES
@@ -74,10 +76,10 @@ def run_steps(name: str, steps: int, *settings: str, workers: int = 0):
     model, optimizer = accelerator.prepare(objective, torch.optim.Adam(objective.parameters(), lr=1e-2))
     check_micro_batches(stream, config.train.accumulate, accelerator.device)
     if config.train.accumulate == 1:
-        rehearse(accelerator, model, stream)
+        warm_up_ddp_buckets(accelerator, model, stream)
     losses, gradients, batches = [], None, iter(stream)
     for step in range(steps):
-        _, terms = training_step(accelerator, model, optimizer, next(batches), stream.numbers, derive_key(3, step), config.train)
+        _, terms = training_step(accelerator, model, optimizer, next(batches), stream.row_ids, derive_key(3, step), config.train)
         losses.append(terms)
         if step == 0:
             gradients = {name: p.grad.clone() for name, p in objective.named_parameters()}
@@ -375,7 +377,7 @@ def disk_that_is_full_at_the_second_checkpoint():
     checkpoints.save = limited  # called by the first rank alone
     try:
         train(train_settings(run, epochs(6), f"train.save_every={2 * BATCH}"))
-    except (OSError, FirstRankFailed) as error:
+    except (OSError, RankZeroFailed) as error:
         every = gather_objects((type(error).__name__, str(error)))
         return every, checkpoints.open_checkpoint(FOLDER / run).state["step"]
     finally:

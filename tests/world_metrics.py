@@ -5,7 +5,7 @@ import torch
 from eae_dist.distributed import gather_rows, rank, world_size
 from eae_dist.metrics.frechet import FeatureStats, frechet_distance
 from eae_dist.metrics.kid import kernel_distance
-from eae_dist.metrics.manifold import manifold_scores
+from eae_dist.metrics.prdc import precision_recall_density_coverage
 
 
 def normal(n: int, f: int, seed: int = 0, dtype=torch.float64) -> torch.Tensor:
@@ -64,7 +64,7 @@ def distances_of_gathered_rows():
     real, generated = (gather_rows(uneven(x)) for x in feature_sets())
     return {
         "kernel": list(kernel_distance(real, generated, subsets=7, subset_size=100, seed=3)),
-        "manifold": list(manifold_scores(real, generated)),
+        "manifold": list(precision_recall_density_coverage(real, generated)),
     }
 
 

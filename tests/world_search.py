@@ -8,9 +8,9 @@ import torch
 
 from eae_dist.distributed import gather_objects, rank, world_size
 from eae_dist.encode import encode
+from eae_dist.inference.encoded_dataset import EncodedDataset
 from eae_dist.latent.index import LatentIndex
 from eae_dist.neighbors import neighbors
-from eae_dist.retrieval import LatentSpace
 
 ROWS, QUERIES, D = 900, 50, 6
 # Of 1,000 rows or queries, where each rank's begin: unequal runs, and a rank without any.
@@ -86,7 +86,7 @@ def encoded_latents() -> dict:
     """The checksums of a data set's latents, and what their neighborhoods say."""
     out = FOLDER / f"latents-{world_size()}"
     folder = encode(FOLDER / "continued-eae-2", out, ["evaluate.batch=8"])
-    numbers = neighbors(LatentSpace(out, None, ["index.k=3", "evaluate.batch=8"]), out / "neighbors")
+    numbers = neighbors(EncodedDataset(out, None, ["index.k=3", "evaluate.batch=8"]), out / "neighbors")
     names = ("memorization", "duplicates", "label_accuracy", "entropy")
     return {"parts": folder.parts, "about": folder.about, "numbers": {name: numbers[name] for name in names}}
 

@@ -1,4 +1,4 @@
-"""Writing the index of a folder of tar shards; `shards.py` describes the format and reads it.
+"""Writing the index of a folder of tar shards; `shard_index.py` describes the format and reads it.
 
     index_shard     one tar -> what its tables need, and what its images are
     write_index     the tables of all shards and splits, then `index.json`
@@ -29,9 +29,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from eae_dist.data.processes import run_tasks
 from eae_dist.data.remote import Cache, FetchError, RemoteFolder, checked_address
-from eae_dist.data.shards import (
+from eae_dist.data.shard_index import (
     INDEX_VERSION,
     MEMBER_DTYPE,
     SHARD_DTYPE,
@@ -41,7 +40,8 @@ from eae_dist.data.shards import (
     member_table,
     plain_name,
 )
-from eae_dist.durable import replace_file, sha256_of
+from eae_dist.distributed.processes import run_tasks
+from eae_dist.numerics.atomic_files import replace_file, sha256_of
 
 ENCODINGS = {"png": "png", "jpg": "jpg", "jpeg": "jpg", "webp": "webp", "npy": "raw"}  # extension -> encoding
 LABEL = re.compile(rb"\s*(-1|\d{1,18})\s*")

@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from eae_dist.draws import derive_key, keyed_hash
+from eae_dist.numerics.keyed_random import derive_key, keyed_hash
 
 ORDER_VERSION = 1
 SORTED_LIMIT = 65_536  # longer permutations are computed place by place instead of being held

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eae_dist.data.files import ImageFiles, checked, files_under, how_read, keys_of, left_out
+from eae_dist.data.image_files import ImageFiles, checked, files_under, how_read, keys_of, left_out
 
 SPLITS = ("train", "validation", "test")
 SPLIT_SEED = 0  # of the samples that are held out: a split is the same for everyone, whatever the order of the shards

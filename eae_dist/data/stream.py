@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from eae_dist.config import DataConfig
 from eae_dist.data.order import ORDER_VERSION, SampleOrder, blocks_of, lane_range
 from eae_dist.data.remote import Cache
-from eae_dist.data.shards import ShardIndex, ShardReader
+from eae_dist.data.shard_index import ShardIndex, ShardReader
 from eae_dist.distributed import rank as this_rank
 from eae_dist.distributed import world_size
 
@@ -85,7 +85,7 @@ class ShardStream(IterableDataset):
         return (stop - start) * self.order.global_batch // self.lanes
 
     @property
-    def numbers(self) -> np.ndarray:
+    def row_ids(self) -> np.ndarray:
         """Which rows of the global batch this rank's are, int64 [b]."""
         return np.arange(self.rows) + self.lane_range[0] * self.order.global_batch // self.lanes
 

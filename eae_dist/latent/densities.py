@@ -11,10 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from eae_dist.durable import replace_file
 from eae_dist.latent.gaussian import Gaussian, Isotropic, Seeds
 from eae_dist.latent.mixture import Mixture
 from eae_dist.latent.two_stage import TwoStage
+from eae_dist.numerics.atomic_files import replace_file
 
 
 class Density(Protocol):

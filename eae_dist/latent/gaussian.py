@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from eae_dist.draws import derive_key, normal, row_keys
 from eae_dist.latent.rows import Rows
+from eae_dist.numerics.keyed_random import derive_key, normal, row_keys
 
 NOISE, CHOICE = 0, 1  # streams of keys: the normals of a sample, its component of a mixture
 Seeds = Sequence[int] | np.ndarray | torch.Tensor

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 
 from eae_dist.distributed import gather_padded, rank, world_size
-from eae_dist.draws import derive_key, normal, row_keys
 from eae_dist.losses.entropy import knn_entropy
+from eae_dist.numerics.keyed_random import derive_key, normal, row_keys
 
 DIRECTIONS, DRAWS = range(2)  # what random numbers are drawn for
 

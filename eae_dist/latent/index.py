@@ -30,17 +30,17 @@ import numpy as np
 import torch
 
 from eae_dist.distributed import (
-    first_rank_first,
-    from_first_rank,
+    from_rank_zero,
     gather_objects,
     gather_padded,
     message_device,
     on_every_rank,
+    on_rank_zero,
     rank,
     row_counts,
     world_size,
 )
-from eae_dist.durable import fsync, sha256_of
+from eae_dist.numerics.atomic_files import fsync, sha256_of
 
 log = logging.getLogger("eae_dist")
 
@@ -212,16 +212,16 @@ class LatentIndex:
         """
         path = Path(path)
         # Names of this save alone: another process may be saving the same index.
-        mark = from_first_rank(secrets.token_hex(8))
+        mark = from_rank_zero(secrets.token_hex(8))
         aside, old = (path.with_name(f".{path.name}.{mark}.{what}") for what in ("partial", "old"))
         try:
-            with first_rank_first() as mine:
-                if mine:
+            with on_rank_zero() as is_rank_zero:
+                if is_rank_zero:
                     aside.mkdir(parents=True)
             saved = on_every_rank(lambda: [self._save_part(part, aside) for part in self._parts])
             ordered = sorted(itertools.chain(*gather_objects(saved)), key=lambda part: part["start"])
-            with first_rank_first() as mine:
-                if mine:
+            with on_rank_zero() as is_rank_zero:
+                if is_rank_zero:
                     described = {"version": VERSION, "n": self.n, "d": self.d, "kind": self.kind, "reason": self.reason}
                     described |= {"effort": self.effort, "oversampling": self.oversampling, "about": self.about}
                     (aside / "index.json").write_text(json.dumps(described | {"parts": ordered}, indent=2))
@@ -330,7 +330,7 @@ def choose(rows: int, d: int, recall: float, memory: int) -> Choice:
 def _memory(given: int | None) -> int:
     """Bytes an index may take on each rank: rank 0's answer, so that all choose alike."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
-    return from_first_rank(given or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 // ranks)
+    return from_rank_zero(given or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 // ranks)
 
 
 def _trained(kind: str, rows: np.ndarray, generator: np.random.Generator) -> faiss.Index:

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from eae_dist.draws import derive_key, normal, row_keys, uniform
 from eae_dist.latent.gaussian import CHOICE, NOISE, Seeds, check_state, covariance_root, float64, rows_times, sample_keys
 from eae_dist.latent.rows import BLOCK, ExactSum, Rows
+from eae_dist.numerics.keyed_random import derive_key, normal, row_keys, uniform
 
 TILE = 1024  # rows: larger ones fall out of the caches, smaller ones call more
 LLOYD_ITERATIONS = 20
@@ -72,7 +72,10 @@ class Mixture:
                 f"got {rows.n}; use fewer components, more latents, or mvg"
             )
         moments = Moments(rows)
-        climbs = [self._climb(moments, self._started(moments, number)) for number in range(1 if self.start else self.starts)]
+        climbs = [
+            self._expectation_maximization(moments, self._started(moments, number))
+            for number in range(1 if self.start else self.starts)
+        ]
         if not (whole := [climb for climb in climbs if not climb.collapsed]):
             raise ValueError(
                 f"in every start (tried: {len(climbs)}) a component of {k} collapsed: it was left with {climbs[-1].fewest:.3g} "
@@ -94,17 +97,17 @@ class Mixture:
             )
         return self.start.to(moments.rows.local.device)
 
-    def _climb(self, moments: "Moments", parameters: Parameters) -> "Climb":
+    def _expectation_maximization(self, moments: "Moments", parameters: Parameters) -> "EMResult":
         previous, iteration, converged = -math.inf, 0, False
         while iteration < self.iterations and not converged:
             found = moments.of(parameters)
             fewest = float(found.counts.min())
             if fewest < moments.rows.d + 1:
-                return Climb(parameters, previous, iteration, converged=False, collapsed=True, fewest=fewest)
+                return EMResult(parameters, previous, iteration, converged=False, collapsed=True, fewest=fewest)
             parameters = found.maximized(self.regularization)
             converged = abs(found.log_likelihood - previous) < self.tolerance
             previous, iteration = found.log_likelihood, iteration + 1
-        return Climb(parameters, previous, iteration, converged, collapsed=False, fewest=fewest)
+        return EMResult(parameters, previous, iteration, converged, collapsed=False, fewest=fewest)
 
     def sample(self, seeds: Seeds) -> torch.Tensor:
         weights, means = self.parameters.weights, self.parameters.means
@@ -149,7 +152,7 @@ class Mixture:
         return out
 
 
-class Climb(NamedTuple):
+class EMResult(NamedTuple):
     """Expectation maximization from one start, and the mean log-likelihood [nats] before its last step.
 
     It ends where a component stands for too few latents, `fewest`, to have a covariance of its own: it has collapsed.
@@ -182,7 +185,7 @@ class Expectation:
         weights = self.counts / self.counts.sum()
         return Parameters(weights, *self._moved(self._covariances(self.counts[:, None, None]), regularization))
 
-    def shrunk(self, regularization: float) -> Parameters:
+    def with_pooled_covariance(self, regularization: float) -> Parameters:
         """As `maximized`, with d latents' worth of the components' mean covariance in each: a start for small ones as well."""
         counts, d = self.counts[:, None, None], self.means.shape[1]
         own = self._covariances(counts.clamp(min=1))
@@ -294,7 +297,7 @@ def start_by_k_means(moments: Moments, k: int, key: tuple[int, int], regularizat
     centers = k_means_centers(rows, k_means_seeds(rows, k, key), moments.largest)
     spheres = torch.eye(rows.d, dtype=torch.float64, device=centers.device).repeat(k, 1, 1)
     equal = torch.full((k,), 1 / k, dtype=torch.float64, device=centers.device)
-    return moments.of(Parameters(equal, centers, spheres), hard=True).shrunk(regularization)
+    return moments.of(Parameters(equal, centers, spheres), hard=True).with_pooled_covariance(regularization)
 
 
 def k_means_seeds(rows: Rows, k: int, key: tuple[int, int]) -> torch.Tensor:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eae_dist.durable import replace_file, sha256_of
+from eae_dist.numerics.atomic_files import replace_file, sha256_of
 
 VERSION = 1
 PART_ROWS = 16_384  # about so many: what a killed encode may lose, and what ranks share out
@@ -62,7 +62,7 @@ class LatentFolder:
         if split not in self.parts:
             raise ValueError(
                 f"{self.root} holds no latents of a split {split!r}; it has {', '.join(sorted(self.parts))}; "
-                f"name one of these in index.split or index.queries"
+                f"name one of these in index.split or index.query_split"
             )
         return sum(part["rows"] for part in self.parts[split])
 

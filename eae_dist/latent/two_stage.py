@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from eae_dist.distributed import gather_rows, rank, sum_over_ranks
-from eae_dist.draws import derive_key, keyed_hash, normal, row_keys, uniform
 from eae_dist.latent.gaussian import NOISE, Seeds, check_state, float64, sample_keys
 from eae_dist.latent.rows import Rows
 from eae_dist.losses.terms import gaussian_divergence
+from eae_dist.numerics.keyed_random import derive_key, keyed_hash, normal, row_keys, uniform
 
 WEIGHTS, SPLIT, ORDER, TRAINING, VALIDATION = range(5)  # streams of keys under the seed
 TILE = 1024  # rows at once through the trained network; fewer are filled up, so that a row is rounded alike among any others

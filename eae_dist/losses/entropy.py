@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from eae_dist.distributed import gather_padded, rank, row_counts, world_size
-from eae_dist.precision import full_precision
+from eae_dist.numerics.precision import full_precision
 
 CPU_TILE, GPU_TILE = 512, 2048  # sides of tiles: 1 MiB of float32 stays in a core's own cache; a GPU wants fewer, larger calls
 

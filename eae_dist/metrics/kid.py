@@ -12,7 +12,7 @@ import torch
 
 from eae_dist.data.order import permutation
 from eae_dist.distributed import rank, sum_over_ranks, world_size
-from eae_dist.draws import derive_key
+from eae_dist.numerics.keyed_random import derive_key
 
 MOST_PRODUCTS = 2**24  # of the pairs of all rows, 128 MiB, from which small sets take those of every subset
 

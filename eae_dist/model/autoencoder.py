@@ -10,7 +10,7 @@ from eae_dist.config import ModelConfig
 from eae_dist.data.order import filled
 from eae_dist.model.networks import NETWORKS, ConvDecoder, ConvEncoder, Family, normalize_spectrum, own_network
 from eae_dist.model.norm import GlobalBatchNorm
-from eae_dist.precision import full_precision
+from eae_dist.numerics.precision import full_precision
 
 LATENT_EPS = 1e-5  # small, so that the latent's variance is 1 and not 1 - eps
 LOG_SIGMA_LIMIT = 5  # as in the official RAE code: log sigma = 5 tanh(.)
@@ -20,7 +20,7 @@ class Autoencoder(nn.Module):
     """encode: images [b, c, h, w] in [0, 1] -> latents [b, d]; decode: latents [b, d] -> images [b, c, h, w] in [0, 1].
 
     With a latent norm the latent is batch-normed over all ranks' rows, without scale or shift: mean 0 and variance 1. With
-    spread the encoder has a second head, the deviations of a variational posterior, and `encode` gives its means.
+    variational the encoder has a second head, the deviations of a variational posterior, and `encode` gives its means.
     """
 
     def __init__(
@@ -31,30 +31,30 @@ class Autoencoder(nn.Module):
         latent_dim: int,
         *,
         latent_norm: GlobalBatchNorm | None = None,
-        spread: bool = False,
+        variational: bool = False,
     ):
         super().__init__()
         self.encoder, self.latent_norm, self.decoder = encoder, latent_norm, decoder  # as images pass them
-        self.image_shape, self.latent_dim, self.spread = tuple(image_shape), latent_dim, spread
+        self.image_shape, self.latent_dim, self.variational = tuple(image_shape), latent_dim, variational
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        return self.latents(self.code(images))[0]
+        return self.latents(self.encoder_output(images))[0]
 
-    def code(self, images: torch.Tensor) -> torch.Tensor:
+    def encoder_output(self, images: torch.Tensor) -> torch.Tensor:
         """What the encoder makes of images, before the latent norm: [b, c, h, w] -> [b, heads d], in float32 or better."""
         h = self.encoder(images)
-        if h.shape != (wanted := (len(images), self.latent_dim * (2 if self.spread else 1))):
+        if h.shape != (wanted := (len(images), self.latent_dim * (2 if self.variational else 1))):
             raise ValueError(f"the encoder (model.encoder) made {tuple(h.shape)} of {len(images)} images; wanted {wanted}")
         return h.to(torch.promote_types(h.dtype, torch.float32))
 
-    def latents(self, code: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Latents [b, d] and, with spread, the logarithms of their standard deviations, [b, d] in [-5, 5]; else None."""
+    def latents(self, encoder_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Latents [b, d] and, with variational, the logarithms of their standard deviations, [b, d] in [-5, 5]; else None."""
         # Statistics and entropy in float32, whatever the convolutions ran in.
-        with full_precision(code.device):
-            if self.spread:
-                mean, raw = code.chunk(2, 1)
+        with full_precision(encoder_output.device):
+            if self.variational:
+                mean, raw = encoder_output.chunk(2, 1)
                 return mean, LOG_SIGMA_LIMIT * torch.tanh(raw)
-            return (code if self.latent_norm is None else self.latent_norm(code)), None
+            return (encoder_output if self.latent_norm is None else self.latent_norm(encoder_output)), None
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return self.decoder(latents)
@@ -89,13 +89,18 @@ def resolve_model(config: ModelConfig, image_shape: Sequence[int], *, latent_nor
 
 
 def build_autoencoder(
-    config: ModelConfig, image_shape: Sequence[int], *, latent_norm: bool = False, spread: bool = False, spectral: bool = False
+    config: ModelConfig,
+    image_shape: Sequence[int],
+    *,
+    latent_norm: bool = False,
+    variational: bool = False,
+    spectral: bool = False,
 ) -> Autoencoder:
     """An initialized autoencoder from a configuration that `resolve_model` has filled in.
 
-    spread: the encoder has a second head. spectral: every kernel is divided by its largest singular value.
+    variational: the encoder has a second head. spectral: every kernel is divided by its largest singular value.
     """
-    family, shape, heads = _family(config.network), tuple(image_shape), 2 if spread else 1
+    family, shape, heads = _family(config.network), tuple(image_shape), 2 if variational else 1
     norm = {"eps": config.norm_eps, "momentum": config.norm_momentum} if config.norm == "batch" else None
     bias = not latent_norm  # the head's would be removed by the latent norm
     if config.encoder is None:
@@ -114,7 +119,7 @@ def build_autoencoder(
     norm_layer = None
     if latent_norm:
         norm_layer = GlobalBatchNorm(config.latent_dim, affine=False, eps=LATENT_EPS, momentum=config.norm_momentum)
-    return Autoencoder(encoder, decoder, shape, config.latent_dim, latent_norm=norm_layer, spread=spread)
+    return Autoencoder(encoder, decoder, shape, config.latent_dim, latent_norm=norm_layer, variational=variational)
 
 
 def _family(name: str) -> Family:

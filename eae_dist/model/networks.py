@@ -121,7 +121,7 @@ class Layers(nn.Sequential):
         if not (self.checkpointed and torch.is_grad_enabled()):
             return super().forward(x)
         for block in self.blocks():
-            x = computed_twice(block, x) if block.has_inner_activations() else block(x)
+            x = checkpointed(block, x) if block.has_inner_activations() else block(x)
         return x
 
     def blocks(self) -> list["Layers"]:
@@ -133,12 +133,12 @@ class Layers(nn.Sequential):
         return len(self) > 1 and isinstance(self[0], GlobalBatchNorm) and any(True for _ in self[-1].parameters())
 
 
-def computed_twice(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def checkpointed(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """block(x) of which only x is kept for backward, which computes it again. Ranks communicate in it once more."""
     passes = itertools.count()
 
     def run(x: torch.Tensor) -> torch.Tensor:
-        with standing_still(block) if next(passes) else nullcontext():
+        with frozen_statistics(block) if next(passes) else nullcontext():
             return block(x)
 
     return checkpoint(run, x, use_reentrant=False)
@@ -211,7 +211,7 @@ def one_power_iteration(network: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def standing_still(network: nn.Module) -> Iterator[None]:
+def frozen_statistics(network: nn.Module) -> Iterator[None]:
     """Running statistics and power iterations stand still: an earlier pass of the same images has moved them."""
     norms = [layer for layer in network.modules() if isinstance(layer, GlobalBatchNorm)]
     spectra = [layer.parametrizations for layer in network.modules() if is_parametrized(layer, "weight")]

@@ -3,17 +3,20 @@ interpolations, with the ground truth on top."""
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from eae_dist.data.remote import Cache
 from eae_dist.data.stream import walk
-from eae_dist.durable import replace_file
-from eae_dist.generation import TrainedModel, load
 from eae_dist.model.autoencoder import to_uint8, to_unit
+from eae_dist.numerics.atomic_files import replace_file
 from eae_dist.report.grids import grid, png_bytes
 from eae_dist.report.table import BLOCKS, MODELS, set_of_cell
+
+if TYPE_CHECKING:
+    from eae_dist.inference.trained_model import TrainedModel
 
 COLUMNS = 6  # pictures of each kind
 GAP, LETTERS, NAMES = 12, 13, 130  # pixels between the kinds, of a letter's height, left of the pictures
@@ -27,17 +30,16 @@ KINDS = {  # the heads, and what a column of draws is drawn from
 
 
 def save_figure(
-    models: dict[str, Path],
+    models: dict[str, "TrainedModel"],
     data: str,
     split: str,
     seed: int,
     path: Path,
-    allow: Collection[str] = (),
     cache: Cache | None = None,
 ) -> None:
-    """Writes a PNG with a row of pictures for each model, given as name in OBJECTIVES -> checkpoint.
+    """Writes a PNG with a row of pictures for each trained model, by its name in OBJECTIVES.
 
-    allow: as of eae_dist.load. cache: through which remote data is read.
+    cache: through which remote data is read.
 
     The reconstructions are of the split's first images, an interpolation goes from the first of them to the second, linear in
     the latent. A model with a second stage draws that for N(0, I), and nothing else. A frame marks the draws whose distance the
@@ -45,14 +47,13 @@ def save_figure(
     """
     images = next(walk(data, split, COLUMNS, rank=0, world=1, cache=cache))["image"]
     rows: list[tuple[str, list[torch.Tensor]]] = [("ground truth", [images])]
-    for name, checkpoint in models.items():
-        rows.append((MODELS[name], pictures(load(checkpoint, allow=allow), name, images, seed)))
+    rows += [(MODELS[name], pictures(model, name, images, seed)) for name, model in models.items()]
     printed = {MODELS[row]: {kind for kind, density in KINDS.items() if row in BLOCKS.get(density, ())} for row in models}
     replace_file(path, png_bytes(figure(rows, printed)))
 
 
 @torch.no_grad()
-def pictures(model: TrainedModel, name: str, images: torch.Tensor, seed: int) -> list[torch.Tensor]:
+def pictures(model: "TrainedModel", name: str, images: torch.Tensor, seed: int) -> list[torch.Tensor]:
     """The kinds in their order for a row of OBJECTIVES, uint8 [COLUMNS, c, h, w] each; none of a kind that there is not."""
     x = to_unit(images, torch.device("cpu"))
     latents = model.encode(x)

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from eae_dist.durable import replace_file
 from eae_dist.model.autoencoder import Autoencoder, to_uint8
+from eae_dist.numerics.atomic_files import replace_file
 
 SAMPLES, PAIRS, BETWEEN = 100, 20, 8  # samples drawn; image pairs shown; pictures along an interpolation, both ends included
 ACROSS = 10  # pictures a row, but for interpolations

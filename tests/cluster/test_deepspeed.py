@@ -17,14 +17,16 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 from world_cases import BATCH, OBJECTIVES, configured
 
-from eae_dist import checkpoint as checkpoints
-from eae_dist import engines, execution, objectives
-from eae_dist import train as trainer
+from eae_dist import objectives
 from eae_dist.config import load_config
 from eae_dist.distributed import ending_ranks, rank
-from eae_dist.engines import MOMENTS, DeepSpeed, accelerator_options, engine_of
-from eae_dist.execution import compile_networks
-from eae_dist.report.metrics_log import TrainingDiverged
+from eae_dist.training import checkpoint as checkpoints
+from eae_dist.training import compilation as execution
+from eae_dist.training import engines
+from eae_dist.training import loop as trainer
+from eae_dist.training.compilation import compile_networks
+from eae_dist.training.engines import MOMENTS, DeepSpeed, accelerator_options, engine_of
+from eae_dist.training.metrics_log import TrainingDiverged
 
 ROWS = ("eae", "eae_linear", "ae", "rae_gp")
 STEPS = 20

@@ -49,7 +49,7 @@ def address():
     if not (RUN / "evaluation" / "densities" / "gmm.safetensors").is_file():
         command("evaluate", "--ckpt", str(RUN), "evaluate.count=100", "evaluate.densities=[mvg,gmm]")
     command("encode", "--ckpt", str(RUN), "--out", str(RUN / "latents"))
-    with service("--index", str(RUN / "latents")) as found:
+    with service("--latents", str(RUN / "latents")) as found:
         yield found
 
 

@@ -1,0 +1,45 @@
+"""The configuration: `schema` says what there is to set, `loading` reads it from files and command lines."""
+
+from eae_dist.config.loading import (
+    changed_keys,
+    find_config,
+    flatten,
+    help_text,
+    is_assignment,
+    load_config,
+    override,
+    read_config,
+    save_config,
+    split_arguments,
+)
+from eae_dist.config.schema import (
+    WHERE_DATA_LIES,
+    Config,
+    DataConfig,
+    EvaluateConfig,
+    IndexConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "WHERE_DATA_LIES",
+    "Config",
+    "DataConfig",
+    "EvaluateConfig",
+    "IndexConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "TrainConfig",
+    "changed_keys",
+    "find_config",
+    "flatten",
+    "help_text",
+    "is_assignment",
+    "load_config",
+    "override",
+    "read_config",
+    "save_config",
+    "split_arguments",
+]

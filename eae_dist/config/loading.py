@@ -1,0 +1,231 @@
+"""Reading the settings: dataclasses <- YAML files in order <- key=value arguments, the later winning."""
+
+import ast
+import copy
+import difflib
+import functools
+import inspect
+import os
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import eae_dist
+from eae_dist.config.schema import Config, check_values
+from eae_dist.numerics.atomic_files import replace_file
+
+# Names of before, which a run folder's config.yaml may have and a user is told about.
+RENAMED_KEYS = {"index.queries": "index.query_split", "index.near": "index.duplicate_ratio"}
+RENAMED_VALUES = {("train.precision", "no"): "fp32"}
+
+
+def load_config(argv: Sequence[str] = ()) -> Config:
+    """The configuration of a command line: `[--config FILE.yaml ...] [key=value ...]`; `--help` prints every key and exits.
+
+    Raises ValueError for an unknown key (with the nearest known one), a wrong type, an unreadable file or a value out of range.
+    """
+    files, assignments = split_arguments(argv)
+    layers = [_from_file(file) for file in files]
+    layers += [_from_assignment(text) for text in assignments]
+    return _merged(layers)
+
+
+def read_config(path: Path) -> Config:
+    """The configuration of a run folder's config.yaml; keys and values that have other names now are read under those."""
+    layer, origin = _from_file(str(path))
+    return _merged([(_renamed(layer), origin)])
+
+
+def override(config: Config, assignments: Sequence[str]) -> Config:
+    """The configuration with `key=value` texts applied."""
+    base = (OmegaConf.structured(config), "the configuration")
+    return _merged([base, *(_from_assignment(text) for text in assignments)])
+
+
+def save_config(config: Config, path: Path) -> None:
+    replace_file(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def is_assignment(text: str) -> bool:
+    """Whether a word of a command line sets a key, and is not a path with a = in it."""
+    return "=" in text and text.partition(".")[0] in {section.name for section in fields(Config)}
+
+
+def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Splits a command line into the files after --config and the key=value texts."""
+    files, assignments, taking_files = [], [], False
+    for place, argument in enumerate(argv):
+        if argument in ("-h", "--help"):
+            print(help_text())
+            sys.exit(0)
+        if argument == "--config":
+            taking_files = True
+            following = "".join(argv[place + 1 : place + 2])
+            if not following or "=" in following or following.startswith("-"):
+                raise ValueError("--config needs a YAML file or a name of a shipped configuration after it (see --help)")
+        elif argument.startswith("--config="):
+            files.append(argument.removeprefix("--config="))
+        elif argument.startswith("-"):
+            raise ValueError(f"unknown option {argument}; settings are given as key=value, files with --config FILE (see --help)")
+        elif "=" in argument:
+            taking_files = False
+            assignments.append(argument)
+        elif taking_files:
+            files.append(argument)
+        else:
+            raise ValueError(f"{argument!r} is neither key=value nor a file after --config (see --help)")
+    return files, assignments
+
+
+def flatten(config: Config) -> dict[str, object]:
+    """The configuration as {"section.key": value}."""
+    sections = ((section.name, getattr(config, section.name)) for section in fields(config))
+    return {f"{name}.{key.name}": getattr(section, key.name) for name, section in sections for key in fields(section)}
+
+
+def changed_keys(before: Config, after: Config, *, changeable: bool) -> list[str]:
+    """Lines "key: before -> after" of the keys that differ and may (or may not) change when a run is continued."""
+    old, new = flatten(before), flatten(after)
+    marks = {f"{s.name}.{f.name}": f.metadata.get("changeable", False) for s in fields(Config) for f in fields(s.default_factory)}
+    return [f"{key}: {old[key]} -> {new[key]}" for key in old if old[key] != new[key] and marks[key] is changeable]
+
+
+def help_text() -> str:
+    """Every key with its default and its meaning."""
+    lines = ["settings, as key=value or in YAML files after --config:"]
+    for section in fields(Config):
+        cls = section.default_factory
+        meanings = _field_docstrings(cls)
+        lines += ["", f"{section.name}: {cls.__doc__}"]
+        default = cls()
+        for key in fields(cls):
+            value = getattr(default, key.name)
+            name = key.type.__name__ if isinstance(key.type, type) and key.type is not list else str(key.type)
+            head = f"  {section.name}.{key.name}={'null' if value is None else value}  ({name})"
+            lines += [head, textwrap.indent(textwrap.fill(meanings[key.name], 110), "      ")]
+    return "\n".join(lines)
+
+
+def _field_docstrings(cls: type) -> dict[str, str]:
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
+    pairs = zip(body, body[1:], strict=False)
+    return {
+        statement.target.id: " ".join(ast.literal_eval(after.value).split())
+        for statement, after in pairs
+        if isinstance(statement, ast.AnnAssign) and isinstance(after, ast.Expr)
+    }
+
+
+def find_config(name: str | Path) -> Path:
+    """The YAML file of that path, else the shipped one of that name, such as cifar10 or cifar10/eae.
+
+    Raises ValueError where there is neither.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    package = Path(eae_dist.__file__).parent
+    for folder in (package / "configs", package.parent / "configs"):  # as installed from a wheel, and in a clone
+        if (shipped := folder / f"{name}.yaml").is_file():
+            return shipped
+        known = sorted(file.stem for file in folder.glob("*.yaml"))
+        if known:
+            break
+    raise ValueError(f"{name}: there is no such configuration file, and no shipped one of that name; shipped: {', '.join(known)}")
+
+
+def _from_file(file: str) -> tuple[object, str]:
+    path = find_config(file)
+    try:
+        loaded = OmegaConf.load(path)
+    except Exception as error:  # YAML and OmegaConf raise many kinds
+        raise ValueError(f"{file} is not a YAML mapping: {' '.join(str(error).split())}") from error
+    return loaded, file
+
+
+def _renamed(layer):
+    """The layer with the present names of keys and values."""
+    for old, new in RENAMED_KEYS.items():
+        section, key = old.split(".")
+        if section in layer and key in layer[section]:
+            OmegaConf.update(layer, new, layer[section].pop(key))
+    for (name, old), new in RENAMED_VALUES.items():
+        section, key = name.split(".")
+        if section in layer and layer[section].get(key) in (old, False):
+            layer[section][key] = new
+    return layer
+
+
+def _from_assignment(text: str) -> tuple[object, str]:
+    try:
+        return OmegaConf.from_dotlist([text]), text
+    except Exception as error:
+        raise ValueError(f"{text!r} cannot be read as key=value: {error}") from error
+
+
+@functools.cache
+def _defaults() -> DictConfig:
+    return OmegaConf.structured(Config)
+
+
+def _merged(layers: list[tuple[object, str]]) -> Config:
+    config = copy.deepcopy(_defaults())  # a fifth of the time
+    for layer, origin in layers:
+        _check_keys(layer, origin)
+        try:
+            config.merge_with(layer)
+        except (OmegaConfBaseException, TypeError) as error:  # a list given item by item is a TypeError
+            key = getattr(error, "full_key", None)
+            raise ValueError(f"{origin}: {str(error).splitlines()[0]}" + (f" ({key})" if key else "")) from error
+    result = OmegaConf.to_object(config)
+    for section, key in ((result.data, "root"), (result.train, "output")):
+        setattr(section, key, os.path.expanduser(getattr(section, key)))
+    check_values(result)
+    return result
+
+
+def _check_keys(layer, origin: str) -> None:
+    """Raises ValueError unless the layer consists of known sections with known keys and plain values."""
+    text = OmegaConf.to_yaml(layer)
+    if "${" in text:
+        raise ValueError(f"{origin}: a configuration holds plain values; ${{...}} is not resolved")
+    if "???" in text:
+        raise ValueError(f"{origin}: ??? stands for a missing value; give one")
+    if not OmegaConf.is_dict(layer):
+        raise ValueError(f"{origin}: wanted sections with keys, such as train: {{seed: 1}}")
+    sections = {section.name: section.default_factory for section in fields(Config)}
+    known = {name: {key.name for key in fields(section)} for name, section in sections.items()}
+    for name in layer:
+        if name not in known:
+            full = [f"{section}.{name}" for section, keys in known.items() if name in keys]
+            hint = f"; did you mean {full[0]}?" if full else _suggestion(str(name), known)
+            raise ValueError(f"{origin}: unknown section {name!r}{hint}")
+        section = layer[name]
+        if not OmegaConf.is_dict(section):
+            raise ValueError(f"{origin}: {name} is a section; set one of its keys, such as {name}.{sorted(known[name])[0]}=...")
+        for key in section:
+            if new := RENAMED_KEYS.get(f"{name}.{key}"):
+                raise ValueError(f"{origin}: {name}.{key} is now called {new}")
+            if key not in known[name]:
+                every = [f"{s}.{k}" for s, keys in known.items() for k in keys]
+                raise ValueError(f"{origin}: unknown key {name}.{key}{_suggestion(f'{name}.{key}', every)}")
+        for key, value in section.items():
+            old, text = f"{name}.{key}", "no" if value is False else str(value)  # YAML reads a bare no as false
+            if new := RENAMED_VALUES.get((old, text)):
+                raise ValueError(f"{origin}: {old}={text} is now called {old}={new}")
+        for key in (key.name for key in fields(sections[name]) if key.type in (str, str | None)):
+            if isinstance(section.get(key), bool):
+                raise ValueError(f"{origin}: {name}.{key} wants text; put it in quotes, or YAML reads it as {section[key]}")
+        for key in (key.name for key in fields(sections[name]) if key.type == list[str]):
+            if isinstance(section.get(key), str):
+                raise ValueError(f"{origin}: {name}.{key} wants a list; write [{section[key]}]")
+
+
+def _suggestion(name: str, known) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(sorted(known))}"

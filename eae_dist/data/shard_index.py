@@ -1,0 +1,319 @@
+"""The folder of shards: its index, and reading samples from it by offset.
+
+A data set is a folder of tar files in WebDataset form (`KEY.png` + `KEY.cls`, or `KEY.npy`) with an index beside them:
+
+    index.json                  totals, image shape, classes, source, license; the sha256 of every table
+    train.shards.npy            the shard table of a split: name, samples, bytes, sha256 of every tar
+    train-000000.members.npy    the members of a shard: key, offset, bytes, label, crc32 of every image
+
+The folder may lie at an address, or its tars alone (`base` in the index): `remote.py` fetches them.
+
+The tables are plain structured arrays, so that a split of 10^6 shards is opened by mapping one file. `build_index` makes
+them for shards from anywhere; nothing in a shard is ever unpickled, and only the images and `.cls` files are read.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+import threading
+import zlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+import numpy as np
+import torch
+
+from eae_dist.config import DataConfig
+from eae_dist.data.decoding import decode_image
+from eae_dist.data.remote import FETCHES, Cache, FetchAhead, RemoteFolder, checked_address, is_address
+from eae_dist.numerics.atomic_files import sha256_of
+
+INDEX_VERSION = 1
+SHARD_NAME = re.compile(r"(?P<split>.+)-\d{6,}\.tar")
+SHARD_DTYPE = [("samples", "<i8"), ("bytes", "<i8"), ("sha256", "S64"), ("members_sha256", "S64")]
+MEMBER_DTYPE = [("offset", "<i8"), ("bytes", "<i8"), ("label", "<i8"), ("crc32", "<u4")]
+OPEN_FILES = 256  # well below the usual limit of 1,024 for a process
+
+log = logging.getLogger("eae_dist")
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split: its shard table, structured [S] of (name, samples, bytes, sha256, members_sha256)."""
+
+    name: str
+    samples: int
+    table: np.ndarray
+
+
+@dataclass(frozen=True)
+class LocalFolder:
+    """The files of a folder; `RemoteFolder` is the same for an address."""
+
+    root: Path
+    remote = False
+
+    def place(self, name: str) -> str:
+        return str(self.root / name)
+
+    def digest(self, name: str) -> str:
+        """The sha256 of a file."""
+        return sha256_of(self.root / name)
+
+    def open(self, name: str, sha256: str, size: int | None = None, stop: threading.Event | None = None) -> BinaryIO:
+        """The file, of the right size if that is given; its content is not checked here, but when a sample is read."""
+        path = self.root / name
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is named in the index and missing; restore it or pack the data set again")
+        if size is not None and (found := path.stat().st_size) != size:
+            kind = "truncated" if found < size else "not the file that was indexed"
+            raise ValueError(f"{path} is {kind}: {found} bytes, the index says {size}; restore it or run `pack --index` again")
+        return open(path, "rb", buffering=0)
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """What `index.json` says. `image_shape` is (c, h, w); `npy_header` is the header that all raw members share, else None.
+
+    tables, tars: where the data set's tables and shards lie.
+    """
+
+    root: Path | str
+    sha256: str
+    name: str
+    image_shape: tuple[int, int, int]
+    npy_header: bytes | None
+    classes: list[str]
+    info: dict
+    tables: LocalFolder | RemoteFolder
+    tars: LocalFolder | RemoteFolder
+
+    @classmethod
+    def load(cls, root: str | Path, cache: Cache | None = None) -> "ShardIndex":
+        """Reads and checks `root/index.json`; root is a folder, or an address whose files come through `cache`.
+
+        cache: default: that of the default configuration. Raises OSError or ValueError with what to do.
+        """
+        cache = cache or Cache.of(DataConfig())
+        if is_address(root):
+            tables = RemoteFolder(checked_address(root, "data.root"), cache)
+            path, text = tables.place("index.json"), tables.read("index.json")
+        else:
+            tables = LocalFolder(root := Path(root))
+            path = root / "index.json"
+            if not path.is_file():
+                what = "has no index.json" if root.is_dir() else "is not a folder" if root.exists() else "does not exist"
+                raise FileNotFoundError(
+                    f"data.root={root} {what}; make shards with `python -m eae_dist.pack SOURCE {root}`, or index tar files that "
+                    f"lie there with `python -m eae_dist.pack --index {root}`"
+                )
+            text = path.read_bytes()
+        try:
+            info = json.loads(text)
+            if info["version"] != INDEX_VERSION:
+                raise ValueError(f"version {info['version']}, this program reads version {INDEX_VERSION}")
+            info["splits"] = dict(info["splits"])
+            header = info["image"]["npy_header"]
+            base = info.get("base")
+            if base is not None and tables.remote:
+                raise ValueError(f"it has a base, {base}, but the shards of an index on a server lie beside it")
+            return cls(
+                root=root,
+                sha256=hashlib.sha256(text).hexdigest(),
+                name=info["name"],
+                image_shape=tuple(info["image"]["shape"]),
+                npy_header=None if header is None else bytes.fromhex(header),
+                classes=info["classes"],
+                info=info,
+                tables=tables,
+                tars=tables if base is None else RemoteFolder(checked_address(base, "base"), cache),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} cannot be read as a shard index ({error}); write it again with `pack --index`") from error
+
+    def split(self, name: str, setting: str | None = None) -> Split:
+        """The split of that name; an unknown one is a ValueError that names the known, and the `setting` that asked for it."""
+        splits = self.info["splits"]
+        if name not in splits:
+            known, change = ", ".join(sorted(splits)), f"; change {setting}" if setting else ""
+            raise ValueError(f"data set {self.name} has no split {name!r}; it has {known}{change}")
+        with self.open_table(f"{name}.shards.npy", splits[name]["table_sha256"], "index.json") as file:
+            return Split(name, splits[name]["samples"], np.load(file.name, mmap_mode="r", allow_pickle=False))
+
+    def open_table(self, name: str, sha256: str, holder: str, stop: threading.Event | None = None) -> BinaryIO:
+        """A table with the checksum that the `holder` gives it; ValueError if there is none."""
+        try:
+            file = self.tables.open(name, sha256, stop=stop)
+            if sha256_of(Path(file.name)) == sha256:
+                return file
+        except FileNotFoundError:
+            pass
+        raise ValueError(
+            f"{self.tables.place(name)} is missing or is not the table that {holder} was written with (checksum mismatch)"
+        )
+
+
+def member_table(shard: str) -> str:
+    """The name of a shard's member table."""
+    return shard.removesuffix(".tar") + ".members.npy"
+
+
+def plain_name(root: Path | str, name: str) -> str:
+    """The name of a shard in the index of `root`, which must be that of a file in one folder; else a ValueError."""
+    if PurePosixPath(name).name != name or name in ("", ".", "..") or ":" in name:
+        raise ValueError(f"{root}/index.json names the shard {name!r}; a shard is a plain file name inside that folder")
+    return name
+
+
+class ShardReader:
+    """Reads samples of one split by (shard, member), checking each one's crc32 and shape.
+
+    open_shards: how many shards are in use at once, half of them open and half about to be; their member tables stay in memory.
+    A copy opens files of its own.
+    """
+
+    def __init__(self, index: ShardIndex, split: str, open_shards: int = OPEN_FILES):
+        self.index = index
+        self.split = index.split(split)
+        self.open_shards = open_shards
+        self._open_caches()
+
+    def _open_caches(self):
+        self._ahead = FetchAhead()
+        # A shard that is open has its place in the cache of remote ones: no more of them than lanes.
+        files = min(OPEN_FILES, max(1, self.open_shards // 2)) if self.index.tars.remote else OPEN_FILES
+        self._file = lru_cache(maxsize=files)(self._open_file)
+        self._members = lru_cache(maxsize=max(self.open_shards, OPEN_FILES))(self._load_members)
+
+    def __getstate__(self):  # a worker process opens its own files
+        return {"index": self.index, "split": self.split, "open_shards": self.open_shards}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._open_caches()
+
+    def read(self, shards: np.ndarray, members: np.ndarray) -> dict:
+        """Rows (shards[i], members[i]), both int64 [b] -> {"image": uint8 [b, c, h, w], "label": int64 [b], "key": list of str}.
+
+        Label -1 where a sample has none. The channels of a pixel lie together in memory (channels_last), as in the files.
+        A damaged sample is a ValueError that names the shard and the sample.
+        """
+        rows = len(shards)
+        offsets, sizes, labels = (np.empty(rows, dtype=np.int64) for _ in range(3))
+        checksums = np.empty(rows, dtype=np.uint32)
+        keys: list[str] = [""] * rows
+        for shard in np.unique(shards).tolist():
+            here = np.flatnonzero(shards == shard)
+            table = self._members(shard)[members[here]]
+            offsets[here], sizes[here], labels[here] = table["offset"], table["bytes"], table["label"]
+            checksums[here] = table["crc32"]
+            for row, key in zip(here.tolist(), table["key"].tolist(), strict=True):
+                keys[row] = key.decode()
+        read = self._read_encoded if self.index.npy_header is None else self._read_raw
+        image = read(list(zip(shards.tolist(), offsets.tolist(), sizes.tolist(), checksums.tolist(), keys, strict=True)))
+        return {"image": image, "label": torch.from_numpy(labels), "key": keys}
+
+    def _read_encoded(self, rows: list[tuple]) -> torch.Tensor:
+        channels, height, width = self.index.image_shape
+        pixels = np.empty((len(rows), height, width, channels), dtype=np.uint8)
+        for row, (shard, offset, size, checksum, key) in enumerate(rows):
+            data = os.pread(self._file(shard).fileno(), size, offset)
+            if zlib.crc32(data) != checksum:
+                raise self._damaged(shard, key, "its checksum is not the index's")
+            try:
+                image = decode_image(data, channels)
+            except ValueError as error:
+                raise self._damaged(shard, key, str(error)) from error
+            if image.shape != pixels.shape[1:]:
+                found = (image.shape[2], *image.shape[:2])
+                raise self._damaged(shard, key, f"its shape is {found}, the index says {self.index.image_shape} (c, h, w)")
+            pixels[row] = image
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+    def _read_raw(self, rows: list[tuple]) -> torch.Tensor:
+        channels, height, width = self.index.image_shape
+        header = self.index.npy_header
+        header_crc = zlib.crc32(header)
+        pixels = np.empty((len(rows), height, width, channels), dtype=np.uint8)
+        flat = pixels.reshape(len(rows), -1)
+        found = bytearray(len(header))
+        expected_size = len(header) + flat.shape[1]
+        for row, (shard, offset, size, checksum, key) in enumerate(rows):
+            if size != expected_size:
+                raise self._damaged(shard, key, f"it has {size} bytes, {self.index.image_shape} (c, h, w) needs {expected_size}")
+            os.preadv(self._file(shard).fileno(), [found, flat[row]], offset)
+            if found != header or zlib.crc32(flat[row], header_crc) != checksum:
+                raise self._damaged(shard, key, "its checksum is not the index's")
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+    def fetch(self, shards: Iterable[int]) -> None:
+        """Fetches what is not kept of these shards, several at a time; nothing for a local folder. Raises OSError."""
+        wanted = [file for shard in shards for file in self._remote_files(shard)]
+        missing = [(folder, *file) for folder, *file in wanted if not folder.keeps(file[1])]
+        if not missing:
+            return
+        bytes_ = sum(size or 0 for *_, size in missing)
+        log.info(
+            "fetching %d files, %s MB, from %s before the first batch", len(missing), f"{bytes_ / 1e6:,.1f}", self.index.tars.base
+        )
+        stop = threading.Event()
+        with ThreadPoolExecutor(FETCHES) as pool:
+            try:
+                for _ in pool.map(lambda file: file[0].fetch(*file[1:], stop=stop), missing):
+                    pass
+            except BaseException:
+                stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def fetch_ahead(self, shards: Iterable[int]) -> None:
+        """Has these shards fetched in the background; nothing for a local folder."""
+        for shard in shards:
+            for folder, *file in self._remote_files(shard):
+                self._ahead.ask(folder, *file)
+
+    def stop_fetching(self) -> None:
+        """Ends fetching, also that of a `read` in another thread, which then fails."""
+        self._ahead.close()
+
+    def close(self) -> None:
+        """Ends fetching and closes the shards."""
+        self._ahead.close()
+        self._file.cache_clear()
+
+    def _remote_files(self, shard: int) -> list[tuple]:
+        """What is to be fetched of a shard: folder, name, sha256, bytes (None: unknown) of each file."""
+        index, row, files = self.index, self.split.table[shard], []
+        if index.tars.remote:
+            name = self._shard_name(shard)
+            files.append((index.tars, name, row["sha256"].decode(), int(row["bytes"])))
+            if index.tables.remote:
+                files.append((index.tables, member_table(name), row["members_sha256"].decode(), None))
+        return files
+
+    def _shard_name(self, shard: int) -> str:
+        return plain_name(self.index.root, self.split.table["name"][shard].decode())
+
+    def _open_file(self, shard: int) -> BinaryIO:
+        row = self.split.table[shard]
+        sha256 = row["sha256"].decode()
+        self._ahead.forget(sha256)
+        return self.index.tars.open(self._shard_name(shard), sha256, int(row["bytes"]), self._ahead.stop)
+
+    def _load_members(self, shard: int) -> np.ndarray:
+        name, sha256 = member_table(self._shard_name(shard)), self.split.table["members_sha256"][shard].decode()
+        with self.index.open_table(name, sha256, "the index", self._ahead.stop) as file:
+            return np.load(io.BytesIO(file.read()), allow_pickle=False)
+
+    def _damaged(self, shard: int, key: str, why: str) -> ValueError:
+        return ValueError(
+            f"sample {key!r} of {self.index.tars.place(self._shard_name(shard))} is damaged: {why}; see all damage with "
+            f"`python -m eae_dist.pack --verify {self.index.root}`"
+        )

@@ -1,0 +1,252 @@
+"""What ranks tell each other: the collectives.
+
+Every function works without a process group (one rank). Those that communicate are called by every rank the same number of
+times, in the same order. W: ranks, b: this rank's rows, n: all rows.
+"""
+
+import os
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+
+import torch
+import torch.distributed as dist
+
+MESSAGE = 6_500_000  # entries that are averaged at once, 25 MiB of float32
+
+
+def is_initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank(group=None) -> int:
+    """This process's rank; 0 without a process group."""
+    return dist.get_rank(group) if is_initialized() else 0
+
+
+def world_size(group=None) -> int:
+    """The number of ranks; 1 without a process group."""
+    return dist.get_world_size(group) if is_initialized() else 1
+
+
+def gather_rows(x: torch.Tensor, group=None) -> torch.Tensor:
+    """All ranks' rows in rank order, [b, ...] -> [n, ...]; b may differ between ranks.
+
+    Differentiable: the gradient of a row is the sum of its gradients over all ranks, so a mean over ranks (DDP's) of local
+    losses that use the gathered rows is the gradient of the mean loss. May be differentiated twice.
+    """
+    if world_size(group) == 1:
+        return x
+    return _GatherRows.apply(x, row_counts(len(x), x.device, group), group)
+
+
+def row_counts(rows: int, device: torch.device, group=None) -> list[int]:
+    """How many rows each rank has, in rank order."""
+    world = world_size(group)
+    if world == 1:
+        return [rows]
+    return _of_every_rank(torch.tensor(rows, dtype=torch.int64, device=device), group).tolist()
+
+
+def sum_over_ranks(x: torch.Tensor, group=None) -> torch.Tensor:
+    """The sum of x over ranks, on every rank, same shape. Differentiable, twice as well: its gradient is summed over ranks."""
+    if world_size(group) == 1:
+        return x
+    if group is None and torch.compiler.is_compiling():
+        return _opaque_sum(x)
+    return _SumOverRanks.apply(x, group)
+
+
+def average_over_ranks(tensors: Iterable[torch.Tensor]) -> None:
+    """Puts in the place of each tensor its mean over ranks, in few messages. No gradient."""
+    if world_size() == 1:
+        return
+    waiting: list[torch.Tensor] = []
+    for tensor in tensors:
+        waiting.append(tensor)
+        if sum(t.numel() for t in waiting) >= MESSAGE:
+            _average(waiting)
+            waiting = []
+    _average(waiting)
+
+
+def _average(tensors: list[torch.Tensor]) -> None:
+    if not tensors:
+        return
+    means = sum_over_ranks(torch.cat([tensor.flatten() for tensor in tensors])) / world_size()
+    for tensor, mean in zip(tensors, means.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(mean.view(tensor.shape))
+
+
+def gather_padded(x: torch.Tensor, counts: list[int], group=None) -> torch.Tensor:
+    """All ranks' rows, [b, ...] -> [n, ...], where counts (of `row_counts`) are known. No gradient."""
+    world, longest = world_size(group), max(counts)
+    if world == 1:
+        return x
+    if len(x) < longest:
+        x = torch.cat([x, x.new_zeros(longest - len(x), *x.shape[1:])])
+    everyone = _of_every_rank(x, group)
+    if min(counts) == longest:
+        return everyone.flatten(0, 1)
+    return torch.cat([part[:count] for part, count in zip(everyone, counts, strict=True)])
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, counts, group):
+        ctx.counts, ctx.group = counts, group
+        return gather_padded(x, counts, group)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        # An all_reduce, of which each rank keeps its rows: gloo before torch 2.7 has no reduce_scatter.
+        start = sum(ctx.counts[: rank(ctx.group)])
+        summed = sum_over_ranks(gradient.contiguous(), ctx.group)
+        return summed[start : start + ctx.counts[rank(ctx.group)]], None, None
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return _sum(x, group)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return sum_over_ranks(gradient.contiguous(), ctx.group), None
+
+
+def _sum(x: torch.Tensor, group) -> torch.Tensor:
+    if _is_small(x, group):
+        return _of_every_rank(x, group).sum(0, dtype=x.dtype)
+    out = x.clone()
+    with waiting():
+        dist.all_reduce(out, group=group)
+    return out
+
+
+@torch.library.custom_op("eae_dist::sum_over_ranks", mutates_args=())
+def _opaque_sum(x: torch.Tensor) -> torch.Tensor:
+    """What torch.compile puts into a graph as it is, where it would break the graph at a collective."""
+    return _sum(x, None)
+
+
+_opaque_sum.register_fake(torch.empty_like)
+_opaque_sum.register_autograd(lambda ctx, gradient: _opaque_sum(gradient.contiguous()))
+
+
+def _of_every_rank(x: torch.Tensor, group) -> torch.Tensor:
+    """x of every rank, in rank order: [...] -> [W, ...]; of one shape on all ranks."""
+    everyone = x.new_empty(world_size(group), *x.shape)
+    with waiting():
+        if _is_small(x, group):
+            dist.all_to_all_single(everyone, x.expand_as(everyone).contiguous(), group=group)
+        else:
+            # torch 2.14 renamed all_gather_into_tensor and warns about the old name.
+            gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+            gather(everyone.flatten(), x.flatten(), group=group)
+    return everyone
+
+
+def _is_small(x: torch.Tensor, group) -> bool:
+    """Whether gloo is quickest when each rank sends x to each other, at once: a third of the time of a small all_reduce.
+
+    Its own algorithms go around the ring of ranks, one after the other, which pays above about 1 MiB received.
+    """
+    return x.device.type == "cpu" and 0 < x.numel() * x.element_size() * world_size(group) <= 2**20
+
+
+def gather_objects(value) -> list:
+    """Every rank's value (picklable, small), in rank order, on every rank. For diagnostics and decisions, not for tensors."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_rank_zero(value):
+    """Rank 0's value (picklable, small) on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def ranks_of_group(group: str | None) -> int:
+    """How many ranks a group of `objective.group` has: those of a machine for "node", all for None. Call on every rank.
+
+    Raises ValueError on every rank where groups cannot be that.
+    """
+    world = world_size()
+    if group == "node":
+        of_machines = gather_objects(int(os.environ.get("LOCAL_WORLD_SIZE", world)))
+        ranks = of_machines[0]
+        if other := sorted(set(of_machines) - {ranks}):
+            raise ValueError(
+                f"objective.group=node wants as many ranks on every machine, there are {ranks} on one and {other[0]} on another; "
+                f"start as many on each, or give a number of ranks"
+            )
+    elif group is None or (group.isdecimal() and int(group) > 0):
+        ranks = int(group or world)
+    else:
+        raise ValueError(f"objective.group={group} is neither node nor a number of ranks")
+    if world % ranks:
+        raise ValueError(f"objective.group={group} cannot share out {world} ranks in groups of {ranks}")
+    return ranks
+
+
+def subgroup(ranks: int):
+    """The process group of so many consecutive ranks to which this one belongs, None if that is all. Call on every rank."""
+    if ranks == world_size():
+        return None
+    groups = [dist.new_group(range(start, start + ranks)) for start in range(0, world_size(), ranks)]
+    return groups[rank() // ranks]
+
+
+def message_device() -> str:
+    """Where a tensor must lie to be sent: NCCL knows GPUs alone."""
+    return "cuda" if is_initialized() and dist.get_backend() == "nccl" else "cpu"
+
+
+class Stopwatch:
+    """Seconds that were measured."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - start
+
+    def taken(self) -> float:
+        """The seconds since this was asked last."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
+
+
+_WAITS: ContextVar[Stopwatch | None] = ContextVar("waits", default=None)
+
+
+@contextmanager
+def measured_waits() -> Iterator[Stopwatch]:
+    """A stopwatch that runs while this thread is in a collective; over NCCL, which does not wait, that is no time at all."""
+    before = _WAITS.set(watch := Stopwatch())
+    try:
+        yield watch
+    finally:
+        _WAITS.reset(before)
+
+
+def waiting():
+    watch = _WAITS.get()
+    return nullcontext() if watch is None else watch.running()

@@ -1,0 +1,183 @@
+"""Processes on this machine: commands that start their own ranks, and commands that run side by side.
+
+A command on ranks takes all local GPUs, or as many CPU ranks as --nproc says. Under a launcher (torchrun, accelerate, srun) it
+joins the launcher's ranks.
+"""
+
+import ctypes
+import logging
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Lock
+from typing import TypeVar
+
+import torch
+from accelerate import PartialState
+
+from eae_dist.distributed import RankZeroFailed, ending_ranks, rank, require_equal, silent_ranks, world_size
+from eae_dist.distributed.processes import available_cores
+from eae_dist.distributed.stop import LAUNCHERS
+from eae_dist.numerics.keyed_random import derive_key
+
+Result = TypeVar("Result")
+PATIENCE = 5.0  # seconds in which a rank answers that is there
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+
+
+def run_on_ranks(module: str, nproc: int | None, command: Sequence[str], work: Callable[[], Result]) -> Result | None:
+    """What `work` returns on rank 0, None on the others; `work` runs on every rank.
+
+    Where more ranks are wanted and no launcher made them, this process becomes torchrun with `python -m module command`. What
+    a user can set right (ValueError, OSError) ends the process with one line.
+    """
+    os.environ |= srun_ranks(os.environ)
+    gpus = torch.cuda.device_count()
+    if nproc is not None and nproc < 1:
+        sys.exit(f"error: --nproc={nproc} must be at least 1")
+    count = nproc or gpus or 1
+    if 0 < gpus < count:
+        sys.exit(f"error: --nproc={count} wants a GPU each, there are {gpus}; lower --nproc")
+    if "RANK" not in os.environ and count > 1:
+        os.execv(sys.executable, launched(module, count, command))
+    PartialState(cpu=not torch.cuda.is_available())
+    if not torch.cuda.is_available():
+        keep_freed_memory()
+    first = rank() == 0
+    if first:
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+    with ending_ranks():
+        require_equal(list(command), "arguments")
+        try:
+            result = work()
+        except RankZeroFailed:
+            raise
+        except RuntimeError as error:  # so a collective fails when a rank has ended
+            silent = silent_ranks(PATIENCE) if world_size() > 1 else []
+            if not silent:
+                raise
+            ranks = ", ".join(map(str, silent))
+            raise OSError(f"rank {ranks} ended or hangs ({error}); when it is clear why, start the same command again") from error
+    return result if first else None
+
+
+def keep_freed_memory() -> None:
+    """Keeps what is freed for what is allocated next, where the C library is glibc; for training and judging on CPUs.
+
+    It would hand large blocks back to the kernel and take them anew, filled with zeros, for every tensor of every step: a tenth
+    of a step's time at any size of network.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)  # never
+
+
+def srun_ranks(env: Mapping[str, str]) -> dict[str, str]:
+    """What torchrun would set for this task of an srun step, as ranks of one job; nothing for a step of one task.
+
+    Nor for a shell that was started by srun, whose other tasks have ended.
+    """
+    if "RANK" in env or int(env.get("SLURM_STEP_NUM_TASKS", "1")) == 1 or sys.stdin.isatty():
+        return {}
+    gpus, local = torch.cuda.device_count(), int(env["SLURM_LOCALID"])  # one GPU, where the step gives each task its own
+    port = derive_key(int(env["SLURM_JOB_ID"]), int(env["SLURM_STEP_ID"])) % 15_000
+    return {
+        "RANK": env["SLURM_PROCID"],
+        "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": str(local % gpus if gpus else local),
+        "LOCAL_WORLD_SIZE": str(tasks_of_nodes(env["SLURM_STEP_TASKS_PER_NODE"])[int(env["SLURM_NODEID"])]),
+        "MASTER_ADDR": env.get("MASTER_ADDR") or first_host(env["SLURM_STEP_NODELIST"]),
+        "MASTER_PORT": env.get("MASTER_PORT") or str(15_000 + port),
+    }
+
+
+def first_host(nodes: str) -> str:
+    """The first name in SLURM's short form of a list: gpu[07-10,12],cpu1 -> gpu07."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)[0]
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first)
+
+
+def tasks_of_nodes(counts: str) -> list[int]:
+    """The numbers in SLURM's short form of a list: 4(x2),3 -> [4, 4, 3]."""
+    return [int(tasks) for tasks, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts) for _ in range(int(times or 1))]
+
+
+def launched(module: str, ranks: int, command: Sequence[str]) -> list[str]:
+    """The command line of `python -m module command` on so many local ranks."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    return [sys.executable, *torchrun, "-m", module, *command]
+
+
+class CommandFailed(RuntimeError):
+    """A command ended with an error; the text is its own last word, and where the rest lies."""
+
+
+class JobPool:
+    """Runs commands of this package, at most `jobs` at a time, each on its share of the local GPUs or of the CPU's cores.
+
+    nproc: ranks of each. `call` may be called from `jobs` threads. Raises ValueError under a launcher, and if there are fewer
+    GPUs than these want.
+    """
+
+    def __init__(self, jobs: int, nproc: int | None):
+        if "RANK" in os.environ or srun_ranks(os.environ):
+            raise ValueError("this command starts its own ranks; call it without a launcher")
+        if jobs < 1 or (nproc is not None and nproc < 1):
+            raise ValueError(f"--jobs={jobs} and --nproc={nproc} must be at least 1")
+        gpus = []
+        if torch.cuda.is_available():
+            named = os.environ.get("CUDA_VISIBLE_DEVICES")
+            gpus = named.split(",") if named else [str(gpu) for gpu in range(torch.cuda.device_count())]
+        self.jobs, self.ranks = jobs, nproc or len(gpus) // jobs or 1
+        if gpus and jobs * self.ranks > len(gpus):
+            raise ValueError(
+                f"--jobs={jobs} with {self.ranks} rank(s) each wants {jobs * self.ranks} GPUs, there are {len(gpus)}"
+            )
+        threads = str(max(available_cores() // (jobs * self.ranks), 1))
+        self._environments: SimpleQueue[dict[str, str]] = SimpleQueue()
+        for job in range(jobs):
+            environment = {"OMP_NUM_THREADS": threads, **os.environ, "SLURM_STEP_NUM_TASKS": "1", LAUNCHERS["our own"]: "1"}
+            if gpus:
+                environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[job * self.ranks : (job + 1) * self.ranks])
+            self._environments.put(environment)
+        self._lock = Lock()
+        self._running: set[subprocess.Popen] = set()
+        self._stopped = False
+
+    def call(self, module: str, command: Sequence[str], output: Path) -> None:
+        """Runs `python -m module command` to its end, its output going into a file. Raises CommandFailed."""
+        environment = self._environments.get()
+        try:
+            with open(output, "w") as file:
+                line = launched(module, self.ranks, command)
+                with self._lock:
+                    if self._stopped:
+                        raise CommandFailed("not started: the whole was stopped")
+                    # Out of reach of what is sent to our process group, as Ctrl-C and SLURM's signals are: `stop` passes it on,
+                    # and torchrun that is told twice leaves its ranks before they have saved.
+                    streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
+                    process = subprocess.Popen(line, env=environment, start_new_session=True, **streams)
+                    self._running.add(process)
+                status = process.wait()
+                with self._lock:
+                    self._running.discard(process)
+        finally:
+            self._environments.put(environment)
+        if status != 0:
+            text = output.read_text(errors="replace")
+            # With the lines that belong to it; a progress bar may stand before it.
+            errors = re.findall(r"error: .*(?:\n  .*)*", text)
+            *_, last = ["it said nothing", *text.strip().splitlines()[-1:], *errors[-1:]]
+            raise CommandFailed(f"{module.rpartition('.')[2]} ended with status {status}: {last} (all of it: {output})")
+
+    def stop(self) -> None:
+        """Asks what runs to end (training saves first), and starts nothing more."""
+        with self._lock:
+            self._stopped = True
+            for process in self._running:
+                process.terminate()

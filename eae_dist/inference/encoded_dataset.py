@@ -1,0 +1,111 @@
+"""A trained model with the latents of a data set, their index and the images that they came from: what is searched."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+
+from eae_dist.config import Config, IndexConfig
+from eae_dist.data.remote import Cache
+from eae_dist.data.stream import read_samples
+from eae_dist.distributed import from_rank_zero, rank, world_size
+from eae_dist.inference.trained_model import TrainedModel, trained_model
+from eae_dist.latent.index import DamagedIndex, LatentIndex, index_description
+from eae_dist.latent.store import LatentFolder
+from eae_dist.model.autoencoder import encoded
+from eae_dist.training.checkpoint import Checkpoint, evaluation_config, named_networks, open_checkpoint, open_data
+
+log = logging.getLogger("eae_dist")
+
+TUNING = 1_000  # queries that an index is tuned with
+
+
+class EncodedDataset:
+    """Encoded latents with the model and the images that they came from. Call every method on every rank.
+
+    Raises ValueError or OSError where they do not belong together.
+    """
+
+    def __init__(self, latents: Path, checkpoint: Path | None, assignments: Sequence[str]):
+        self.folder = LatentFolder.open(latents)
+        about = self.folder.about
+        try:
+            self.checkpoint: Checkpoint = open_checkpoint(checkpoint or about["checkpoint"])
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}; that is what {latents} was encoded from: give --ckpt if it moved") from error
+        if self.checkpoint.model_sha256 != about["model_sha256"]:
+            raise ValueError(
+                f"{latents} holds the latents of other weights than {self.checkpoint.path} "
+                f"(sha256 {about['model_sha256'][:12]} and {self.checkpoint.model_sha256[:12]}); give theirs, or encode again"
+            )
+        self.config: Config = evaluation_config(self.checkpoint, [f"data.root={about['data_root']}", *assignments])
+        self.settings: IndexConfig = self.config.index
+        self.cache = Cache.of(self.config.data)
+        index = open_data(self.checkpoint, self.config)
+        if index.sha256 != about["index_sha256"]:
+            raise ValueError(f"data.root={self.config.data.root} is not the data set that {latents} was made of; name that one")
+        self.classes = index.classes
+        self.device = PartialState().device
+        self.model: TrainedModel = trained_model(self.checkpoint, self.device, named_networks(assignments))
+        self.split = self.settings.split
+
+    def rows_of_this_rank(self, split: str) -> tuple[int, np.ndarray]:
+        """This rank's run of a split's latents, and the number of the first."""
+        rows = self.folder.rows(split)
+        start, stop = (rows * share // world_size() for share in (rank(), rank() + 1))
+        return start, self.folder.read(split, "latents", start, stop)
+
+    def index(self) -> LatentIndex:
+        """The index of index.split, the one beside the latents if it was made with these settings.
+
+        Raises DamagedIndex if it cannot be read.
+        """
+        settings = self.settings
+        cache_key = {name: asdict(settings)[name] for name in ("kind", "recall", "memory", "split", "seed")}
+        about = {"model_sha256": self.folder.about["model_sha256"], "index_sha256": self.folder.about["index_sha256"]} | cache_key
+        path = self.folder.root / f"index-{self.split}"
+        try:
+            if from_rank_zero((path / "index.json").is_file() and index_description(path)["about"] == about):
+                return LatentIndex.load(path)
+        except DamagedIndex as error:
+            raise DamagedIndex(f"{error}; remove {path}, and it is made again") from error
+        made = LatentIndex.build(
+            self.rows_of_this_rank(self.split)[1],
+            settings.kind,
+            recall=settings.recall,
+            memory=settings.memory,
+            seed=settings.seed,
+            about=about,
+        )
+        if rank() == 0:
+            log.info("index: %s; %s", made.kind, made.reason)
+        if made.kind != "flat":
+            queries = self.rows_of_this_rank(settings.query_split)[1][: -(-TUNING // world_size())]
+            share = made.tune(queries, settings.recall)
+            if rank() == 0:
+                log.info("it finds %.1f %% of the ten nearest", 100 * share)
+        made.save(path)
+        return made
+
+    def images(self, split: str, numbers: np.ndarray) -> np.ndarray:
+        """uint8 [m, c, h, w] of samples of a split."""
+        return read_samples(self.config.data.root, split, numbers, self.cache).numpy()
+
+    def encode(self, images: torch.Tensor) -> np.ndarray:
+        """uint8 [m, c, h, w] -> [m, d], in the blocks in which the latents of the folder were made."""
+        block = self.folder.about["batch"]
+        blocks = [encoded(self.model.autoencoder, part, block, self.device) for part in images.split(block)]
+        return torch.cat([torch.zeros(0, self.folder.d, device=self.device), *blocks]).cpu().numpy()
+
+    def class_of(self, label: int) -> str | None:
+        """The name of a class, the number where classes have no names, None for -1."""
+        return None if label < 0 else self.classes[label] if label < len(self.classes) else str(label)
+
+    def keys(self, numbers: np.ndarray) -> list[str]:
+        """Of rows of index.split."""
+        keys = self.folder.read(self.split, "keys")
+        return [keys[number].decode() for number in numbers]

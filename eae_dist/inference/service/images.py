@@ -1,0 +1,47 @@
+"""Images in and out of messages: base64 of a PNG file. c, h, w: the model's image shape."""
+
+import base64
+import binascii
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from eae_dist.data.image_files import read_pixels
+
+LEVEL = 1  # of compression: a small image is a twentieth larger than at 6
+
+
+def images_from_text(texts: Sequence[str], shape: tuple[int, int, int]) -> np.ndarray:
+    """Base64 image files of the model's size -> uint8 [b, c, h, w]; colors become gray where c = 1.
+
+    Nothing is decoded of a file with other dimensions. Raises ValueError that says which image is bad, and why.
+    """
+    channels, height, width = shape
+    images = np.empty((len(texts), channels, height, width), np.uint8)
+    for number, text in enumerate(texts):
+        try:
+            data = base64.b64decode(text, validate=True)
+            pixels = read_pixels(io.BytesIO(data), None, None, channels, most=height * width)
+            if pixels.shape[:2] != (height, width):
+                raise ValueError(f"{pixels.shape[1]}x{pixels.shape[0]}")
+        except (binascii.Error, ValueError) as error:  # the first is also a ValueError
+            what = "not base64" if isinstance(error, binascii.Error) or not text.isascii() else str(error)
+            raise ValueError(
+                f"image {number} is not usable: {what}; wanted a file of {width}x{height} pixels (width x height), in base64"
+            ) from error
+        images[number] = pixels.reshape(height, width, channels).transpose(2, 0, 1)
+    return images
+
+
+def png_of(image: np.ndarray) -> bytes:
+    """uint8 [c, h, w] -> the bytes of a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(file, "png", compress_level=LEVEL)
+    return file.getvalue()
+
+
+def texts_of(images: np.ndarray) -> list[str]:
+    """uint8 [b, c, h, w] -> base64 PNG files."""
+    return [base64.b64encode(png_of(image)).decode() for image in images]

@@ -1,0 +1,112 @@
+"""Sets of images, each described once by its features, and how near one set is to another.
+
+Which images share a batch does not depend on the number of ranks: a set is cut into blocks of one size, ranks take whole blocks,
+and the last one is filled up, because a row's float32 features can differ when it stands with other rows.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from eae_dist.data.order import filled
+from eae_dist.distributed import gather_rows, sum_over_ranks
+from eae_dist.metrics.features import Extractor
+from eae_dist.metrics.frechet import FeatureStats, frechet_distance, warnings_about
+from eae_dist.metrics.kid import kernel_distance
+from eae_dist.metrics.prdc import precision_recall_density_coverage
+
+SUBSET = 1000  # rows a subset of the kernel distance, half the rows of smaller sets
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """The moments of all of a set's features, and the features themselves of its first images, float32 [m, f] in order."""
+
+    stats: FeatureStats
+    rows: torch.Tensor
+
+    def to_bytes(self, key: str) -> bytes:
+        """A safetensors file that holds the set and the key of what it was made from."""
+        return save({**self.stats.state_dict(), "rows": self.rows.contiguous()}, metadata={"key": key})
+
+    @classmethod
+    def from_file(cls, path: Path, key: str) -> "ImageSet":
+        """Raises ValueError for a file that is damaged or was made from something else."""
+        try:
+            with safe_open(path, "pt") as file:
+                found = (file.metadata() or {}).get("key")
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}); remove it") from error
+        if found != key:
+            raise ValueError(f"{path} was made from {found}, wanted {key}; remove it")
+        stats = FeatureStats()
+        stats.load_state_dict(state)
+        return cls(stats, state["rows"])
+
+
+def describe(
+    blocks: Iterable[tuple[int, torch.Tensor]], extractor: Extractor, block: int, keep: int, device: torch.device, what: str
+) -> ImageSet:
+    """The set of images in this rank's blocks: (number of the first, uint8 [m, c, h, w]), m = block but for the set's last.
+
+    keep: the features of images 0 to keep - 1 are kept. Call on every rank; what it returns is the same on all of them. Raises
+    ValueError on every rank for features that are not finite, and for fewer than 2 images; `what` names the set.
+    """
+    stats, kept, broken = FeatureStats(), [], 0
+    for start, images in blocks:
+        features = extractor(filled(images, block).to(device))[: len(images)]
+        finite = features.isfinite().all(1)
+        broken += int((~finite).sum())
+        stats.add(features[finite])
+        if start < keep:
+            kept.append(features[: keep - start].clone())  # a view would hold the whole block
+    broken = int(sum_over_ranks(torch.tensor(broken, device=device)))
+    if broken:
+        raise ValueError(f"{extractor.metric}: the features of {broken} images of {what} are not finite numbers")
+    total = stats.sum_over_ranks(device)
+    if total.count < 2:
+        raise ValueError(f"{what} has {total.count} images; a distance between sets needs at least 2")
+    mine = torch.cat(kept) if kept else torch.zeros(0, total.features, device=device)
+    return ImageSet(total, gather_rows(mine).cpu())
+
+
+def compare(
+    real: ImageSet, generated: ImageSet, extractor: Extractor, root: str, device: torch.device, what: str
+) -> tuple[dict, list[str]]:
+    """The distances of a set from the real one by name, and what makes them doubtful. Call on every rank.
+
+    Both are of the extractor's features. Precision and recall with k = 3, density and coverage with k = 5.
+    """
+    rows, others = real.rows.to(device), generated.rows.to(device)
+    small = min(len(rows), len(others))
+    kernel = kernel_distance(rows, others, subset_size=SUBSET if small >= 2 * SUBSET else max(small // 2, 2))
+    numbers = {
+        extractor.metric: frechet_distance(real.stats, generated.stats, root),
+        "images": generated.stats.count,
+        extractor.kernel_metric: kernel.mean,
+        f"{extractor.kernel_metric}_std": kernel.std,
+        f"{extractor.kernel_metric}_subset_size": kernel.subset_size,
+    }
+    if small > 5:  # the neighbors of density and coverage
+        scores = precision_recall_density_coverage(rows, others)
+        numbers |= scores._asdict() | {"neighbor_images": small}
+    return numbers, warnings_about(generated.stats, what)
+
+
+def headline(fewest: int, features: int, extractor: Extractor) -> tuple[str, list[str]]:
+    """The name of the distance to read first, and what is to be said of the other; fewest: images of the smallest set.
+
+    The Fréchet distance needs covariances of full rank, so more images than features; the kernel distance is unbiased for any
+    number.
+    """
+    if fewest > features:
+        return extractor.metric, []
+    return extractor.kernel_metric, [
+        f"{extractor.metric} is too large, and compares only at equal numbers of images: {fewest} images for {features} features "
+        f"give a covariance of rank {fewest - 1} at most; read {extractor.kernel_metric}, or judge more than {features} images"
+    ]

@@ -1,0 +1,74 @@
+"""The gradient of a batch that does not fit into memory, exactly: `train.accumulate` micro-batches with one latent batch.
+
+The latent norm, the entropy and the mmd are those of all n rows of the batch, over all ranks; only the networks go
+through it in parts. Three stages (the two passes are those of Gao et al. 2021, GradCache):
+
+    1. encode every micro-batch without gradient, and keep the encoder's outputs h                        [b, d] a rank
+    2. z = norm(h); decode every micro-batch and keep dL/dz; add the gradient of what the whole batch's latents are
+       penalized by; pull both back to dL/dh
+    3. encode every micro-batch again, with gradient, and continue dL/dh into the encoder
+
+Micro-batch a has the rows of the global batch whose numbers are a modulo A, wherever they are: the same on any number of ranks.
+Batch norms inside the networks see one micro-batch over all ranks. Gradients are averaged over ranks once, at the end.
+"""
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from eae_dist.distributed import average_over_ranks, rank
+from eae_dist.model.autoencoder import to_unit
+from eae_dist.model.networks import frozen_statistics, one_power_iteration
+from eae_dist.numerics.keyed_random import derive_key
+from eae_dist.objectives import Latents, Objective
+
+
+def accumulate(
+    accelerator: Accelerator, objective: Objective, batch: dict, global_batch: int, row_ids: np.ndarray, key: int, parts: int
+) -> dict[str, torch.Tensor]:
+    """Adds the gradient of one batch to the parameters, averaged over ranks; the named terms, as `Objective.forward` gives them.
+
+    batch: this rank's rows; global_batch: n; row_ids: which rows of the global batch these are, int64 [b]; key: of all draws of
+    the batch; parts: micro-batches, at most b. Call on every rank, with the objective that accelerate has not wrapped.
+    """
+    device, autoencoder = accelerator.device, objective.autoencoder
+    ids_of = [row_ids[row_ids % parts == part] for part in range(parts)]
+    split = [len(here) for here in ids_of]
+    order = torch.from_numpy(np.argsort(row_ids % parts, kind="stable"))  # one micro-batch after the other
+    images, is_first_copy, row_ids = batch["image"][order].split(split), batch["first"][order], np.concatenate(ids_of)
+    scaled = (lambda loss: loss) if accelerator.scaler is None else accelerator.scaler.scale
+
+    def encoder_output(part: int) -> torch.Tensor:
+        torch.manual_seed(derive_key(key, rank(), part))  # random layers of a user's own draw the same in both passes
+        with accelerator.autocast():  # each time anew: what it keeps of a pass without gradient has none
+            return objective.encoder_output(to_unit(images[part], device), ids_of[part], key)
+
+    def decoded(part: int, latents: Latents) -> dict[str, torch.Tensor]:
+        with accelerator.autocast():
+            return objective.decoded(latents, to_unit(images[part], device), ids_of[part], key)
+
+    with one_power_iteration(autoencoder):
+        # 1. The outputs of all rows.
+        with torch.no_grad():
+            outputs = torch.cat([encoder_output(part) for part in range(parts)])
+
+        # 2. Latents of the whole batch; what they lose through the decoder, a micro-batch at a time; what all of them lose.
+        outputs.requires_grad_()
+        latents = objective.latents(outputs)
+        leaves = [None if x is None else x.detach().requires_grad_() for x in latents]
+        kept: list[dict[str, torch.Tensor]] = []
+        for part, here in enumerate(zip(*(parts * [None] if x is None else x.split(split) for x in leaves), strict=True)):
+            per_row = decoded(part, here)
+            scaled(objective.weighted(objective.terms_of_rows(per_row, global_batch))).backward()
+            kept.append({name: row.detach() for name, row in per_row.items() if name != "latent"})
+        per_row = {name: torch.cat([here[name] for here in kept]) for name in kept[0]} | {"latent": latents[0]}
+        terms = objective.terms(per_row, is_first_copy.to(device), global_batch, row_ids, key)
+        pulled = sum((x * leaf.grad).sum() for x, leaf in zip(latents, leaves, strict=True) if x is not None)
+        (pulled + scaled(terms["loss"])).backward()
+
+        # 3. The encoder's part of the gradient.
+        with frozen_statistics(autoencoder.encoder):
+            for part, gradient in enumerate(outputs.grad.split(split)):
+                (encoder_output(part) * gradient).sum().backward()
+    average_over_ranks(p.grad for p in objective.parameters() if p.grad is not None)
+    return {name: term.detach() for name, term in terms.items()}

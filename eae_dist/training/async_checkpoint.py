@@ -1,0 +1,85 @@
+"""Checkpoints that a thread writes while training goes on, which waits only while its state is copied in memory.
+
+What is written is the state of the step in which it was copied. The writing is that of `checkpoint.save`: whole or not at all.
+"""
+
+import logging
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from pathlib import Path
+
+import torch
+
+from eae_dist.config import Config
+from eae_dist.training import checkpoint as checkpoints
+
+log = logging.getLogger("eae_dist")
+
+
+class AsyncCheckpoints:
+    """Writes a run's checkpoints one after the other, on one rank; a context, whose end waits for what is being written.
+
+    A failure is kept until `wait` or `raise_failure` raises it: the OSError of `checkpoint.save`.
+    """
+
+    def __init__(self, run: Path, config: Config):
+        self._run, self._config = run, config
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future | None = None
+        self._buffers: dict[tuple, torch.Tensor] = {}
+
+    def __enter__(self) -> "AsyncCheckpoints":
+        return self
+
+    def __exit__(self, _, error: BaseException | None, __) -> None:
+        self._thread.shutdown()
+        failure = None if self._writing is None else self._writing.exception()
+        if failure not in (None, error):  # or it would be lost behind the error that ends the run
+            log.error("error: %s", failure)
+
+    def start(self, model_state: dict, optimizer_state: dict, state: dict, *, copied: bool = False) -> None:
+        """Takes the arguments of `checkpoint.save`, which may change afterwards; `best` goes to state["best_step"].
+
+        Waits for the checkpoint before, and raises its failure: there is one copy in memory, on the CPU. copied: the
+        optimizer's state is nobody else's.
+        """
+        self.wait()
+        model_state, state = self._copy(model_state, ("model",)), self._copy(state)
+        if not copied:
+            optimizer_state = self._copy(optimizer_state, ("optimizer",))
+        if torch.cuda.is_initialized():
+            torch.cuda.current_stream().synchronize()
+        self._writing = self._thread.submit(self._write, model_state, optimizer_state, state)
+
+    def wait(self) -> None:
+        """Returns when the last checkpoint is on the disk. Raises OSError if it could not be written."""
+        if self._writing is not None:
+            self._writing.result()
+
+    def raise_failure(self) -> None:
+        """Raises OSError if the last checkpoint is already known not to have been written; waits for nothing."""
+        if self._writing is not None and self._writing.done():
+            self._writing.result()
+
+    def last(self) -> Path | None:
+        """The newest checkpoint on the disk, after the one that this rank may be writing has ended, well or not."""
+        if self._writing is not None:
+            wait_for([self._writing])
+        return checkpoints.latest(self._run)
+
+    def _write(self, model_state: dict, optimizer_state: dict, state: dict) -> None:
+        checkpoints.save(self._run, self._config, model_state, optimizer_state, state)
+        checkpoints.mark_best(self._run, state["best_step"])
+        checkpoints.prune(self._run, self._config.train.keep)
+
+    def _copy(self, value, place: tuple = ()):
+        """Copies dicts, lists and tensors; these into memory that is kept, since a copy into new memory takes twice the time."""
+        if isinstance(value, dict):
+            return {key: self._copy(item, (*place, key)) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._copy(item, (*place, number)) for number, item in enumerate(value)]
+        if not isinstance(value, torch.Tensor):
+            return value
+        if place not in self._buffers:
+            self._buffers[place] = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+        return self._buffers[place].copy_(value, non_blocking=True)

@@ -1,0 +1,332 @@
+"""State on disk: a checkpoint appears whole or not at all, and is checked before it is used.
+
+    checkpoints/step-00000120/   model.safetensors   weights and buffers
+                                 optimizer.pt        the optimizer's state, loadable with weights_only=True
+                                 state.json          clock, data order, schedule, best loss, versions
+                                 config.yaml         the resolved configuration
+                                 manifest.json       the sha256 of each of these
+    checkpoints/latest, best     links to the newest and to the one with the lowest validation loss
+
+A folder is written aside, fsynced and renamed. Nothing in it is ever unpickled into code.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import pickle
+import platform
+import shutil
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+import eae_dist
+from eae_dist.config import WHERE_DATA_LIES, Config, changed_keys, override, read_config, save_config
+from eae_dist.data.remote import Cache
+from eae_dist.data.shard_index import ShardIndex
+from eae_dist.distributed import from_rank_zero, on_rank_zero
+from eae_dist.numerics.atomic_files import fsync, sha256_of
+from eae_dist.objectives import Objective, build_objective
+
+log = logging.getLogger("eae_dist")
+
+FILES = ("model.safetensors", "optimizer.pt", "state.json", "config.yaml")
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint whose files are missing or differ from their checksums."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint folder; `state` holds "step", "images" and what else `save` was given."""
+
+    path: Path
+    config: Config
+    state: dict
+    model_sha256: str
+
+    def model_state(self) -> dict[str, torch.Tensor]:
+        """Weights and buffers by name. Raises DamagedCheckpoint for anything else."""
+        try:
+            return load_file(self.path / "model.safetensors")
+        except SafetensorError as error:
+            raise DamagedCheckpoint(f"{self.path}: model.safetensors holds something else than tensors ({error})") from error
+
+    def optimizer_state(self) -> dict:
+        """What the optimizer's load_state_dict takes. Raises DamagedCheckpoint for a file that would run code."""
+        try:
+            return torch.load(self.path / "optimizer.pt", map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise DamagedCheckpoint(
+                f"{self.path}: optimizer.pt holds something else than tensors and plain values, and may run code; "
+                f"it is not loaded"
+            ) from error
+
+
+def save(run: Path, config: Config, model_state: dict, optimizer_state: dict, state: dict) -> Path:
+    """Writes run/checkpoints/step-<step, eight digits> and links `latest` to it; call on one rank.
+
+    A failure (OSError, a full disk) leaves every earlier checkpoint and `latest` as they were.
+    """
+    folder = run / "checkpoints"
+    target = folder / f"step-{state['step']:08d}"
+    aside, old = folder / f".{target.name}.partial", folder / f".{target.name}.old.partial"
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir()
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model_state.items()}, aside / FILES[0])
+        torch.save(optimizer_state, aside / FILES[1])
+        (aside / FILES[2]).write_text(json.dumps({**state, "versions": versions()}, indent=2))
+        save_config(config, aside / FILES[3])
+        manifest = {name: sha256_of(aside / name) for name in FILES}
+        (aside / "manifest.json").write_text(json.dumps(manifest, indent=2))
+        for path in [*aside.iterdir(), aside]:
+            fsync(path)
+        if target.exists():  # the same step again, after a resume from an earlier one
+            target.rename(old)
+        aside.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException as error:
+        free = shutil.disk_usage(folder).free
+        shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(error, OSError | RuntimeError | SafetensorError):
+            # torch and safetensors have their own words for a full disk, which do not say so.
+            raise OSError(
+                f"checkpoint {target} could not be written: {error}; {free:,} bytes were left on the disk; "
+                f"earlier checkpoints are intact"
+            ) from error
+        raise
+    fsync(folder)
+    _link(folder / "latest", target.name)
+    return target
+
+
+def latest(run: Path) -> Path | None:
+    """The checkpoint that was written last, if there is one."""
+    link = run / "checkpoints" / "latest"
+    return link.resolve() if link.exists() else None
+
+
+def mark_best(run: Path, step: int) -> None:
+    """Links `best` to the checkpoint of that step, if it is there."""
+    if (run / "checkpoints" / f"step-{step:08d}").is_dir():
+        _link(run / "checkpoints" / "best", f"step-{step:08d}")
+
+
+def prune(run: Path, keep: int) -> None:
+    """Removes all but the last `keep` checkpoints and the best."""
+    folder = run / "checkpoints"
+    best = (folder / "best").resolve().name
+    for path in _folders(run)[keep:]:
+        if path.name != best:
+            shutil.rmtree(path)
+
+
+def open_checkpoint(directory: str | Path) -> Checkpoint:
+    """The checkpoint in a folder, or the latest of a run folder, with every checksum verified.
+
+    Raises FileNotFoundError where there is none and DamagedCheckpoint that names the file.
+    """
+    path = Path(directory)
+    if not (path / "manifest.json").is_file() and (path / "checkpoints").is_dir():
+        latest = path / "checkpoints" / "latest"
+        path = latest if latest.exists() or not (left := _folders(path)) else left[0]
+    path = path.resolve()
+    if not any((path / name).is_file() for name in ("manifest.json", *FILES[:3])):
+        raise FileNotFoundError(f"{directory} holds no checkpoint; give a run folder or a folder such as RUN/checkpoints/latest")
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpoint(f"checkpoint {path} is damaged: manifest.json cannot be read ({error})") from error
+    for name in FILES:
+        if not (path / name).is_file():
+            raise DamagedCheckpoint(f"checkpoint {path} is damaged: {name} is missing")
+        if sha256_of(path / name) != manifest.get(name):
+            raise DamagedCheckpoint(f"checkpoint {path} is damaged: {name} does not match its checksum")
+    state = json.loads((path / "state.json").read_text())
+    return Checkpoint(path, read_config(path / "config.yaml"), state, manifest["model.safetensors"])
+
+
+def newest_intact(run: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint of a run that verifies, or None, and what was wrong with newer ones."""
+    damage = []
+    for path in _folders(run):
+        try:
+            return open_checkpoint(path), damage
+        except (DamagedCheckpoint, FileNotFoundError) as error:
+            damage.append(str(error))
+    return None, damage
+
+
+def set_aside_after(run: Path, step: int) -> None:
+    """Sets aside what is newer than `step`, damaged checkpoints as a rule, and removes what an interrupted save left."""
+    for path in (run / "checkpoints").glob(".*.partial"):
+        shutil.rmtree(path)
+    for path in _folders(run):
+        if int(path.name.removeprefix("step-")) > step:
+            aside = path.with_name(f"{path.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            log.warning("%s is kept as %s", path, aside.name)
+    _link(run / "checkpoints" / "latest", f"step-{step:08d}")
+    best = run / "checkpoints" / "best"
+    if best.is_symlink() and not best.exists():  # it was among those; the next better validation links it again
+        best.unlink()
+
+
+def load_objective(checkpoint: Checkpoint, allow: Collection[str] = ()) -> Objective:
+    """The trained objective on the CPU, in eval mode.
+
+    A checkpoint may come from anyone, so a network class that it names (model.encoder, model.decoder) is imported only if it
+    stands in `allow`; otherwise ValueError.
+    """
+    config = checkpoint.config
+    for key, name in (("model.encoder", config.model.encoder), ("model.decoder", config.model.decoder)):
+        if name is not None and name not in allow:
+            raise ValueError(
+                f"{checkpoint.path} was trained with {key}={name}, code that is not part of eae_dist; "
+                f"name it to allow its import: {key}={name} on the command line, or load(..., allow=[{name!r}])"
+            )
+    objective = build_objective(config.model, config.objective, checkpoint.state["image_shape"], config.train.seed)
+    objective.load_state_dict(checkpoint.model_state())
+    return objective.eval()
+
+
+def named_networks(assignments: Sequence[str]) -> list[str]:
+    """The network classes that a command line names, and so allows."""
+    return [text.split("=", 1)[1] for text in assignments if text.startswith(("model.encoder=", "model.decoder="))]
+
+
+def evaluation_config(checkpoint: Checkpoint, assignments: Sequence[str]) -> Config:
+    """The checkpoint's configuration with evaluate.*, index.* and what says where the data lies changed; else a ValueError."""
+    config = override(checkpoint.config, assignments)
+    data = replace(checkpoint.config.data, **{key: getattr(config.data, key) for key in WHERE_DATA_LIES})
+    judged = replace(checkpoint.config, evaluate=config.evaluate, index=config.index, data=data)
+    changed = changed_keys(judged, config, changeable=False) + changed_keys(judged, config, changeable=True)
+    if changed:
+        raise ValueError(
+            f"only evaluate.*, index.* and data.root can be set beside the checkpoint {checkpoint.path}, and how a remote "
+            "data.root is read; the rest is its own:\n  " + "\n  ".join(changed)
+        )
+    return config
+
+
+def open_data(checkpoint: Checkpoint, config: Config) -> ShardIndex:
+    """The index of data.root. Raises ValueError for images of another shape than the model's, and as `ShardIndex.load`."""
+    index = ShardIndex.load(config.data.root, Cache.of(config.data))
+    if index.image_shape != tuple(checkpoint.state["image_shape"]):
+        raise ValueError(
+            f"data.root={config.data.root} holds images of shape {index.image_shape} (c, h, w), the checkpoint was trained on "
+            f"{tuple(checkpoint.state['image_shape'])}"
+        )
+    return index
+
+
+def evaluation_folder(checkpoint: Checkpoint) -> Path:
+    """RUN/evaluation for a checkpoint in RUN/checkpoints, else a folder inside the checkpoint's parent."""
+    folder = checkpoint.path.parent
+    return (folder.parent if folder.name == "checkpoints" else folder) / "evaluation"
+
+
+def lock(run: Path) -> IO | None:
+    """Makes the run folder and keeps other jobs out of it until the returned file is closed or the process ends.
+
+    Call on every rank; rank 0 holds the lock. Raises OSError if the folder cannot be written or is in use.
+    """
+    held = None
+    with on_rank_zero() as is_rank_zero:
+        if is_rank_zero:
+            try:
+                run.mkdir(parents=True, exist_ok=True)
+                held = open(run / ".lock", "a+")
+            except OSError as error:
+                raise OSError(f"train.output={run} cannot be written: {error}") from error
+            try:
+                fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:
+                held.seek(0)
+                holder = f"another job ({held.read()})"
+                raise OSError(f"train.output={run} is in use by {holder}; wait for it or take another folder") from error
+            except OSError as error:  # some network file systems have no locks
+                log.warning("train.output=%s cannot be locked (%s); keep other jobs out of it", run, error)
+            else:
+                held.truncate(0)
+                held.write(f"process {os.getpid()} on {platform.node()}")
+                held.flush()
+    return held
+
+
+def open_run_folder(run: Path, config: Config, data_identity: dict) -> Checkpoint | None:
+    """Makes or continues the run folder: the newest checkpoint that is intact, the same on every rank, or None for a new run.
+
+    Raises ValueError if a setting that must not change did, or the data did; OSError if the folder cannot be written.
+    """
+    path = None
+    with on_rank_zero() as is_rank_zero:
+        if is_rank_zero:
+            run.mkdir(parents=True, exist_ok=True)
+            settings = run / "config.yaml"
+            found, damage = newest_intact(run)
+            for line in damage:
+                log.warning("%s; going back to the checkpoint before it", line)
+            if found is not None:  # else there is nothing yet that other settings would spoil
+                before = read_config(settings) if settings.is_file() else found.config
+                if changed := changed_keys(before, config, changeable=False):
+                    raise ValueError(
+                        f"train.output={run} holds a run with other settings; take another folder, or the old values:\n  "
+                        + "\n  ".join(changed)
+                    )
+                for line in changed_keys(before, config, changeable=True):
+                    log.info("changed since the run was started: %s", line)
+                check_same_data(found.state["stream"], data_identity, run)
+                set_aside_after(run, found.state["step"])
+                mark_best(run, found.state["best_step"])
+                path = found.path
+            elif damage:
+                raise ValueError(f"no checkpoint of {run} is intact; move the folder away to start anew")
+    path = from_rank_zero(path)
+    return None if path is None else open_checkpoint(path)
+
+
+def check_same_data(before: dict, now: dict, run: Path) -> None:
+    """Raises ValueError if the batches of this stream would not continue those of the run."""
+    changed = [f"{key}: {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
+    if changed:
+        raise ValueError(
+            f"{run} was trained on other data or in another order; restore data.root or take another train.output:\n  "
+            + "\n  ".join(changed)
+        )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result can depend on."""
+    found = {"eae_dist": eae_dist.__version__, "python": platform.python_version()}
+    for package in ("torch", "torchvision", "accelerate", "deepspeed", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _folders(run: Path) -> list[Path]:
+    """The run's checkpoint folders, newest first."""
+    found = (path for path in (run / "checkpoints").glob("step-*") if path.is_dir())
+    return sorted((path for path in found if path.name.removeprefix("step-").isdecimal()), reverse=True)  # a copy is the user's
+
+
+def _link(link: Path, target: str) -> None:
+    aside = link.with_name(f".{link.name}.new")
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(target)
+    os.replace(aside, link)
+    fsync(link.parent)

@@ -1,0 +1,176 @@
+"""The training loop: a run is made or continued, steps are taken, and after a step comes what is due.
+
+B: images a step, over all ranks.
+"""
+
+import time
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from eae_dist.config import Config, TrainConfig, flatten, save_config
+from eae_dist.data.stream import ShardStream
+from eae_dist.distributed import RankZeroFailed, StopRequest, measured_waits, on_rank_zero, rank, require_equal
+from eae_dist.model.autoencoder import to_unit
+from eae_dist.model.norm import finite_norms
+from eae_dist.numerics.keyed_random import derive_key
+from eae_dist.objectives import resolve
+from eae_dist.training import checkpoint as checkpoints
+from eae_dist.training.accumulation import accumulate
+from eae_dist.training.console import describe, progress_bar, progress_terms, say
+from eae_dist.training.crash_report import reported_crashes
+from eae_dist.training.engines import engine_of
+from eae_dist.training.metrics_log import FINITE_NORMS, TrainingDiverged
+from eae_dist.training.run import Run
+from eae_dist.training.setup import check_micro_batches, check_neighbors, last_step, open_stream, start_accelerator
+from eae_dist.training.step_times import StepTimes, traced
+
+EXPECTED_ERRORS = (TrainingDiverged, RankZeroFailed, ValueError, OSError)  # errors whose own words are enough
+
+
+def train(config: Config) -> None:
+    """Trains to config.train.epochs, continuing the run folder's latest checkpoint if there is one. Call on every rank.
+
+    Raises ValueError or OSError for what a user can set right, TrainingDiverged for a loss that is not finite.
+    """
+    # The ranks, the data, the run folder.
+    accelerator = start_accelerator(config.train)
+    require_equal(flatten(config), "settings")
+    stream = open_stream(config)
+    config = resolve(config, stream.index.image_shape, stream.lanes)
+    folder = Path(config.train.output)
+    _lock = checkpoints.lock(folder)  # held until this function returns
+    checkpoint = checkpoints.open_run_folder(folder, config, stream.identity())
+
+    # The model with its loss and the optimizer; DDP's buckets; where the last checkpoint left them.
+    run = Run(config, accelerator, stream)
+    check_micro_batches(stream, config.train.accumulate, accelerator.device)
+    if "entropy" in run.objective.penalties:
+        check_neighbors(stream, config)
+    if config.train.accumulate == 1 and run.engine.needs_ddp_warmup:
+        warm_up_ddp_buckets(accelerator, run.model, stream)
+    if checkpoint is not None:
+        run.resume(checkpoint)
+    state, end = run.state, last_step(config, stream.index)
+    if state.step >= end and not state.unfinished:
+        return say(
+            f"{folder} is finished: {run.images:,} images; raise train.epochs={config.train.epochs:g} above "
+            f"{run.images / stream.samples:.2f} to go on"
+        )
+    with on_rank_zero() as is_rank_zero:
+        if is_rank_zero:
+            save_config(config, folder / "config.yaml")
+    run.open_log()
+    describe(config, run.objective, stream, state.step, end)
+
+    with (
+        run.saves,
+        reported_crashes(folder, lambda: state.step, run.saves.last, config.train.timeout, *EXPECTED_ERRORS),
+        progress_bar(run.images, end * config.train.global_batch) as progress,
+        StopRequest(config.train.timeout) as stop,
+        closing(iter(stream)) as batches,
+        measured_waits() as waits,
+        traced(config.train.profile, folder / "profile") as profiler,
+    ):
+        # What the last start left to this one.
+        unfinished, state.unfinished = state.unfinished, None
+        stopping = unfinished is not None and not run.after_step(**unfinished, stop=stop)
+        if stopping:
+            run.save(unfinished)
+
+        window: list[torch.Tensor] = []  # the terms of every step since the last line of the log
+        times, started = StepTimes(stream.rows, waits, run.model), time.perf_counter()
+        while state.step < end and not stopping:
+            # One step on B images.
+            stop.start_asking()
+            run.schedule_learning_rate()
+            torch.manual_seed(derive_key(config.train.seed, state.step, rank()))  # of random layers in a user's own network
+            key = derive_key(config.train.seed, state.step)
+            with times.step():
+                with times.reading():
+                    batch = next(batches)
+                names, terms = training_step(
+                    accelerator, run.model, run.prepared_optimizer, batch, stream.row_ids, key, config.train
+                )
+                stopping = stop.asked()
+            window.append(terms)
+            state.step += 1
+            progress.update(config.train.global_batch)
+            if profiler is not None:
+                profiler.step()
+            due = run.due(end) | ({"save"} if stopping else set())
+            if not due:
+                continue
+
+            # The log: means over the steps and ranks since the last line. A loss that is not finite stops here.
+            record = run.record(names, window, time.perf_counter() - started) | times.record() | run.reference
+            window.clear()
+            # A preempted job has little time: validation and samples are left to the next start.
+            if (stopping and due & {"validate", "sample"}) or not run.after_step(record, due, stop):
+                run.save(unfinished={"record": record, "due": sorted(due | {"save"})})
+                stopping = True
+            progress.set_postfix(progress_terms(run.last_record), refresh=False)
+            started = time.perf_counter()
+        with on_rank_zero():  # here a second signal does not end the process yet
+            run.saves.wait()
+
+    # The end, or a stop that was asked for.
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    if stopping:
+        say(
+            f"stopped by a signal, or with its launcher, at step {state.step} of {end}; "
+            f"saved in {folder}/checkpoints/latest, the same command goes on"
+        )
+    else:
+        say(
+            f"finished {folder}: samples in {folder}/samples, numbers in {folder}/metrics.jsonl, "
+            f"weights in {folder}/checkpoints/latest"
+        )
+
+
+def training_step(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: dict,
+    row_ids: np.ndarray,
+    key: int,
+    config: TrainConfig,
+) -> tuple[list[str], torch.Tensor]:
+    """One optimizer step; the terms' names and this rank's shares of them, float64 [terms], gradient norm last.
+
+    Before it stands what `finite_norms` says, from which `averaged` names the ranks where a loss that is not finite began.
+
+    row_ids: which rows of the global batch this rank holds, int64 [b]; key: of all draws of this step.
+    """
+    optimizer.zero_grad()
+    device = accelerator.device
+    if config.accumulate > 1:
+        objective = accelerator.unwrap_model(model)
+        terms = accumulate(accelerator, objective, batch, config.global_batch, row_ids, key, config.accumulate)
+    else:
+        terms = model(to_unit(batch["image"], device), batch["first"].to(device), config.global_batch, row_ids, key)
+        accelerator.backward(terms["loss"])
+    norm = engine_of(accelerator).step(model, optimizer, config.clip_norm)
+    shares = [torch.as_tensor(term, device=device).double() for term in (*terms.values(), finite_norms(model), norm)]
+    return [*terms, FINITE_NORMS, "gradient_norm"], torch.stack(shares).detach()
+
+
+def warm_up_ddp_buckets(accelerator: Accelerator, model: torch.nn.Module, stream: ShardStream) -> None:
+    """One backward pass that is thrown away, on a new and on a continued run alike.
+
+    DDP rebuilds its buckets after its first backward pass, and sums of three ranks or more then round differently: without
+    this, the first step after a resume would not have the bits of the same step in an uninterrupted run.
+    """
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    images = torch.zeros(stream.rows, *stream.index.image_shape, device=accelerator.device)
+    first = torch.ones(stream.rows, dtype=torch.bool, device=accelerator.device)
+    for _ in range(2):  # the buckets are rebuilt at the start of the second
+        accelerator.backward(model(images, first, stream.order.global_batch, stream.row_ids, 0)["loss"])
+    model.zero_grad()
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])

@@ -1,0 +1,174 @@
+"""A run: its model, optimizer, schedule and state, what a step is followed by, and what is saved."""
+
+import resource
+import sys
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from eae_dist.config import Config, flatten
+from eae_dist.data.remote import Cache
+from eae_dist.data.stream import ShardStream, walk
+from eae_dist.distributed import StopRequest, on_rank_zero, rank, ranks_of_group, subgroup, world_size
+from eae_dist.model.autoencoder import to_unit
+from eae_dist.objectives import build_objective
+from eae_dist.report.grids import GridInputs, draw_grids, grid_inputs, save_grids
+from eae_dist.training import metrics_log
+from eae_dist.training.async_checkpoint import AsyncCheckpoints
+from eae_dist.training.checkpoint import Checkpoint
+from eae_dist.training.compilation import set_execution
+from eae_dist.training.console import say
+from eae_dist.training.engines import engine_of
+from eae_dist.training.setup import entropy_reference
+from eae_dist.training.state import TrainingState
+from eae_dist.training.validation import validate
+
+
+class Run:
+    """The objects of one training run and its state. Call every method on every rank.
+
+    objective: the model with its loss; `model` is the same as DDP or DeepSpeed wraps it, `prepared_optimizer` the optimizer that
+    takes its steps.
+    """
+
+    def __init__(self, config: Config, accelerator: Accelerator, stream: ShardStream):
+        """Makes a new run; the configuration is one that `objectives.resolve` has filled in."""
+        self.config, self.accelerator, self.stream = config, accelerator, stream
+        self.folder, self.state = Path(config.train.output), TrainingState()
+        self.objective = build_objective(config.model, config.objective, stream.index.image_shape, config.train.seed)
+        self.objective.group = subgroup(ranks_of_group(config.objective.group))
+        set_execution(self.objective, config.train, accelerator.device)
+        self.optimizer = torch.optim.Adam(self.objective.parameters(), lr=config.train.learning_rate)
+        self.engine = engine_of(accelerator)
+        self.model, self.prepared_optimizer = self.engine.prepare(self.objective, self.optimizer, config, stream.lanes)
+        self.plateau = ReduceLROnPlateau(
+            self.optimizer,
+            factor=config.train.plateau_factor,
+            patience=config.train.plateau_patience - 1,  # of PyTorch: how many it lets pass before the one at which it acts
+            threshold_mode="abs",  # relative to a negative loss, standing still would count as better
+        )
+        self.saves = AsyncCheckpoints(self.folder, config)
+        self.every = {  # images between two of each
+            "log": config.train.log_every or 10 * config.train.global_batch,
+            "validate": config.train.validate_every or stream.samples,
+            "sample": config.train.sample_every or stream.samples,
+            "save": config.train.save_every or stream.samples,
+        }
+        self.reference: dict[str, float] = {}  # what the log compares the entropy with
+        self.last_record: dict = {}
+
+    @property
+    def images(self) -> int:
+        """Images seen, the clock of everything."""
+        return self.state.step * self.config.train.global_batch
+
+    @property
+    def ran_on(self) -> dict:
+        return {"engine": self.engine.name, "ranks": world_size(), "device": self.accelerator.device.type}
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Goes on from a checkpoint; says what is not as it was before."""
+        self.state = TrainingState.from_dict(checkpoint.state)
+        self.engine.load(self.objective, self.optimizer, checkpoint.model_state(), checkpoint.optimizer_state())
+        self.plateau.load_state_dict(self.state.plateau)
+        if self.accelerator.scaler is not None and self.state.grad_scaler:
+            self.accelerator.scaler.load_state_dict(self.state.grad_scaler)
+        for what, before in checkpoint.state.get("ran_on", {}).items():
+            if before != self.ran_on[what]:
+                say(f"changed since the last checkpoint: {what}: {before} -> {self.ran_on[what]}")
+        self.stream.start_step = self.state.step
+
+    def open_log(self) -> None:
+        """Opens metrics.jsonl and the trackers, and fixes what every grid of samples is made from."""
+        config, device = self.config, self.accelerator.device
+        self.metrics = metrics_log.MetricsLog(self.folder, self.accelerator, self.state.step, flatten(config))
+        if "entropy" in self.objective.penalties:
+            self.reference = {"entropy_gaussian_reference": entropy_reference(config, device)}
+        self.grid_inputs: GridInputs | None = None
+        with on_rank_zero() as is_rank_zero:
+            if is_rank_zero:
+                data, split = config.data, config.data.validation or config.data.split
+                images = next(walk(data.root, split, 64, rank=0, world=1, cache=Cache.of(data)))["image"]
+                self.grid_inputs = grid_inputs(to_unit(images, device), config.model.latent_dim, config.train.seed)
+
+    def schedule_learning_rate(self) -> None:
+        """Sets the rate of the exponential schedule; the plateau schedule sets it after validation."""
+        train = self.config.train
+        if train.schedule == "exponential":
+            epochs_done = self.images // self.stream.samples
+            for group in self.optimizer.param_groups:
+                group["lr"] = train.learning_rate * train.decay**epochs_done
+
+    def due(self, end: int) -> set[str]:
+        """What follows the last step: log, validate, sample, save; all of it at the end."""
+        before, now = self.images - self.config.train.global_batch, self.images
+        return {what for what, images in self.every.items() if self.state.step == end or now // images > before // images}
+
+    def record(self, names: list[str], window: list[torch.Tensor], seconds: float) -> dict[str, float]:
+        """The line of the log for the steps of the window, which took so long. Raises TrainingDiverged."""
+        step, ignore_gradient = self.state.step, self.accelerator.scaler is not None
+        return {
+            "step": step,
+            "images": self.images,
+            "epoch": self.images / self.stream.samples,
+            **metrics_log.averaged(window, names, step, self.saves.last, ignore_gradient=ignore_gradient),
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "images_per_second": len(window) * self.config.train.global_batch / seconds,
+            "peak_memory_mib": peak_memory_mib(self.accelerator.device),
+        }
+
+    def after_step(self, record: dict[str, float], due: Collection[str], stop: StopRequest) -> bool:
+        """What is due: validation, pictures, the line of the log, a checkpoint. False if a stop breaks the validation off."""
+        state, improved = self.state, False
+        if "validate" in due and self.config.data.validation:
+            terms = validate(self.accelerator, self.objective, self.config, stop)
+            if terms is None:
+                return False
+            validation = {f"validation_{name}": value for name, value in terms.items()}
+            metrics_log.require_finite(validation, state.step, self.saves.last)
+            record = record | validation
+            improved = record["validation_loss"] < state.best_validation_loss
+            if improved:
+                state.best_validation_loss, state.best_step = record["validation_loss"], state.step
+            if self.config.train.schedule == "plateau":
+                self.plateau.step(record["validation_loss"])
+        with on_rank_zero() as is_rank_zero:  # a disk may be full, also because a checkpoint is being written
+            self.saves.raise_failure()
+            if is_rank_zero and "sample" in due:
+                grids = draw_grids(self.objective.autoencoder.eval(), self.grid_inputs)
+                save_grids(grids, self.folder / "samples", f"step-{state.step:08d}-")
+                self.objective.train()
+            self.metrics.write(record)
+        self.last_record = record
+        if improved or "save" in due:
+            self.save()
+        return True
+
+    def save(self, unfinished: dict | None = None) -> None:
+        """Starts to write a checkpoint. unfinished: the arguments of `after_step` that the next start is to go on with."""
+        state, scaler = self.state, self.accelerator.scaler
+        state.plateau, state.grad_scaler = self.plateau.state_dict(), None if scaler is None else scaler.state_dict()
+        with on_rank_zero():  # before an engine gathers a second copy
+            self.saves.wait()
+        optimizer_state = self.engine.optimizer_state(self.objective, self.optimizer)
+        if rank() == 0:
+            about = {
+                **state.to_dict(),
+                "unfinished": unfinished,
+                "images": self.images,
+                "image_shape": list(self.stream.index.image_shape),
+                "stream": self.stream.identity(),
+                "ran_on": self.ran_on,
+            }
+            copied = self.engine.optimizer_state_is_copy
+            self.saves.start(self.objective.state_dict(), optimizer_state, about, copied=copied)
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """The most memory this rank has held: allocated on its GPU, or resident in the process, MiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -1,0 +1,84 @@
+"""Where the time of a step goes on every rank: reading, waiting for other ranks, work of its own; and traces of single steps."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile, schedule
+
+from eae_dist.distributed import gather_rows, message_device, rank
+from eae_dist.distributed.collectives import Stopwatch
+
+SKIPPED = 3  # steps before a trace: the first allocate, and the last of them warms the profiler up
+
+
+class StepTimes:
+    """Sums over the steps since the last line of the log; each step: `with times.step(): with times.reading(): ...`.
+
+    waits: of the collectives (`measured_waits`). What a model wrapped by DDP waits for its gradients on CPUs is counted too. On
+    GPUs, which do not wait on the host, look at a trace.
+    """
+
+    def __init__(self, rows: int, waits: Stopwatch, model: torch.nn.Module):
+        """rows: this rank's rows of a batch."""
+        self.rows, self.steps, self._waits = rows, 0, waits
+        self._step, self._reading, self._gradients = Stopwatch(), Stopwatch(), Stopwatch()
+        self.reading = self._reading.running
+        if isinstance(model, DistributedDataParallel) and model.device_type == "cpu":
+            model.register_comm_hook(None, self._reduced)
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        if self.steps == 0:
+            self._waits.taken()  # of validation, or of what else came between the steps
+        with self._step.running():
+            yield
+        self.steps += 1
+
+    def _reduced(self, _, bucket: torch.distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        """DDP's own mean over ranks. The last bucket leaves when this rank is done with its part, and from then on it waits."""
+        start = time.perf_counter()
+
+        def arrived(future):
+            if bucket.is_last():
+                self._gradients.seconds += time.perf_counter() - start
+            return future.value()
+
+        return allreduce_hook(None, bucket).then(arrived)
+
+    def record(self) -> dict[str, float | list[float]]:
+        """The last steps' times for the log, and starts anew: a list has a number for each rank. Call on every rank.
+
+        rank_images_per_second: its rows over the seconds of its own work. rank_data_wait, rank_communication_wait: seconds a
+        step. straggler_spread: by how much of the mean the longest own work of a rank exceeds the shortest.
+        """
+        steps, rows = max(self.steps, 1), self.rows * self.steps
+        reading, waits = self._reading.taken(), self._waits.taken() + self._gradients.taken()
+        own = max(self._step.taken() - reading - waits, 1e-9)
+        self.steps = 0
+        here = torch.tensor([[rows / own, reading / steps, waits / steps, own]], dtype=torch.float64)
+        speeds, readings, waits, works = gather_rows(here.to(message_device())).cpu().T
+        return {
+            "rank_images_per_second": speeds.tolist(),
+            "rank_data_wait": readings.tolist(),
+            "rank_communication_wait": waits.tolist(),
+            "straggler_spread": float((works.max() - works.min()) / works.mean()),
+        }
+
+
+def traced(steps: int, folder: Path):
+    """A profiler whose `step()` is called after each step, or None for 0 steps; it writes folder/rank-R.json after the last."""
+    if not steps:
+        return nullcontext()
+
+    def write(profiler: profile) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(folder / f"rank-{rank()}.json"))
+
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+    once = schedule(wait=SKIPPED - 1, warmup=1, active=steps, repeat=1)
+    return profile(activities=activities, schedule=once, on_trace_ready=write)

@@ -1,0 +1,47 @@
+"""The loss on the validation split, the same on any number of ranks."""
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from eae_dist.config import Config
+from eae_dist.data.remote import Cache
+from eae_dist.data.stream import walk
+from eae_dist.distributed import StopRequest, gather_rows, sum_over_ranks
+from eae_dist.model.autoencoder import to_unit
+from eae_dist.numerics.keyed_random import derive_key
+from eae_dist.objectives import Objective
+from eae_dist.training.engines import engine_of
+
+
+@torch.no_grad()
+def validate(accelerator: Accelerator, objective: Objective, config: Config, stop: StopRequest) -> dict[str, float] | None:
+    """The objective's terms over the validation split (at most train.validation_images), the same on any number of ranks.
+
+    Noise is that of the images' numbers, the same each time, so that checkpoints compare. None where a stop was asked for.
+    """
+    objective.eval()
+    key = derive_key(config.train.seed)
+    numbers, blocks = [np.zeros(0, dtype=np.int64)], []
+    data, count = config.data, config.train.validation_images
+    for batch in walk(data.root, data.validation, config.evaluate.batch, count=count, cache=Cache.of(data)):
+        with engine_of(accelerator).autocast():
+            blocks.append(objective.per_row(to_unit(batch["image"], accelerator.device), batch["number"], key))
+        numbers.append(batch["number"])
+        if stop.signalled:
+            break
+    stop.start_asking()
+    if stop.asked():
+        objective.train()
+        return None
+    numbers = np.concatenate(numbers)
+    if not blocks:  # more ranks than blocks: no rows, but the same terms
+        image = torch.zeros(1, *objective.autoencoder.image_shape, device=accelerator.device)
+        blocks.append({name: rows[:0] for name, rows in objective.per_row(image, np.zeros(1), key).items()})
+    per_row = {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
+    rows = int(sum_over_ranks(torch.tensor(len(numbers), device=accelerator.device)))
+    first = torch.ones(len(numbers), dtype=torch.bool, device=accelerator.device)
+    terms = objective.terms(per_row, first, rows, numbers, key)
+    objective.train()
+    means = gather_rows(torch.stack([term.double() for term in terms.values()])[None]).mean(0)
+    return dict(zip(terms, means.tolist(), strict=True))
