@@ -10,7 +10,8 @@ Runs of the EAE at equal numbers of images seen, and everything else equal but w
     batch    32 to 2,048 rows, all compared; the learning rate grows as the root of the batch
 
 Each is judged on validation: distances of draws of N(0, I) and of a mixture, and how far held-out latents are from N(0, I),
-beside as many latents of the training split. Writes FOLDER/runs.csv, a line for each run; what is finished is left as it is.
+beside as many latents of the training split. Writes FOLDER/runs.csv, a line for each run. A run that has a line
+there, or its end in FOLDER/runs, is not done again.
 """
 
 import argparse
@@ -35,6 +36,7 @@ from eae_dist.objectives import EAE, OBJECTIVES
 from eae_dist.train import main as train
 
 DIMS, BATCH, LARGE = (8, 16, 64), 128, 512
+KEY = ("experiment", "value", "latent_dim", "seed")  # of a line of runs.csv
 GROUPS, COMPARED, BATCHES = (0, 1, 2, 4, 8), (32, 64, 128, 256, 512), (32, 128, 512, 2048)
 
 
@@ -103,23 +105,34 @@ def main() -> None:
     files = ["--config", str(arguments.config), str(arguments.config.with_suffix("") / "eae.yaml"), *arguments.settings]
     pool, job_pool = ThreadPoolExecutor(arguments.jobs), JobPool(arguments.jobs, 1)
     (arguments.out / "logs").mkdir(parents=True, exist_ok=True)
-    runs, only, dims = [], arguments.only.split(","), [int(text) for text in arguments.dims.split(",")]
+    only, dims = arguments.only.split(","), [int(text) for text in arguments.dims.split(",")]
+    kept, runs = kept_runs(arguments.out / "runs.csv"), {}
     for seed in range(arguments.seeds):
         for name, groups, own in experiments(dims, load_config(files).train.learning_rate):
-            if name.split("-")[0] in only:
-                folder = arguments.out / "runs" / f"{name}-{seed}"
-                runs.append((name, seed, folder))
+            experiment, value, d = name.split("-")
+            key = (experiment, value, d[1:], str(seed))
+            if experiment in only and key not in kept:
+                runs[key] = folder = arguments.out / "runs" / f"{name}-{seed}"
                 if not (folder / "result.json").is_file():
                     command = ["--run", str(groups), str(folder), *files, *own, f"train.seed={seed}"]
                     pool.submit(job_pool.call, "benchmarks.global_entropy", command, arguments.out / "logs" / folder.name)
     pool.shutdown()
-    found = [(run, json.loads(path.read_text())) for run in runs if (path := run[2] / "result.json").is_file()]
+    for key, folder in runs.items():
+        if (path := folder / "result.json").is_file():
+            kept[key] = dict(zip(KEY, key, strict=True)) | json.loads(path.read_text())
     with open(arguments.out / "runs.csv", "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["experiment", "value", "latent_dim", "seed", *found[0][1]])
-        for (name, seed, _), result in found:
-            experiment, value, d = name.split("-")
-            writer.writerow([experiment, value, d[1:], seed, *result.values()])
+        columns = list(next(iter(kept.values())))
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(kept[key] for key in sorted(kept, key=lambda key: (key[0], int(key[2]), int(key[1]), int(key[3]))))
+
+
+def kept_runs(path: Path) -> dict[tuple[str, ...], dict]:
+    """The lines of a runs.csv by KEY; none where there is no such file."""
+    if not path.is_file():
+        return {}
+    with open(path, newline="") as file:
+        return {tuple(line[name] for name in KEY): line for line in csv.DictReader(file)}
 
 
 if __name__ == "__main__":

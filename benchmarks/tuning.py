@@ -24,13 +24,13 @@ GRIDS: dict[str, tuple[str, tuple[float, ...]]] = {
     "ae_l2": ("objective.decoder_weight", (1e-8, 1e-7, 1e-6, 1e-5, 1e-4)),
     "rae": ("objective.latent_weight", (1e-4, 5e-4, 2.5e-3, 1.2e-2, 6e-2)),
     "rae_l2": ("objective.decoder_weight", (1e-8, 1e-7, 1e-6, 1e-5, 1e-4)),
-    "rae_gp": ("objective.gradient_weight", (5e-8, 5e-7, 5e-6, 5e-5, 5e-4)),
+    "rae_gp": ("objective.gradient_weight", (5e-9, 5e-8, 5e-7, 5e-6, 5e-5, 5e-4)),
     "rae_sn": ("objective.latent_weight", (3e-3, 9e-3, 2.7e-2, 8e-2, 2.4e-1)),
-    "vae": ("objective.kl_weight", (0.1, 0.312, 1, 3, 10)),
+    "vae": ("objective.kl_weight", (0.01, 0.03, 0.1, 0.312, 1, 3)),
     "cv_vae": ("objective.kl_weight", (0.012, 0.039, 0.12, 0.4, 1.2)),
     "wae": ("objective.mmd_weight", (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)),
-    "eae": ("objective.entropy_weight", (1e-3, 3e-3, 6e-3, 1e-2, 3e-2)),
-    "eae_linear": ("objective.entropy_weight", (1e-3, 3e-3, 6e-3, 1e-2, 3e-2)),
+    "eae": ("objective.entropy_weight", (1e-3, 3e-3, 6e-3, 1e-2, 3e-2, 6e-2)),
+    "eae_linear": ("objective.entropy_weight", (1e-3, 3e-3, 6e-3, 1e-2, 3e-2, 6e-2)),
     "two_stage_vae": ("evaluate.second_stage_weight", (1.5e-4, 5e-4, 1.5e-3, 5e-3, 1.5e-2)),
 }
 ON_VALIDATION = ("evaluate.split=validation", "evaluate.reference=validation")
