@@ -1,1 +1,1 @@
-"""Speed against what one would use otherwise: `python -m benchmarks [NAME ...]`; the names stand in __main__.py."""
+"""Speed comparisons with alternatives: `python -m benchmarks [NAME ...]`; __main__.py lists the names."""

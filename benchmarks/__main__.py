@@ -2,9 +2,9 @@
 
     python -m benchmarks [entropy] [stream] [training] [running] [activations] [mixture] [peer] [judging] [search] [service]
 
-Competitors take turns in one process, one thread each, and the medians are compared; several ranks and peak memory are measured
-in processes of their own. "CPU" is time on a processor of all threads of a process, user and system, which other work on the
-machine stretches far less than it does wall time.
+Competitors take turns in one process, with one thread each, and their medians are compared. Runs on several ranks and peak memory
+are measured in separate processes. "CPU" is the processor time of all threads of a process, user and system; other work on the
+machine affects it far less than wall time.
 """
 
 import os
@@ -32,12 +32,13 @@ BENCHMARKS = {
 
 
 def main() -> None:
+    """Runs the command line."""
     names = sys.argv[1:] or list(BENCHMARKS)
     if unknown := [name for name in names if name not in BENCHMARKS]:
         sys.exit(f"error: there is no benchmark {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that are started
     torch.set_num_threads(1)
-    keep_freed_memory()  # as training does on CPUs; all competitors have it
+    keep_freed_memory()  # as training does on CPUs; it applies to all competitors
     print(f"{platform.machine()}, {os.cpu_count()} processors, torch {torch.__version__}, one thread a process\n")
     print(HEADER, flush=True)
     for name in names:

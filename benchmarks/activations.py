@@ -1,4 +1,4 @@
-"""A forward and backward pass of rae64 with train.checkpoint_activations, and without: peak memory and CPU time."""
+"""A forward and backward pass of rae64 with and without train.checkpoint_activations: peak memory and CPU time."""
 
 import json
 import os
@@ -17,6 +17,7 @@ BATCH, SHAPE = 32, (3, 64, 64)
 
 
 def rows() -> Iterator[Row]:
+    """Yields the rows of the table."""
     twice, once = (measured(checkpointed) for checkpointed in (True, False))
     yield Row(
         f"rae64, forward and backward of {BATCH} images 64x64: activations kept and computed twice, all kept",
@@ -28,23 +29,27 @@ def rows() -> Iterator[Row]:
 
 
 def measured(checkpointed: bool) -> dict[str, float]:
-    """Of the first pass the MiB that it adds to the peak, of the second the seconds of CPU time; in a process of its own."""
+    """Returns the MiB that the first pass adds to the peak, and the CPU seconds of the second pass.
+
+    It measures in a separate process.
+    """
     program = f"from benchmarks import activations; activations.print_measured({checkpointed})"
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # so that what is freed leaves the process
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # so that freed memory leaves the process
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
     return json.loads(done.stdout)
 
 
 def print_measured(checkpointed: bool) -> None:
+    """Measures in this process and prints the result as JSON."""
     import torch
-    import torch._dynamo  # checkpoints import it, 150 MiB, and so does every optimizer
+    import torch._dynamo  # 150 MiB that activation checkpoints and every optimizer import
 
     torch.set_num_threads(1)
     model = build_autoencoder(resolve_model(ModelConfig("rae64"), SHAPE), SHAPE, latent_norm=True)
     if checkpointed:
         checkpoint_activations(model)
     for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)  # zeros would take no memory yet
+        parameter.grad = torch.ones_like(parameter)  # zeros would not yet take memory
     images = torch.rand(BATCH, *SHAPE)
     before, costs = peak_memory_mib(), []
     for _ in range(2):

@@ -1,7 +1,7 @@
-"""The k-NN entropy, forward and backward: time and memory against cdist + topk + autograd, time against a bare product.
+"""The k-NN entropy, forward and backward: time and memory against cdist + topk + autograd, and time against a bare product.
 
-n rows in d dimensions, k = 1, CPU time. The bare product is the n x n matrix of inner products in float32, tile by tile into
-one buffer that is kept: what any search in matrix-product form has to do at least, and without anything done with it.
+n rows in d dimensions, k = 1, CPU time. The bare product is the n x n matrix of inner products in float32, computed tile by tile
+into one buffer. Every search in matrix-product form has to do at least this.
 """
 
 import re
@@ -24,11 +24,13 @@ TILE = (512, 4096)
 
 
 def rows() -> Iterator[Row]:
+    """Yields the rows of the table."""
     for d, over_product in OVER_PRODUCT.items():
         yield from rows_of(d, over_product)
 
 
 def rows_of(d: int, over_product: float | None) -> Iterator[Row]:
+    """Yields the rows of the table for d dimensions."""
     latents = torch.randn(N, d, generator=torch.Generator().manual_seed(0)).requires_grad_()
     tile = torch.empty(TILE)
     few = latents[: TILE[1]]
@@ -52,21 +54,23 @@ def rows_of(d: int, over_product: float | None) -> Iterator[Row]:
 
 
 def seconds(turns: dict[str, Seconds]) -> tuple[str, str]:
+    """Returns the CPU times as text."""
     return f"{turns['ours'].cpu:.2f} s", f"{turns['theirs'].cpu:.2f} s"
 
 
 def wall(above: Seconds, below: Seconds) -> str:
+    """Returns the ratio of the wall times as text."""
     return f"wall {above.wall / below.wall:.2f}x"
 
 
 def step(entropy, latents: torch.Tensor) -> torch.Tensor:
-    """The gradient."""
+    """Returns the gradient of the entropy."""
     (gradient,) = torch.autograd.grad(entropy(latents), latents)
     return gradient
 
 
 def cdist_entropy(latents: torch.Tensor) -> torch.Tensor:
-    """The estimate as one would write it down; of 1 the nearest is the row itself."""
+    """Estimates the entropy in the simplest way. The second smallest distance is used, as the smallest is to the row itself."""
     n, d = latents.shape
     distance = torch.cdist(latents, latents).topk(2, largest=False).values[:, 1]
     psi = torch.tensor([n, 1.0]).digamma()
@@ -75,6 +79,7 @@ def cdist_entropy(latents: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def product(latents: torch.Tensor, tile: torch.Tensor) -> None:
+    """Computes the bare product."""
     height, width = tile.shape
     for queries in latents.split(height):
         for keys in latents.split(width):
@@ -82,15 +87,19 @@ def product(latents: torch.Tensor, tile: torch.Tensor) -> None:
 
 
 def added_memory_mib(name: str, d: int) -> float:
-    """What forward and backward add to the peak of a process that holds the latents, MiB: measured in a process of its own."""
+    """Returns what forward and backward add to the peak of a process that holds the latents [MiB].
+
+    It measures in a separate process.
+    """
     program = f"from benchmarks import entropy; entropy.print_added_memory(entropy.{name}, {d})"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     return float(done.stdout)
 
 
 def print_added_memory(entropy, d: int) -> None:
+    """Measures in this process and prints the result."""
     torch.set_num_threads(1)
-    step(entropy, torch.randn(256, d).requires_grad_())  # loads what is loaded at the first call
+    step(entropy, torch.randn(256, d).requires_grad_())  # loads what the first call loads
     latents = torch.randn(N, d).requires_grad_()
     before = peak_memory_mib()
     step(entropy, latents)
@@ -98,5 +107,8 @@ def print_added_memory(entropy, d: int) -> None:
 
 
 def peak_memory_mib() -> float:
-    """The most that this process has held, MiB, on Linux; getrusage would give its parent's peak where that was higher."""
+    """Returns the peak memory of this process [MiB], on Linux.
+
+    getrusage would return the parent's peak if that was higher.
+    """
     return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10

@@ -1,17 +1,18 @@
-"""What it is worth to compare a latent with those of all ranks: no entropy, that of parts of the batch, and that of all of it.
+"""The gain from comparing a latent with those of all ranks: no entropy, the entropy of parts of the batch, and of the whole
+batch.
 
     python -m benchmarks.global_entropy configs/NAME.yaml --out FOLDER [--jobs N] [--seeds N] [--dims D,D] [--only E,E] [K=V]
 
-Runs of the EAE at equal numbers of images seen, and everything else equal but what is named:
+The runs of the EAE see equal numbers of images and differ only in what is named here:
 
-    groups   the batch of 128 rows; its entropy the mean of those of 1, 2, 4 or 8 groups of neighboring rows, which so many
-             ranks would hold (`objective.group`); 0: none, the batch norm alone
-    compared the batch of 512; groups of 32, 64, 128, 256 or 512 rows
+    groups   a batch of 128 rows; the entropy is the mean over 1, 2, 4 or 8 groups of neighboring rows, which as many ranks
+             would hold (`objective.group`); 0: no entropy, the batch norm alone
+    compared a batch of 512 rows; groups of 32, 64, 128, 256 or 512 rows
     batch    32 to 2,048 rows, all compared; the learning rate grows as the root of the batch
 
-Each is judged on validation: distances of draws of N(0, I) and of a mixture, and how far held-out latents are from N(0, I),
-beside as many latents of the training split. Writes FOLDER/runs.csv, a line for each run. A run that has a line
-there, or its end in FOLDER/runs, is not done again.
+Each run is judged on validation: the distances of draws of N(0, I) and of a mixture, and how far held-out latents are from N(0,
+I), compared with as many latents of the training split. It writes FOLDER/runs.csv, with a line for each run. A run that has a
+line there, or its end in FOLDER/runs, is not done again.
 """
 
 import argparse
@@ -41,7 +42,7 @@ GROUPS, COMPARED, BATCHES = (0, 1, 2, 4, 8), (32, 64, 128, 256, 512), (32, 128, 
 
 
 def grouped(groups: int) -> type[EAE]:
-    """The EAE whose entropy is the mean of those of so many groups of neighboring rows of the batch; one process alone."""
+    """Returns the EAE whose entropy is the mean over this many groups of neighboring rows of the batch, for one process."""
 
     class GroupedEAE(EAE):
         def entropy(self, latents, first, rows, numbers, key):
@@ -59,7 +60,7 @@ def grouped(groups: int) -> type[EAE]:
 
 
 def experiments(dims: Sequence[int], rate: float) -> Iterator[tuple[str, int, list[str]]]:
-    """Name, groups and settings of every run but for its seed."""
+    """Yields the name, groups and settings of every run, without its seed."""
     for d in dims:
         for groups in GROUPS:
             weight = [] if groups else ["objective.entropy_weight=0"]
@@ -72,7 +73,7 @@ def experiments(dims: Sequence[int], rate: float) -> Iterator[tuple[str, int, li
 
 
 def run(groups: int, folder: Path, settings: Sequence[str]) -> None:
-    """Trains and judges one run in this process; writes folder/result.json."""
+    """Trains and judges one run in this process, and writes folder/result.json."""
     OBJECTIVES["eae"] = grouped(groups)
     train([*settings, f"train.output={folder}"])
     on_validation = ("evaluate.split=validation", "evaluate.reference=validation", "evaluate.densities=[isotropic,gmm]")
@@ -90,6 +91,7 @@ def run(groups: int, folder: Path, settings: Sequence[str]) -> None:
 
 
 def main() -> None:
+    """Runs the command line."""
     if sys.argv[1:2] == ["--run"]:  # of the processes that are started below
         groups, folder, *settings = sys.argv[2:]
         return run(int(groups), Path(folder), settings)

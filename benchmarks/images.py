@@ -11,7 +11,7 @@ from eae_dist.pack import EXTENSIONS, Encoding
 
 
 def picture(number: int, shape: tuple[int, int, int]) -> np.ndarray:
-    """Smooth with slight noise, uint8 [h, w, c] for shape (c, h, w); depends on the number alone."""
+    """Returns a smooth image with slight noise, uint8 [h, w, c] for shape (c, h, w); it depends on the number alone."""
     channels, height, width = shape
     rng = np.random.default_rng(number)
     coarse = rng.uniform(0, 255, (4, 4, channels)).astype(np.float32)
@@ -21,7 +21,7 @@ def picture(number: int, shape: tuple[int, int, int]) -> np.ndarray:
 
 
 def write_shards(root: Path, shape: tuple[int, int, int], encoding: str, shards: int, samples: int) -> Path:
-    """So many shards of so many samples each, labels modulo 10, split train; with its index."""
+    """Writes shards with `samples` samples each, labels modulo 10, split train, and their index."""
     root.mkdir(parents=True)
     encode, extension = Encoding(encoding).encode, EXTENSIONS[encoding]
     for shard in range(shards):

@@ -1,13 +1,14 @@
-"""Judges the judges: do distances of images grow with damage that a person sees, and with no other?
+"""Judges the judges: do distances of images grow with damage that a person sees, and with no other damage?
 
     python -m benchmarks.judges NAME=SHARDS:RUN ... [--features F ...] [--count N] --out FOLDER
 
-F: a row of FEATURES or CANDIDATES, or package.module:function of yours.
+F: a row of FEATURES or CANDIDATES, or your function package.module:function.
 
-SHARDS: packed images with labels, splits train and test; RUN: a trained VAE of theirs. Writes FOLDER/NAME.csv, a value for every
-network, measure, damage and level, FOLDER/NAME.png, the first images of every damaged set, and prints the tables of judges.md.
+SHARDS: packed images with labels, splits train and test; RUN: a VAE trained on them. It writes FOLDER/NAME.csv (a value for every
+network, measure, damage and level) and FOLDER/NAME.png (the first images of every damaged set), and prints the tables of
+judges.md.
 
-The reference are N images of the test split. Every judged set has N images of the train split (a seeded choice), damaged: level 0
+The reference is N images of the test split. Every judged set is N images of the train split (a seeded choice), damaged; level 0
 is no damage. The reconstructions and draws are the VAE's. n: images of a set, c: channels, h and w: pixels.
 """
 
@@ -35,43 +36,53 @@ from eae_dist.model.autoencoder import to_uint8, to_unit
 from eae_dist.numerics.keyed_random import derive_key
 from eae_dist.report.grids import grid, png_bytes
 
-BLOCK, SEED = 250, 0  # images a forward pass; of every choice
-MEASURES = {"frechet": 1, "kd": 1, "precision": -1, "recall": -1, "density": -1, "coverage": -1}  # 1: damage should raise it
+BLOCK, SEED = 250, 0  # images per forward pass; the seed of every choice
+MEASURES = {
+    "frechet": 1,
+    "kd": 1,
+    "precision": -1,
+    "recall": -1,
+    "density": -1,
+    "coverage": -1,
+}  # 1: damage should raise it
 CPU = torch.device("cpu")
 
 
-# The damages: (images uint8 [n, c, h, w], level, generator) -> images as many.
+# The damages: (images uint8 [n, c, h, w], level, generator) -> as many images.
 
 
 def gain(images: torch.Tensor, level: float, generator: torch.Generator) -> torch.Tensor:
-    """Brightness times the level, clipped."""
+    """Multiplies the brightness by the level, clipped."""
     return (images.float() * level).clamp(0, 255).round().byte()
 
 
 def dilation(images: torch.Tensor, level: float, generator: torch.Generator) -> torch.Tensor:
-    """Every pixel the brightest within 1 pixel (level 1) or 2 (level 2); a level between 0 and 1 mixes with the original."""
+    """Sets every pixel to the brightest within 1 pixel (level 1) or 2 pixels (level 2).
+
+    A level between 0 and 1 mixes the result with the original.
+    """
     side = 2 * max(int(level), 1) + 1
     wide = F.max_pool2d(images.float(), side, stride=1, padding=side // 2)
     return torch.lerp(images.float(), wide, min(level, 1)).round().byte()
 
 
 def blur(images: torch.Tensor, level: float, generator: torch.Generator) -> torch.Tensor:
-    """Gaussian blur; level: its deviation in pixels."""
+    """Blurs with a Gaussian; level: its standard deviation in pixels."""
     return gaussian_blur(images.float(), [2 * int(3 * level) + 3] * 2, [level, level]).round().byte()
 
 
 def noise(images: torch.Tensor, level: float, generator: torch.Generator) -> torch.Tensor:
-    """White Gaussian noise; level: its deviation, of 255."""
+    """Adds white Gaussian noise; level: its standard deviation, of 255."""
     return (images + level * torch.randn(images.shape, generator=generator)).clamp(0, 255).round().byte()
 
 
 def faint(images: torch.Tensor, level: int, generator: torch.Generator) -> torch.Tensor:
-    """Every pixel is brighter by 0 to `level` of 255, at random: what no person sees."""
+    """Makes every pixel brighter by 0 to `level` of 255, at random, which no person sees."""
     return (images.int() + torch.randint(level + 1, images.shape, generator=generator)).clamp(max=255).byte()
 
 
 def shift(images: torch.Tensor, level: int, generator: torch.Generator) -> torch.Tensor:
-    """By so many pixels up, down, left or right, at random; black comes in."""
+    """Shifts by `level` pixels up, down, left or right, at random, and fills with black."""
     padded = F.pad(images, [level] * 4)
     h, w = images.shape[2:]
     moves = torch.randint(4, (len(images),), generator=generator)
@@ -80,7 +91,7 @@ def shift(images: torch.Tensor, level: int, generator: torch.Generator) -> torch
 
 
 def halves(images: torch.Tensor, level: float, generator: torch.Generator) -> torch.Tensor:
-    """A share of the images get the right half of another image."""
+    """Replaces the right half of a share of the images by that of another image."""
     changed, middle = int(level * len(images)), images.shape[3] // 2
     joined = images.clone()
     joined[:changed, :, :, middle:] = images.roll(1, 0)[:changed, :, :, middle:]
@@ -88,7 +99,7 @@ def halves(images: torch.Tensor, level: float, generator: torch.Generator) -> to
 
 
 def patches(images: torch.Tensor, level: int, generator: torch.Generator) -> torch.Tensor:
-    """So many pairs of patches, a quarter of the image wide and high, change places in every image."""
+    """Exchanges `level` pairs of patches in every image; a patch is a quarter of the image wide and high."""
     n, c, h, w = images.shape
     tiles = F.unfold(images.float(), (h // 4, w // 4), stride=(h // 4, w // 4))  # [n, values, 16]
     chosen = torch.stack([torch.randperm(16, generator=generator)[: 2 * level] for _ in range(n)])
@@ -106,12 +117,12 @@ DAMAGES: dict[str, tuple[Callable, tuple[float, ...]]] = {
     "halves": (halves, (0.25, 0.5, 1)),
     "patches": (patches, (1, 2, 4)),
 }
-UNSEEN = (1, 2, 3)  # levels of `faint`, which is to count less than any damage
+UNSEEN = (1, 2, 3)  # levels of `faint`, which should count less than any damage
 CLASSES_LEFT_OUT, REPEATS = (1, 3, 6), (2, 5, 20)
 
 
 def damaged(images: torch.Tensor, labels: torch.Tensor, count: int) -> Iterator[tuple[str, float, torch.Tensor]]:
-    """Every damage and level with its images; the first is none."""
+    """Yields every damage and level with its images; the first is no damage."""
     chosen = images[:count]
     yield "none", 0, chosen
     for level in UNSEEN:
@@ -130,7 +141,10 @@ def damaged(images: torch.Tensor, labels: torch.Tensor, count: int) -> Iterator[
 
 @torch.no_grad()
 def drawn(model: TrainedModel, images: torch.Tensor, count: int) -> Iterator[tuple[str, float, torch.Tensor]]:
-    """Reconstructions (level 0) and draws of the Gaussian of the latents at 1x, 1.5x and 2x of its deviation, and of N(0, I)."""
+    """Yields the reconstructions (level 0), and draws of two densities.
+
+    They are the Gaussian of the latents at 1x, 1.5x and 2x of its standard deviation, and N(0, I).
+    """
     latents = torch.cat([model.encode(to_unit(block, CPU)) for block in images.split(BLOCK)])
     gaussian = Gaussian()
     gaussian.fit(latents)
@@ -146,7 +160,7 @@ def drawn(model: TrainedModel, images: torch.Tensor, count: int) -> Iterator[tup
 
 
 def random64() -> Extractor:
-    """EfficientNet-Lite0 at 64 px with random weights: He's for the kernels, zero for the biases, and no batch norms."""
+    """Returns EfficientNet-Lite0 at 64 px with random weights: He's for the kernels, zero biases, and no batch norms."""
     extractor = lite0(64, black=0, metric="fd_random64")
     torch.manual_seed(SEED)
     for layer in extractor.network.modules():
@@ -166,7 +180,7 @@ CANDIDATES: dict[str, Callable[[], Extractor]] = {
 def values(
     images: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, model: TrainedModel, extractor: Extractor, count: int
 ) -> tuple[dict[tuple[str, float], dict[str, float]], float]:
-    """The measures of every damage and level; and images a second."""
+    """Returns the measures of every damage and level, and images per second."""
     started, described = time.perf_counter(), {}
 
     def set_of(x: torch.Tensor):
@@ -186,11 +200,12 @@ def values(
 
 
 def rises(steps: list[float]) -> bool:
+    """Returns True if every step is larger than the one before."""
     return all(a < b for a, b in zip(steps, steps[1:], strict=False))
 
 
 def report(name: str, speeds: dict[str, float], every: dict[str, dict]) -> None:
-    """Prints, for every judge, which damages it orders as they rise, and the distances of all sets."""
+    """Prints for every judge which damages it orders by level, and the distances of all sets."""
     damages = [*DAMAGES, "classes left out", "repeats"]
     print(f"\n## {name}\n\n| features | measure | {' | '.join(damages)} | unseen noise | reconstruction < 1x < 1.5x < 2x |")
     print("| --- " * (len(damages) + 4) + "|")
@@ -200,7 +215,7 @@ def report(name: str, speeds: dict[str, float], every: dict[str, dict]) -> None:
                 damage: [sign * found["none", 0][measure], *(sign * x[measure] for (d, _), x in found.items() if d == damage)]
                 for damage in (*damages, "faint")
             }
-            # Noise that nobody sees is less than any damage at its worst.
+            # Noise that no person sees should count less than the highest level of any damage.
             verdicts = [rises(steps[damage]) for damage in damages]
             verdicts.append(steps["faint"][-1] < min(steps[damage][-1] for damage in damages))
             verdicts.append(rises([sign * x[measure] for (d, _), x in found.items() if d == "draws"]))
@@ -217,6 +232,7 @@ def report(name: str, speeds: dict[str, float], every: dict[str, dict]) -> None:
 
 
 def main() -> None:
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="+", metavar="NAME=SHARDS:RUN")
     parser.add_argument("--features", nargs="+", default=["efflite0_64px", "efflite0", *CANDIDATES])

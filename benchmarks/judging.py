@@ -1,6 +1,6 @@
-"""Judging images against pytorch-fid: the Fréchet distance of two sets of statistics, and images a second through its network.
+"""Judging images, compared with pytorch-fid: the Fréchet distance of two sets of statistics, and images per second by Inception.
 
-The network has random weights in the layout of pytorch-fid's file, whose values cost nothing.
+The network has random weights in the layout of pytorch-fid's file; the values have no effect on the speed.
 """
 
 import contextlib
@@ -22,20 +22,24 @@ from eae_dist.metrics.features import inception, inception_layout
 from eae_dist.metrics.frechet import GRID_BITS, FeatureStats, frechet_distance
 from eae_dist.metrics.image_sets import describe
 
-FEATURES, MANY, FEW = 2048, 5000, 500  # samples of statistics that have full rank, and that have not
+FEATURES, MANY, FEW = 2048, 5000, 500  # samples of statistics with and without full rank
 IMAGES, BATCH = 32, 16
 ROUNDS = 3
 
 
 def rows() -> Iterator[Row]:
+    """Yields the rows of the table."""
     with threadpool_limits(1), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what pytorch-fid says about scipy
+        warnings.simplefilter("ignore")  # pytorch-fid's warnings about scipy
         yield from distance()
         yield throughput()
 
 
 def samples(count: int, seed: int) -> torch.Tensor:
-    """Features whose spectrum falls as those of Inception do, on the grid that statistics are taken on, [count, FEATURES]."""
+    """Returns features [count, FEATURES] on the grid of the statistics.
+
+    Their spectrum falls as that of Inception features does.
+    """
     generator = torch.Generator().manual_seed(seed)
     scale = torch.arange(1, FEATURES + 1) ** -0.5
     features = (torch.randn(count, FEATURES, generator=generator) * scale + seed * scale / 10).abs()
@@ -43,6 +47,7 @@ def samples(count: int, seed: int) -> torch.Tensor:
 
 
 def distance() -> Iterator[Row]:
+    """Yields the rows on the Fréchet distance."""
     from pytorch_fid.fid_score import calculate_frechet_distance
 
     for count in (MANY, FEW):
@@ -81,9 +86,9 @@ def distance() -> Iterator[Row]:
 
 
 def distance_of_rows(x: torch.Tensor, y: torch.Tensor, stats: list[FeatureStats]) -> tuple[float, float]:
-    """The distance from the centered rows themselves, and the trace of both covariances.
+    """Returns the distance from the centered rows themselves, and the trace of both covariances.
 
-    tr (a b)^(1/2) with a = X^T X / (n - 1) is the sum of the singular values of X Y^T / (n - 1): no root is taken.
+    tr (a b)^(1/2) with a = X^T X / (n - 1) is the sum of the singular values of X Y^T / (n - 1), so no root is taken.
     """
     centered = [rows.double() - one.mean for rows, one in zip((x, y), stats, strict=True)]
     root = torch.linalg.svdvals(centered[0] @ centered[1].T).sum() / (len(x) - 1)
@@ -92,6 +97,7 @@ def distance_of_rows(x: torch.Tensor, y: torch.Tensor, stats: list[FeatureStats]
 
 
 def throughput() -> Row:
+    """Returns the row on images per second."""
     from pytorch_fid import inception as theirs
     from pytorch_fid.fid_score import calculate_activation_statistics
 

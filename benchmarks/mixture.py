@@ -1,6 +1,6 @@
-"""Expectation maximization of a Gaussian mixture: time an iteration against scikit-learn's from the same start, and on two ranks.
+"""Expectation maximization of a Gaussian mixture: time per iteration against scikit-learn from the same start, and on two ranks.
 
-    [torchrun ...] -m benchmarks.mixture N      seconds an iteration and peak memory [MiB] of these ranks, a line from rank 0
+    [torchrun ...] -m benchmarks.mixture N      prints seconds per iteration and peak memory [MiB] of these ranks, from rank 0
 
 n latents in d dimensions, k components with full covariances, float64, one thread each.
 """
@@ -25,12 +25,13 @@ from eae_dist.training.run import peak_memory_mib
 
 N, D, K = 50_000, 64, 10
 MANY_LATENTS = 1_000_000
-FEW, MANY = 1, 5  # iterations; their difference leaves out what is done once
+FEW, MANY = 1, 5  # iterations; their difference leaves out the work that is done once
 ROUNDS = 5
 FASTER = 1.4
 
 
 def rows() -> Iterator[Row]:
+    """Yields the rows of the table."""
     latents = drawn_latents(N)
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -70,17 +71,19 @@ def rows() -> Iterator[Row]:
 
 @cache
 def drawn_centers() -> torch.Tensor:
+    """Returns the centers of the mixture, float64 [K, D]."""
     return torch.randn(K, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
 def drawn_latents(n: int, seed: int = 1) -> torch.Tensor:
+    """Returns samples of the mixture, float64 [n, D]."""
     generator = torch.Generator().manual_seed(seed)
     groups = torch.randint(K, (n,), generator=generator)
     return torch.randn(n, D, generator=generator, dtype=torch.float64).add_(drawn_centers()[groups])
 
 
 def launch(ranks: int, n: int) -> tuple[float, float]:
-    """Seconds an iteration on so many ranks, and the most memory of one of them [MiB]."""
+    """Returns seconds per iteration on this many ranks, and the most memory of one of them [MiB]."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "benchmarks.mixture", str(n)]
     done = subprocess.run([sys.executable, *launcher], capture_output=True, text=True, check=True)
     seconds, memory = done.stdout.splitlines()[-1].split()
@@ -88,6 +91,7 @@ def launch(ranks: int, n: int) -> tuple[float, float]:
 
 
 def main() -> None:
+    """Measures on the ranks of a launcher."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     mine = drawn_latents(int(sys.argv[1]) // world_size(), seed=rank())
@@ -99,15 +103,18 @@ def main() -> None:
 
 
 def iteration(seconds: dict, fit, clock: str) -> float:
+    """Returns the seconds of one iteration."""
     return (getattr(seconds[fit, MANY], clock) - getattr(seconds[fit, FEW], clock)) / (MANY - FEW)
 
 
 def ours(latents: torch.Tensor, iterations: int) -> None:
+    """Fits our mixture."""
     start = Parameters(torch.full((K,), 1 / K), drawn_centers() + 0.1, torch.eye(D).repeat(K, 1, 1))
     Mixture(K, start=start, tolerance=0, iterations=iterations).fit(latents)
 
 
 def theirs(latents: torch.Tensor, iterations: int) -> None:
+    """Fits scikit-learn's mixture."""
     start = {
         "weights_init": np.full(K, 1 / K),
         "means_init": (drawn_centers() + 0.1).numpy(),

@@ -1,7 +1,7 @@
-"""A training epoch against pythae's trainer, on the same networks, batch and images, for each objective that pythae has.
+"""A training epoch against pythae's trainer, with the same networks, batch and images, for each objective that pythae has.
 
 pythae holds the images in memory as floating point; ours come from shards of PNG files. Its networks have torch's own batch norm
-and memory format, as whoever writes them for pythae would take. The gradient penalty of its RAE-GP is another one, with respect
+and memory format, because a user of pythae would write them so. The gradient penalty of its RAE-GP is another one, with respect
 to the image.
 """
 
@@ -22,7 +22,7 @@ from eae_dist.config import Config, load_config
 from eae_dist.model.norm import GlobalBatchNorm
 from eae_dist.objectives import build_objective, resolve
 
-SHAPE, BATCH, STEPS = (1, 32, 32), 128, 12  # steps an epoch
+SHAPE, BATCH, STEPS = (1, 32, 32), 128, 12  # steps per epoch
 ROUNDS = 7
 FASTER = 1.6
 # Ours -> pythae's model and configuration.
@@ -36,6 +36,7 @@ PEERS = {
 
 
 def rows() -> Iterator[Row]:
+    """Yields the rows of the table."""
     logging.disable(logging.INFO)
     images = torch.from_numpy(np.stack([picture(number, SHAPE) for number in range(STEPS * BATCH)])).permute(0, 3, 1, 2) / 255
     with tempfile.TemporaryDirectory() as folder:
@@ -67,7 +68,7 @@ def rows() -> Iterator[Row]:
 
 
 def their_epoch(config: Config, images: torch.Tensor, folder: Path) -> Callable[[], object]:
-    """An epoch of pythae's BaseTrainer with our networks."""
+    """Returns a function that runs an epoch of pythae's BaseTrainer with our networks."""
     from pythae import models
     from pythae.data.datasets import BaseDataset
     from pythae.trainers import BaseTrainer, BaseTrainerConfig
@@ -89,7 +90,7 @@ def their_epoch(config: Config, images: torch.Tensor, folder: Path) -> Callable[
 
 
 def with_torch_norms(network: torch.nn.Module) -> None:
-    """Puts torch's own batch norms in the place of ours."""
+    """Replaces our batch norms by torch's own."""
     for name, layer in network.named_children():
         if isinstance(layer, GlobalBatchNorm):
             setattr(network, name, torch.nn.BatchNorm2d(len(layer.weight), layer.eps, layer.momentum))
@@ -98,7 +99,7 @@ def with_torch_norms(network: torch.nn.Module) -> None:
 
 
 def pythae_networks(autoencoder: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """Our encoder and decoder as pythae wants them."""
+    """Returns our encoder and decoder in the form that pythae needs."""
     from pythae.models.base.base_utils import ModelOutput
     from pythae.models.nn import BaseDecoder, BaseEncoder
 

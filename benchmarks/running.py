@@ -1,12 +1,13 @@
-"""What a run does beside its steps: it reads, saves and starts again. On one rank.
+"""What a run does beside its steps, on one rank: it reads, saves and starts again.
 
-    python -m benchmarks.running key=value ...      trains to the end of a first step, says the CPU time [s] until then
+    python -m benchmarks.running key=value ...      trains to the end of a first step, and prints the CPU time [s] until then
 
-reading: from the log of a run with one loader worker, the wait for data over the time of a step.
-saving: for how long a save keeps training waiting, against a clone of each tensor of weights, buffers and Adam's state. The write
-in the background ends before the other's turn. Wall time, since the thread that writes has CPU time too.
-starting: a process from its start to the end of its first step, of a run resumed at some step and of a new one. The run at step
-10 was trained. That at 10,000 is the same with another clock in its checkpoint, and as many lines in its log as it would have.
+reading: the wait for data over the time of a step, from the log of a run with one loader worker.
+saving: how long a save keeps training waiting, against a clone of each tensor of weights, buffers and Adam's state. The write in
+the background ends before the other's turn. It is wall time, because the thread that writes has CPU time too.
+starting: a process from its start to the end of its first step, for a resumed run and for a new one. The run at step 10 was
+trained. The run at step 10,000 is the same run with another step in its checkpoint, and as many lines in its log as it would
+have.
 """
 
 import json
@@ -30,7 +31,7 @@ from eae_dist.training import checkpoint as checkpoints
 from eae_dist.training import loop as training
 from eae_dist.training.async_checkpoint import AsyncCheckpoints
 
-SHAPE, BATCH, IMAGES = (1, 32, 32), 128, 1024  # of the small network
+SHAPE, BATCH, IMAGES = (1, 32, 32), 128, 1024  # for the small network
 SHARE, LINES, STEPS_PER_LINE = 0.02, 12, 10
 NOTHING_ELSE = ("train.sample_every=1000000", "train.save_every=1000000")  # before the end
 LARGE, LARGE_SHAPE = "rae32", (3, 32, 32)
@@ -39,6 +40,7 @@ RESUMED_AT, LONGER, STARTS = (10, 10_000), 1.2, 7
 
 
 def rows() -> Iterator[Row]:
+    """Yields the rows of the table."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         root = write_shards(folder / "shards", SHAPE, "png", shards=4, samples=IMAGES // 4)
@@ -49,8 +51,9 @@ def rows() -> Iterator[Row]:
 
 
 def reading(run: Path, settings: Sequence[str]) -> Row:
+    """Returns the row on the wait for data."""
     train(run, (LINES + 1) * STEPS_PER_LINE, *settings, "data.workers=1", *NOTHING_ELSE)
-    lines = records(run)[1:]  # in the first the worker started
+    lines = records(run)[1:]  # the worker started during the first line
     wait, step = (
         statistics.median(values)
         for values in zip(*((line["rank_data_wait"][0], BATCH / line["images_per_second"]) for line in lines), strict=True)
@@ -60,6 +63,7 @@ def reading(run: Path, settings: Sequence[str]) -> Row:
 
 
 def saving(run: Path) -> Row:
+    """Returns the row on saves."""
     config = resolve(load_config([f"model.network={LARGE}"]), LARGE_SHAPE)
     objective = build_objective(config.model, config.objective, LARGE_SHAPE, 0)
     optimizer = torch.optim.Adam(objective.parameters())
@@ -86,6 +90,7 @@ def saving(run: Path) -> Row:
 
 
 def starting(folder: Path, settings: Sequence[str]) -> Iterator[Row]:
+    """Yields the rows on starts."""
     first, later = RESUMED_AT
     runs = {0: folder / "new", first: folder / "first", later: folder / "later"}
     train(runs[first], first, *settings)
@@ -110,7 +115,7 @@ def starting(folder: Path, settings: Sequence[str]) -> Iterator[Row]:
 
 
 def set_clock(run: Path, step: int) -> None:
-    """Makes of a run one that has come to that step, by its one checkpoint and its log."""
+    """Changes the checkpoint and the log of a run to those of a run at that step."""
     found = checkpoints.open_checkpoint(run)
     state = found.state | {"step": step, "images": step * BATCH}
     checkpoints.save(run, found.config, found.model_state(), found.optimizer_state(), state)
@@ -120,14 +125,17 @@ def set_clock(run: Path, step: int) -> None:
 
 
 def records(run: Path) -> list[dict]:
+    """Returns the lines of a run's log."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def arguments(run: Path, steps: int, *settings: str) -> list[str]:
+    """Returns the arguments of a run with this many steps."""
     return [*settings, f"train.output={run}", f"train.epochs={steps * BATCH / IMAGES}"]
 
 
 def train(run: Path, steps: int, *settings: str) -> None:
+    """Trains a run in a process. Raises RuntimeError if that fails."""
     command = [sys.executable, "-m", "eae_dist.train", *arguments(run, steps, *settings)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -135,7 +143,7 @@ def train(run: Path, steps: int, *settings: str) -> None:
 
 
 def first_step(run: Path, steps: int, *settings: str) -> Seconds:
-    """Of a process, until the first of its steps of a run of so many is done."""
+    """Returns the seconds from the start of a process to the end of its first step, in a run with this many steps."""
     command, start = [sys.executable, "-m", "benchmarks.running", *arguments(run, steps, *settings)], time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         said, wall = process.stdout.readline(), time.perf_counter() - start
@@ -146,6 +154,7 @@ def first_step(run: Path, steps: int, *settings: str) -> Seconds:
 
 
 def main() -> None:
+    """Trains to the end of the first step."""
     step = training.training_step
 
     def only(*arguments):

@@ -1,7 +1,7 @@
-"""Search among latents: what LatentIndex adds to FAISS, what two ranks add, what codes save; and encoding a data set.
+"""Search among latents: the cost of LatentIndex over FAISS, of two ranks, the gain from codes; and the encoding of a data set.
 
-The latents are clustered, 64 dimensions: 200 Gaussians whose centers are three deviations apart. Encoding is compared with a
-loop over batches that lie in memory, by wall time: reading is a thread beside the forward passes.
+The latents are clustered, in 64 dimensions: 200 Gaussians whose centers are three standard deviations apart. Encoding is compared
+with a loop over batches in memory, by wall time, because a thread reads beside the forward passes.
 """
 
 import json
@@ -34,6 +34,7 @@ SHAPE, IMAGES, BLOCK = (3, 32, 32), 8_192, 256
 
 
 def rows() -> Iterator[Row]:
+    """Yields the rows of the table."""
     faiss.omp_set_num_threads(1)
     yield ranks_row()
     latents, queries = clustered(ROWS, 0), clustered(QUERIES, 1)
@@ -61,14 +62,14 @@ def rows() -> Iterator[Row]:
 
 
 def clustered(count: int, seed: int) -> np.ndarray:
-    """float32 [count, 64]; centers are the same for all seeds."""
+    """Returns latents, float32 [count, 64]; the centers are the same for all seeds."""
     centers = np.random.default_rng(99).normal(size=(200, D)).astype(np.float32) * 3 / 2**0.5
     generator = np.random.default_rng(seed)
     return centers[generator.integers(200, size=count)] + generator.standard_normal((count, D), dtype=np.float32)
 
 
 def ranks_row() -> Row:
-    """An index over two ranks of one thread against one index with two threads; wall time, medians of five."""
+    """Returns the row on two ranks of one thread against one index with two threads; wall time, medians of five."""
     one, two = (searched_by(ranks) for ranks in (1, 2))
     return Row(
         f"exact search of {SHARDED_QUERIES:,} queries in {SHARDED_ROWS:,} x {D}: two ranks, one index of two threads",
@@ -80,7 +81,7 @@ def ranks_row() -> Row:
 
 
 def searched_by(ranks: int) -> float:
-    """Seconds of a search, on so many ranks that share two threads."""
+    """Returns the seconds of a search on this many ranks, which share two threads."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     environment = os.environ | {"OMP_NUM_THREADS": str(2 // ranks), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     command = [sys.executable, *launcher, "-m", "benchmarks.search"]
@@ -91,6 +92,7 @@ def searched_by(ranks: int) -> float:
 
 
 def search_on_ranks() -> None:
+    """Measures a search on the ranks of a launcher, and prints the seconds."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1:
         torch.distributed.init_process_group("gloo")
@@ -112,6 +114,7 @@ def search_on_ranks() -> None:
 
 
 def encoding_row() -> Row:
+    """Returns the row on encoding."""
     with tempfile.TemporaryDirectory() as folder:
         root = write_shards(Path(folder) / "shards", SHAPE, "png", shards=4, samples=IMAGES // 4)
         settings = ("model.network=rae32", f"data.root={root}", "train.device=cpu", f"evaluate.batch={BLOCK}")
@@ -143,6 +146,7 @@ def encoding_row() -> Row:
 
 
 def seconds(turns: dict[str, Seconds]) -> tuple[str, str]:
+    """Returns the CPU times as text."""
     return f"{turns['ours'].cpu:.2f} s", f"{turns['theirs'].cpu:.2f} s"
 
 

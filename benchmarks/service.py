@@ -1,6 +1,6 @@
-"""The service against its own model: images decoded a second while 32 clients ask for 16 at a time, and the bare batched model.
+"""The service against its own model: images decoded per second for 32 clients that ask for 16 at a time, and by the bare model.
 
-Model and clients share the machine: the service is a process of its own with one thread for the model, the clients are threads
+Model and clients share the machine: the service is a separate process with one thread for the model, and the clients are threads
 here. Images travel as base64 PNG, compressed at level 1, in JSON.
 """
 
@@ -29,11 +29,12 @@ from eae_dist.objectives import build_objective, resolve
 from eae_dist.training import checkpoint as checkpoints
 
 CLIENTS, LATENTS, BATCH = 32, 16, 256
-# Network -> image shape, requests of each client a round, rounds, the least share of the bare model's speed.
+# Network -> image shape, requests per client and round, rounds, the least share of the bare model's speed.
 CASES = {"rae32": ((3, 32, 32), 2, 3, 0.6), "small": ((1, 32, 32), 16, 5, None)}
 
 
 def rows() -> Iterator[Row]:
+    """Yields the rows of the table."""
     for network, (shape, requests, rounds, bound) in CASES.items():
         with tempfile.TemporaryDirectory() as folder:
             run = save_run(Path(folder) / "run", network, shape)
@@ -46,7 +47,7 @@ def rows() -> Iterator[Row]:
                     before, start = cpu_of(process), time.perf_counter()
                     waits += ask_all(port, model.latent_dim, requests)
                     ours.append(Seconds(cpu_of(process) - before, time.perf_counter() - start))
-        # Neighbors in time are compared, as the machine's speed changes.
+        # Each turn is compared with the one next to it, because the machine's speed changes.
         wall = statistics.median(bare.wall / served.wall for bare, served in zip(theirs, ours, strict=True))
         cpu = statistics.median(bare.cpu / served.cpu for bare, served in zip(theirs, ours, strict=True))
         speeds = (f"{images / statistics.median(s.wall for s in seconds):,.0f} images/s" for seconds in (ours, theirs))
@@ -61,7 +62,7 @@ def rows() -> Iterator[Row]:
 
 
 def save_run(run: Path, network: str, shape: tuple[int, int, int]) -> Path:
-    """A checkpoint of initial weights."""
+    """Writes a checkpoint of initial weights."""
     config = resolve(load_config([f"model.network={network}", f"evaluate.batch={BATCH}"]), shape)
     objective = build_objective(config.model, config.objective, shape, seed=0)
     checkpoints.save(run, config, objective.state_dict(), {}, {"step": 0, "images": 0, "image_shape": list(shape)})
@@ -70,7 +71,7 @@ def save_run(run: Path, network: str, shape: tuple[int, int, int]) -> Path:
 
 @contextmanager
 def service(run: Path) -> Iterator[tuple[psutil.Process, int]]:
-    """The process and the port of a service of the run."""
+    """Yields the process and the port of a service of the run."""
     command = [sys.executable, "-m", "eae_dist.serve", "--ckpt", str(run), "--port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ) as process:
         try:
@@ -80,7 +81,7 @@ def service(run: Path) -> Iterator[tuple[psutil.Process, int]]:
 
 
 def ask_all(port: int, dimensions: int, requests: int) -> list[float]:
-    """Seconds that each request took; every client keeps its connection and asks again when it has its answer."""
+    """Returns the seconds of each request; every client keeps its connection and asks again after each answer."""
     waits: list[float] = []
 
     def ask(number: int) -> None:
@@ -106,6 +107,7 @@ def ask_all(port: int, dimensions: int, requests: int) -> list[float]:
 
 @torch.no_grad()
 def bare(model: TrainedModel, images: int) -> Seconds:
+    """Returns the time in which the model decodes this many images."""
     latents = torch.randn(images, model.latent_dim, generator=torch.Generator().manual_seed(0))
     cpu, wall = time.process_time(), time.perf_counter()
     for batch in latents.split(BATCH):
@@ -114,5 +116,6 @@ def bare(model: TrainedModel, images: int) -> Seconds:
 
 
 def cpu_of(process: psutil.Process) -> float:
+    """Returns the CPU time of a process."""
     times = process.cpu_times()
     return times.user + times.system

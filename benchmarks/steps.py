@@ -1,9 +1,10 @@
-"""Training steps on shards, on every rank that a launcher starts: what they cost, as one line of JSON from rank 0.
+"""The cost of training steps on shards, on every rank that a launcher starts, as one line of JSON from rank 0.
 
     [torchrun ...] -m benchmarks.steps ROUNDS STEPS [key=value ...]
 
-The loop of `eae_dist.train` (its stream, objective, step, stop request and averages for the log) without validation, pictures
-and checkpoints. A round is STEPS steps; the first is not counted. On one rank, also the entropy term of 1,024 latents alone.
+It runs the loop of `eae_dist.train` (its stream, objective, step, stop request and averages for the log) without validation,
+pictures and checkpoints. A round is STEPS steps; the first round is not counted. On one rank, it also measures the entropy term
+of 1,024 latents alone.
 """
 
 import json
@@ -30,6 +31,7 @@ ENTROPY_ROWS = 1024
 
 
 def main() -> None:
+    """Runs the command line."""
     rounds, steps = int(sys.argv[1]), int(sys.argv[2])
     config = load_config(sys.argv[3:])
     config = resolve(config, ShardIndex.load(config.data.root).image_shape)
@@ -48,7 +50,7 @@ def main() -> None:
 
 @contextmanager
 def training(config: Config) -> Iterator[Callable[[int], None]]:
-    """Yields a function that takes so many steps of a new run, of a resolved configuration. Call on every rank."""
+    """Yields a function that takes steps of a new run of a resolved configuration. Call it on every rank."""
     accelerator = start_accelerator(config.train)
     stream = open_stream(config)
     objective = build_objective(config.model, config.objective, stream.index.image_shape, config.train.seed)
@@ -73,7 +75,7 @@ def training(config: Config) -> Iterator[Callable[[int], None]]:
 
 
 def seconds(work: Callable[[], object]) -> dict[str, float]:
-    """User and system time of all ranks together, and the wall time of the slowest. Call on every rank."""
+    """Returns the user and system time of all ranks together, and the wall time of the slowest. Call it on every rank."""
     barrier()
     before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
     work()

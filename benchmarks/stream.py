@@ -1,7 +1,7 @@
-"""The stream against the plain webdataset pipeline and a folder of files: 32x32 color images a second, wall time.
+"""The stream against the plain webdataset pipeline and a folder of files: 32x32 color images per second, wall time.
 
 One process on one processor, batches of 128, every file in the page cache. All read the same images, each in its own random
-order: webdataset's 1,000 samples deep, the others' over everything.
+order: webdataset shuffles 1,000 samples at a time, the others all images.
 """
 
 import os
@@ -28,11 +28,12 @@ FASTER_PNG, FASTER_RAW, FASTER_FOLDER = 5, 20, 2.5
 
 
 def rows() -> Iterator[Row]:
+    """Yields the rows of the table."""
     with tempfile.TemporaryDirectory() as folder, one_processor():
         png = write_shards(Path(folder) / "png", SHAPE, "png", SHARDS, SAMPLES)
         raw = write_shards(Path(folder) / "raw", SHAPE, "raw", SHARDS, SAMPLES)
         files = write_files(Path(folder) / "files", png)
-        # Passes a turn, so that turns are of like length; webdataset's begins and ends with a pass, as its buffer does.
+        # Passes per turn, so that turns take about equally long; webdataset's buffer begins and ends with a pass, so it has one.
         sources = {
             "png": (stream(png), 2),
             "raw": (stream(raw), 10),
@@ -54,6 +55,7 @@ def rows() -> Iterator[Row]:
 
 
 def compared(what: str, ours: Seconds, theirs: Seconds, faster: float | None = None) -> Row:
+    """Returns the row of one comparison."""
     ratio = theirs.wall / ours.wall
     columns = {"ratio": f"{ratio:.2f}x"} if faster is None else at_least(faster, ratio)
     speeds = (f"{IMAGES / seconds.wall:,.0f} images/s" for seconds in (ours, theirs))
@@ -61,11 +63,12 @@ def compared(what: str, ours: Seconds, theirs: Seconds, faster: float | None = N
 
 
 def stream(root: Path) -> Iterator[int]:
-    """Numbers of images, batch by batch, without end; as the other sources below."""
+    """Yields the number of images of each batch, without end; so do the other sources below."""
     return (len(batch["image"]) for batch in ShardStream(root, "train", BATCH))
 
 
 def webdataset(root: Path, extension: str, *decoder: str) -> Iterator[int]:
+    """Yields from the plain webdataset pipeline."""
     urls = [str(path) for path in sorted(root.glob("*.tar"))]
     data = wds.WebDataset(urls, shardshuffle=SHARDS).shuffle(1000).decode(*decoder).to_tuple(extension, "cls").batched(BATCH)
     while True:
@@ -73,13 +76,14 @@ def webdataset(root: Path, extension: str, *decoder: str) -> Iterator[int]:
 
 
 def image_folder(root: Path) -> Iterator[int]:
+    """Yields from a folder of files."""
     loader = DataLoader(ImageFolder(root, PILToTensor()), batch_size=BATCH, shuffle=True, num_workers=0)
     while True:
         yield from (len(images) for images, _ in loader)
 
 
 def bare_reads(root: Path) -> Iterator[int]:
-    """One pread an image in random order, nothing checked or decoded."""
+    """Reads each image with one pread, in random order, without checking or decoding."""
     reader = ShardReader(ShardIndex.load(root), "train")
     places = []
     for shard in range(SHARDS):
@@ -93,7 +97,7 @@ def bare_reads(root: Path) -> Iterator[int]:
 
 
 def passes(batches: Iterator[int], count: int):
-    """A turn: batches until `count` passes over the images are complete."""
+    """Returns a turn: it takes batches until `count` passes over the images are complete."""
 
     def turn():
         left = count * IMAGES
@@ -104,7 +108,7 @@ def passes(batches: Iterator[int], count: int):
 
 
 def write_files(root: Path, shards: Path) -> Path:
-    """The images of the shards as files, a folder a class."""
+    """Writes the images of the shards as files, with a folder per class."""
     reader = ShardReader(ShardIndex.load(shards), "train")
     for shard in range(SHARDS):
         for key, size, offset, label in reader._members(shard)[["key", "bytes", "offset", "label"]].tolist():
@@ -116,7 +120,7 @@ def write_files(root: Path, shards: Path) -> Path:
 
 @contextmanager
 def one_processor() -> Iterator[None]:
-    """This thread and those that it starts share one processor, where the system can do that (Linux)."""
+    """Binds this thread and those that it starts to one processor, if the system supports this (Linux)."""
     if not hasattr(os, "sched_setaffinity"):
         yield
         return

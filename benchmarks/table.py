@@ -1,4 +1,4 @@
-"""A line of the table, and the clock that its numbers come from."""
+"""A line of the table, and the clock for its numbers."""
 
 import statistics
 import time
@@ -10,7 +10,7 @@ HEADER = "| what | ours | theirs | ratio | target | met | beside |\n| --- | ---:
 
 @dataclass(frozen=True)
 class Row:
-    """`ratio` with its unit, and what it should be; no target: for scale only."""
+    """A comparison. `ratio`: with its unit; `target`: what the ratio should be, empty if it is shown only for scale."""
 
     what: str
     ours: str
@@ -26,24 +26,25 @@ class Row:
 
 
 def at_least(bound: float, ratio: float) -> dict:
-    """The columns from ratio to met."""
+    """Returns the columns from ratio to met, for a lower bound."""
     return {"ratio": f"{ratio:.1f}x", "target": f"at least {bound:g}x", "met": ratio >= bound}
 
 
 def at_most(bound: float, ratio: float) -> dict:
+    """Returns the columns from ratio to met, for an upper bound."""
     return {"ratio": f"{ratio:.2f}x", "target": f"at most {bound:g}x", "met": ratio <= bound}
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """Medians of one turn."""
+    """Median times of one turn."""
 
     cpu: float
     wall: float
 
 
 def take_turns(competitors: dict[str, Callable[[], object]], rounds: int) -> dict[str, Seconds]:
-    """Calls each in turn, `rounds` times: one after the other, so that a busy machine is as busy for all."""
+    """Calls each competitor in turn, `rounds` times, so that other work on the machine affects all of them equally."""
     cpu, wall = ({name: [] for name in competitors} for _ in range(2))
     for _ in range(rounds):
         for name, work in competitors.items():

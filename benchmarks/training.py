@@ -1,6 +1,6 @@
-"""Training: what two ranks cost against one, and what the entropy costs in a step. CPU time an image, of all ranks together.
+"""Training: the cost of two ranks against one, and of the entropy in a step. CPU time per image, of all ranks together.
 
-Both train the same global batch, one thread a rank, so that CPU time an image would be the same if ranks were free. One rank
+Both train the same global batch, with one thread per rank, so CPU time per image would be the same if ranks had no cost. One rank
 is a plain process, without DDP.
 """
 
@@ -17,12 +17,13 @@ from benchmarks.images import write_shards
 from benchmarks.steps import ENTROPY_ROWS
 from benchmarks.table import Row, at_most
 
-# Network -> image shape, global batch, launches of each kind, rounds a launch, steps a round, the most that ranks may cost.
+# Network -> image shape, global batch, launches of each kind, rounds per launch, steps per round, the most that ranks may cost.
 CASES = {"small": ((1, 32, 32), 128, 2, 4, 10, 1.6), "rae32": ((3, 32, 32), 64, 1, 2, 1, 1.2)}
 ENTROPY_NETWORK, SHARE = "rae32", 0.02
 
 
 def rows() -> Iterator[Row]:
+    """Yields the rows of the table."""
     for network, (shape, batch, launches, rounds, steps, bound) in CASES.items():
         rounds_of: dict[int, list] = {1: [], 2: []}
         with tempfile.TemporaryDirectory() as folder:
@@ -59,7 +60,7 @@ def rows() -> Iterator[Row]:
 
 
 def launch(ranks: int, rounds: int, steps: int, *settings: str) -> dict:
-    """What `benchmarks.steps` reports on so many local ranks."""
+    """Returns what `benchmarks.steps` reports on this many local ranks."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     arguments = ["-m", "benchmarks.steps", str(rounds), str(steps), "train.device=cpu", "train.trackers=[]", *settings]
     done = subprocess.run([sys.executable, *launcher, *arguments], capture_output=True, text=True, env=os.environ)
@@ -69,16 +70,20 @@ def launch(ranks: int, rounds: int, steps: int, *settings: str) -> dict:
 
 
 def median(costs: list[dict[str, float]]) -> dict[str, float]:
+    """Returns the medians of the costs, by name."""
     return {name: statistics.median(cost[name] for cost in costs) for name in costs[0]}
 
 
 def cpu(cost: dict[str, float]) -> float:
+    """Returns user and system time together."""
     return cost["user"] + cost["system"]
 
 
 def in_system(cost: dict[str, float]) -> str:
+    """Returns the share of system time as text."""
     return f"{cost['system'] / cpu(cost):.0%}"
 
 
 def milliseconds(cost: dict[str, float]) -> str:
+    """Returns the CPU time per image as text."""
     return f"{cpu(cost) * 1e3:.2f} ms/image"

@@ -37,7 +37,7 @@ ON_VALIDATION = ("evaluate.split=validation", "evaluate.reference=validation")
 
 
 def trial(config: Path, row: str, value: float, out: Path, settings: Sequence[str]) -> Run:
-    """The run of a row with one value of its grid, in a folder of its own. Raises ValueError for what a user can set right."""
+    """Returns the run of a row with one value of its grid, in its own folder. Raises ValueError for what a user can correct."""
     key, _ = GRIDS[row]
     run = planned(config, row_files(config, [row])[row], row, 0, out, [*ON_VALIDATION, *settings, f"{key}={value}"])
     folder = out / "runs" / f"{row}-{value:g}"
@@ -46,7 +46,7 @@ def trial(config: Path, row: str, value: float, out: Path, settings: Sequence[st
 
 
 def tuned(config: Path, rows: Sequence[str], job_pool: JobPool, out: Path, settings: Sequence[str]) -> list[dict]:
-    """Runs every trial; a record for each that came to its end."""
+    """Runs every trial, and returns a record for each finished one."""
     trials = {(row, value): trial(config, row, value, out, settings) for row in rows for value in GRIDS[row][1]}
     first_stage = next((run for (row, _), run in trials.items() if row == "two_stage_vae"), None)
     # The trials of a second stage share the first one's weights.
@@ -70,6 +70,7 @@ def tuned(config: Path, rows: Sequence[str], job_pool: JobPool, out: Path, setti
 
 
 def main() -> None:
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
     parser.add_argument("--only", default=",".join(GRIDS), metavar="ROW,ROW")

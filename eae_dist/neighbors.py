@@ -3,10 +3,11 @@
     python -m eae_dist.neighbors --latents DIR [--ckpt DIR] [--out DIR] [--nproc N] [key=value ...]
     python -m eae_dist.neighbors --latents DIR --query FILE.png [--query ...] [--json] [key=value ...]
 
-The first looks at the whole: are generated images nearer to training images than test images are (memorization), which images
-come twice or nearly, how well do neighbors tell a label, and the entropy of all latents. It writes neighbors.json, duplicates.csv
-and pictures into DIR/neighbors or --out. The second finds the neighbors of some images. Both keep the index that they make
-beside the latents. Alone they use all local GPUs, or N CPU ranks; under a launcher they join its ranks.
+The first form analyzes all latents: whether generated images are nearer to training images than test images are (memorization),
+which images have an exact or near duplicate, how well neighbors predict a label, and the entropy of the latents. It writes
+neighbors.json, duplicates.csv and pictures into DIR/neighbors or --out. The second form finds the neighbors of some images. Both
+keep the index that they make beside the latents. Without a launcher they use all local GPUs, or N CPU ranks; under a launcher
+they use its ranks.
 """
 
 import argparse
@@ -34,14 +35,14 @@ LISTED = 1_000  # pairs in duplicates.csv
 
 
 def neighbors(space: EncodedDataset, out: Path) -> dict:
-    """The numbers of the whole, also written to `out` with pictures by rank 0. Call on every rank."""
+    """Returns the numbers for all latents; rank 0 also writes them to `out` with pictures. Call it on every rank."""
     settings, folder = space.settings, space.folder
     index = space.index()
     k = min(settings.k, index.n)
     if folder.rows(settings.query_split) == 0:
         raise ValueError(f"index.query_split={settings.query_split} holds no images; take another split")
 
-    # Test images: their neighbors, and what these say of their labels.
+    # Test images: their neighbors, and the labels that these predict.
     start, queries = space.rows_of_this_rank(settings.query_split)
     squared, ids = index.search(queries, k)
     train_labels = np.asarray(folder.read(space.split, "labels"))
@@ -50,7 +51,7 @@ def neighbors(space: EncodedDataset, out: Path) -> dict:
     right = vote(train_labels[ids])[labeled] == labels[labeled]
     counted = sum_over_ranks(torch.tensor([int(right.sum()), int(labeled.sum())], device=space.device)).tolist()
 
-    # Generated images: drawn, decoded, encoded again.
+    # Generated images: sampled, decoded and encoded again.
     density, count = space.model.density(settings.density), min(settings.samples, folder.rows(settings.query_split))
     like = next(space.model.autoencoder.decoder.parameters())
 
@@ -62,7 +63,7 @@ def neighbors(space: EncodedDataset, out: Path) -> dict:
     drawn = torch.cat([torch.zeros(0, *space.model.image_shape, dtype=torch.uint8), *drawn])
     squared_drawn, ids_drawn = index.search(space.encode(drawn), k)
 
-    # The split against itself.
+    # The nearest other row of every row of the split.
     first, rows = space.rows_of_this_rank(space.split)
     nearest, twin = nearest_others(index, rows, first)
 
@@ -107,12 +108,15 @@ def neighbors(space: EncodedDataset, out: Path) -> dict:
 
 
 def closest(squared: np.ndarray) -> np.ndarray:
-    """The numbers of the images that lie nearest to a row: squared distances [m, k] -> [up to SHOWN]."""
+    """Returns the numbers of the images that are nearest to a row: squared distances [m, k] -> [up to SHOWN]."""
     return np.argsort(squared[:, 0], kind="stable")[:SHOWN]
 
 
 def from_their_ranks(images: torch.Tensor, numbers: np.ndarray) -> np.ndarray:
-    """These of the images of all ranks, numbered in rank order, of which this one holds `images`. Call on every rank."""
+    """Returns the images with these numbers from all ranks, numbered in rank order. Call it on every rank.
+
+    images: the images of this rank.
+    """
     start = sum(gather_objects(len(images))[: rank()])
     mine = {int(number): images[number - start].numpy() for number in numbers if start <= number < start + len(images)}
     found = {number: image for of_rank in gather_objects(mine) for number, image in of_rank.items()}
@@ -120,7 +124,10 @@ def from_their_ranks(images: torch.Tensor, numbers: np.ndarray) -> np.ndarray:
 
 
 def near_pairs(distance: np.ndarray, twin: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs of rows, one the other's nearest, that are equal or nearer than the threshold: distances [p] and rows [p, 2]."""
+    """Returns the pairs of rows that are equal or nearer than the threshold: distances [p] and rows [p, 2].
+
+    One row of a pair is the nearest other row of the other.
+    """
     near = np.flatnonzero((distance < threshold) | (distance == 0))
     pairs, at = np.unique(np.sort(np.stack([near, twin[near]], 1), axis=1), axis=0, return_index=True)
     order = np.argsort(distance[near[at]], kind="stable")
@@ -128,7 +135,7 @@ def near_pairs(distance: np.ndarray, twin: np.ndarray, threshold: float) -> tupl
 
 
 def pairs_table(space: EncodedDataset, apart: np.ndarray, pairs: np.ndarray) -> str:
-    """The nearest pairs as CSV, by their keys."""
+    """Returns the nearest pairs by their keys, as CSV."""
     text = io.StringIO()
     table = csv.writer(text)
     table.writerow(("distance", "key", "other key"))
@@ -138,13 +145,13 @@ def pairs_table(space: EncodedDataset, apart: np.ndarray, pairs: np.ndarray) -> 
 
 
 def save_picture(space: EncodedDataset, path: Path, images: np.ndarray, ids: np.ndarray, distances: np.ndarray) -> None:
-    """Images, uint8 [m, c, h, w], beside the rows of these ids, [m, k], at these distances, [m, k]."""
+    """Draws images, uint8 [m, c, h, w], beside the rows of ids [m, k] at distances [m, k]."""
     near = space.images(space.split, ids.ravel()).reshape(*ids.shape, *images.shape[1:])
     replace_file(path, neighbors_picture(images, near, distances))
 
 
 def query(space: EncodedDataset, files: Sequence[Path], out: Path | None) -> list[dict]:
-    """The neighbors of image files, and a picture of them in `out`. Call on every rank."""
+    """Returns the neighbors of image files, and writes a picture of them to `out`. Call it on every rank."""
     channels, height, width = space.model.image_shape
     images = []
     for file in files:
@@ -172,6 +179,7 @@ def query(space: EncodedDataset, files: Sequence[Path], out: Path | None) -> lis
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
     parser = argparse.ArgumentParser(prog="python -m eae_dist.neighbors", description=__doc__.split(":\n")[0])
     parser.add_argument("--latents", type=Path, required=True, help="a folder that `python -m eae_dist.encode` wrote")
     parser.add_argument("--ckpt", type=Path, help="the model; default: the checkpoint that they were encoded from")
@@ -202,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def summary(found: dict) -> str:
-    """The numbers as a person reads them."""
+    """Returns the numbers as text for a person."""
     settings, index, copies, twins = (found[name] for name in ("settings", "index", "memorization", "duplicates"))
     split, queries, accuracy = settings["split"], settings["query_split"], found["label_accuracy"]
     told = f"labels of {queries} images told by {settings['k']} neighbors"
@@ -220,6 +228,7 @@ def summary(found: dict) -> str:
 
 
 def summary_of_queries(found: list[dict], out: Path) -> str:
+    """Returns the neighbors of each query as text for a person."""
     lines = []
     for one in found:
         lines.append(f"{one['query']}:")

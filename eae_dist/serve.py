@@ -2,8 +2,9 @@
 
     python -m eae_dist.serve --ckpt DIR [--latents DIR] [--host 127.0.0.1] [--port 8000] [key=value ...]
 
-http://127.0.0.1:8000 is the page, /openapi.json describes the rest. LATENTS is a folder that `python -m eae_dist.encode` wrote:
-with it neighbors among the data set's images are found. Ctrl-C and SIGTERM end the service. It needs `pip install -e '.[serve]'`.
+http://127.0.0.1:8000 is the page, and /openapi.json describes the interface. --latents is a folder that `python -m
+eae_dist.encode` wrote; with it, the service finds neighbors among the data set's images. Ctrl-C and SIGTERM stop the service. It
+needs `pip install -e '.[serve]'`.
 """
 
 import argparse
@@ -28,17 +29,17 @@ from eae_dist.inference.service.model import ServedModel
 
 log = logging.getLogger("eae_dist")
 
-WAITING = 1_024  # rows that may wait; the most of a request is a quarter
+WAITING = 1_024  # rows that may wait; a request has at most a quarter of them
 CONNECTIONS = 512
 EXTRA = ("fastapi", "uvicorn")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def serve(directory: Path, latents: Path | None, host: str, port: int, assignments: Sequence[str]) -> None:
-    """Serves until it is told to end. Raises ValueError or OSError for what a user can set right."""
+    """Serves until it is stopped. Raises ValueError or OSError for what a user can correct."""
     import uvicorn
 
-    from eae_dist.inference.service.app import create_app  # wants the extra, as uvicorn does
+    from eae_dist.inference.service.app import create_app  # needs the extra, as uvicorn does
 
     with closing(bound(host, port)) as listening:
         served = ServedModel(directory, latents, assignments)
@@ -58,13 +59,13 @@ def serve(directory: Path, latents: Path | None, host: str, port: int, assignmen
             name = f"[{host}]" if ":" in host else host
             of = f"{served.config.objective.name}, step {served.checkpoint.state['step']}"
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn passes the signal on when it has ended
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises the signal again after it has stopped
             log.info("serving %s at http://%s:%d (Ctrl-C ends)", of, name, listening.getsockname()[1])
             uvicorn.Server(settings).run(sockets=[listening])
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """A socket that listens there, before anything is loaded. Raises ValueError or OSError that names the option."""
+    """Returns a socket that listens there, before a model is loaded. Raises ValueError or OSError that names the option."""
     if not 0 <= port <= 65535:
         raise ValueError(f"--port={port} must lie in [0, 65535]; 0 takes a free one")
     try:
@@ -72,17 +73,18 @@ def bound(host: str, port: int) -> socket.socket:
         listening = socket.socket(family, kind)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
-        listening.listen(CONNECTIONS)  # who comes early waits; and nobody else may listen here
+        listening.listen(CONNECTIONS)  # early clients wait, and no other process can listen here
     except OSError as error:
         raise OSError(f"--host={host} --port={port} cannot be bound: {error.strerror}; take another --port or --host") from error
     return listening
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
     parser = argparse.ArgumentParser(prog="python -m eae_dist.serve", description=__doc__.split(":\n")[0])
     parser.add_argument("--ckpt", type=Path, required=True, help="a checkpoint folder, or a run folder (its latest checkpoint)")
     parser.add_argument("--latents", type=Path, metavar="DIR", help="a folder that `python -m eae_dist.encode` wrote")
-    parser.add_argument("--index", help=argparse.SUPPRESS)  # its name of before
+    parser.add_argument("--index", help=argparse.SUPPRESS)  # the old name of --latents
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; default: 127.0.0.1, this machine alone")
     parser.add_argument("--port", type=int, default=8000, help="default: 8000; 0: a free one")
     parser.add_argument(

@@ -1,8 +1,8 @@
-"""Trains one objective on one data set, on any number of ranks:
+"""Trains one objective on one data set on any number of ranks:
 
     accelerate launch -m eae_dist.train [--config FILE.yaml ...] [key=value ...]
 
-The same command on the same run folder continues where its last checkpoint stands. The loop itself is `training/loop.py`.
+The same command with the same run folder continues from its last checkpoint. The training loop is `training/loop.py`.
 """
 
 import os
@@ -17,6 +17,7 @@ from eae_dist.training.metrics_log import TrainingDiverged
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command on this rank; argv: default: the command line."""
     os.environ |= srun_ranks(os.environ)
     with ending_ranks(TrainingDiverged):
         train(load_config(sys.argv[1:] if argv is None else argv))

@@ -1,4 +1,4 @@
-"""The configuration: `schema` says what there is to set, `loading` reads it from files and command lines."""
+"""The configuration: `schema` defines every setting; `loading` reads settings from files and command lines."""
 
 from eae_dist.config.loading import (
     changed_keys,

@@ -1,4 +1,4 @@
-"""Reading the settings: dataclasses <- YAML files in order <- key=value arguments, the later winning."""
+"""Reads the settings: dataclass defaults, then YAML files in order, then key=value arguments. A later value wins."""
 
 import ast
 import copy
@@ -19,13 +19,13 @@ import eae_dist
 from eae_dist.config.schema import Config, check_values
 from eae_dist.numerics.atomic_files import replace_file
 
-# Names of before, which a run folder's config.yaml may have and a user is told about.
+# Former names: they are still read from a run folder's config.yaml. Elsewhere, an error gives the new name.
 RENAMED_KEYS = {"index.queries": "index.query_split", "index.near": "index.duplicate_ratio"}
 RENAMED_VALUES = {("train.precision", "no"): "fp32"}
 
 
 def load_config(argv: Sequence[str] = ()) -> Config:
-    """The configuration of a command line: `[--config FILE.yaml ...] [key=value ...]`; `--help` prints every key and exits.
+    """Reads the configuration from a command line `[--config FILE.yaml ...] [key=value ...]`; --help prints every key and exits.
 
     Raises ValueError for an unknown key (with the nearest known one), a wrong type, an unreadable file or a value out of range.
     """
@@ -36,23 +36,24 @@ def load_config(argv: Sequence[str] = ()) -> Config:
 
 
 def read_config(path: Path) -> Config:
-    """The configuration of a run folder's config.yaml; keys and values that have other names now are read under those."""
+    """Reads a run folder's config.yaml; keys and values with former names are read under their new names."""
     layer, origin = _from_file(str(path))
     return _merged([(_renamed(layer), origin)])
 
 
 def override(config: Config, assignments: Sequence[str]) -> Config:
-    """The configuration with `key=value` texts applied."""
+    """Returns the configuration with `key=value` texts applied."""
     base = (OmegaConf.structured(config), "the configuration")
     return _merged([base, *(_from_assignment(text) for text in assignments)])
 
 
 def save_config(config: Config, path: Path) -> None:
+    """Writes the configuration as YAML."""
     replace_file(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 def is_assignment(text: str) -> bool:
-    """Whether a word of a command line sets a key, and is not a path with a = in it."""
+    """True if a command-line argument sets a key; False for a path that contains "="."""
     return "=" in text and text.partition(".")[0] in {section.name for section in fields(Config)}
 
 
@@ -83,20 +84,23 @@ def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def flatten(config: Config) -> dict[str, object]:
-    """The configuration as {"section.key": value}."""
+    """Returns the configuration as {"section.key": value}."""
     sections = ((section.name, getattr(config, section.name)) for section in fields(config))
     return {f"{name}.{key.name}": getattr(section, key.name) for name, section in sections for key in fields(section)}
 
 
 def changed_keys(before: Config, after: Config, *, changeable: bool) -> list[str]:
-    """Lines "key: before -> after" of the keys that differ and may (or may not) change when a run is continued."""
+    """Returns a line "key: before -> after" for every key that differs and whose `changeable` mark is the given one.
+
+    A changeable key may differ when a run is continued.
+    """
     old, new = flatten(before), flatten(after)
     marks = {f"{s.name}.{f.name}": f.metadata.get("changeable", False) for s in fields(Config) for f in fields(s.default_factory)}
     return [f"{key}: {old[key]} -> {new[key]}" for key in old if old[key] != new[key] and marks[key] is changeable]
 
 
 def help_text() -> str:
-    """Every key with its default and its meaning."""
+    """Returns the text of --help: every key with its default and its meaning."""
     lines = ["settings, as key=value or in YAML files after --config:"]
     for section in fields(Config):
         cls = section.default_factory
@@ -122,15 +126,15 @@ def _field_docstrings(cls: type) -> dict[str, str]:
 
 
 def find_config(name: str | Path) -> Path:
-    """The YAML file of that path, else the shipped one of that name, such as cifar10 or cifar10/eae.
+    """Returns the YAML file at that path, else the shipped file of that name, such as cifar10 or cifar10/eae.
 
-    Raises ValueError where there is neither.
+    Raises ValueError if neither exists.
     """
     path = Path(name)
     if path.is_file():
         return path
     package = Path(eae_dist.__file__).parent
-    for folder in (package / "configs", package.parent / "configs"):  # as installed from a wheel, and in a clone
+    for folder in (package / "configs", package.parent / "configs"):  # in an installed wheel, and in a git clone
         if (shipped := folder / f"{name}.yaml").is_file():
             return shipped
         known = sorted(file.stem for file in folder.glob("*.yaml"))
@@ -143,13 +147,13 @@ def _from_file(file: str) -> tuple[object, str]:
     path = find_config(file)
     try:
         loaded = OmegaConf.load(path)
-    except Exception as error:  # YAML and OmegaConf raise many kinds
+    except Exception as error:  # YAML and OmegaConf raise many types
         raise ValueError(f"{file} is not a YAML mapping: {' '.join(str(error).split())}") from error
     return loaded, file
 
 
 def _renamed(layer):
-    """The layer with the present names of keys and values."""
+    """Returns the layer with former key names and values replaced by the new ones."""
     for old, new in RENAMED_KEYS.items():
         section, key = old.split(".")
         if section in layer and key in layer[section]:
@@ -174,12 +178,12 @@ def _defaults() -> DictConfig:
 
 
 def _merged(layers: list[tuple[object, str]]) -> Config:
-    config = copy.deepcopy(_defaults())  # a fifth of the time
+    config = copy.deepcopy(_defaults())  # takes a fifth of the time of OmegaConf.structured
     for layer, origin in layers:
         _check_keys(layer, origin)
         try:
             config.merge_with(layer)
-        except (OmegaConfBaseException, TypeError) as error:  # a list given item by item is a TypeError
+        except (OmegaConfBaseException, TypeError) as error:  # setting a single item of a list raises TypeError
             key = getattr(error, "full_key", None)
             raise ValueError(f"{origin}: {str(error).splitlines()[0]}" + (f" ({key})" if key else "")) from error
     result = OmegaConf.to_object(config)
@@ -190,14 +194,14 @@ def _merged(layers: list[tuple[object, str]]) -> Config:
 
 
 def _check_keys(layer, origin: str) -> None:
-    """Raises ValueError unless the layer consists of known sections with known keys and plain values."""
+    """Raises ValueError unless the layer has only known sections, known keys and plain values."""
     text = OmegaConf.to_yaml(layer)
     if "${" in text:
         raise ValueError(f"{origin}: a configuration holds plain values; ${{...}} is not resolved")
     if "???" in text:
         raise ValueError(f"{origin}: ??? stands for a missing value; give one")
     if not OmegaConf.is_dict(layer):
-        raise ValueError(f"{origin}: wanted sections with keys, such as train: {{seed: 1}}")
+        raise ValueError(f"{origin}: expected sections with keys, such as train: {{seed: 1}}")
     sections = {section.name: section.default_factory for section in fields(Config)}
     known = {name: {key.name for key in fields(section)} for name, section in sections.items()}
     for name in layer:
@@ -220,10 +224,10 @@ def _check_keys(layer, origin: str) -> None:
                 raise ValueError(f"{origin}: {old}={text} is now called {old}={new}")
         for key in (key.name for key in fields(sections[name]) if key.type in (str, str | None)):
             if isinstance(section.get(key), bool):
-                raise ValueError(f"{origin}: {name}.{key} wants text; put it in quotes, or YAML reads it as {section[key]}")
+                raise ValueError(f"{origin}: {name}.{key} needs text; put it in quotes, or YAML reads it as {section[key]}")
         for key in (key.name for key in fields(sections[name]) if key.type == list[str]):
             if isinstance(section.get(key), str):
-                raise ValueError(f"{origin}: {name}.{key} wants a list; write [{section[key]}]")
+                raise ValueError(f"{origin}: {name}.{key} needs a list; write [{section[key]}]")
 
 
 def _suggestion(name: str, known) -> str:

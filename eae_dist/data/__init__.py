@@ -1,0 +1,1 @@
+"""Data sets: packing, indexing, reading and ordering of images."""

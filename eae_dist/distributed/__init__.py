@@ -1,4 +1,4 @@
-"""Ranks: what they tell each other (`collectives`), their failures, requests to stop, and how they are launched."""
+"""Distributed execution: collectives, failures on ranks, requests to stop, and launching."""
 
 from eae_dist.distributed.collectives import (
     average_over_ranks,

@@ -1,4 +1,4 @@
-"""Tasks spread over processes, with the results in the order of the tasks."""
+"""Parallel tasks in processes, with the results in the order of the tasks."""
 
 import multiprocessing
 import os
@@ -11,16 +11,15 @@ from concurrent.futures.process import BrokenProcessPool
 
 
 def run_tasks(function: Callable, tasks: Iterable, workers: int) -> Iterator:
-    """`function(task)` for every task, in order, computed by `workers` processes; 1 computes here.
+    """Yields `function(task)` for every task in order, computed by `workers` processes; 1 computes in this process.
 
-    Only a few tasks a worker are held at a time, so `tasks` may be a generator of large ones. The processes end when the
-    iterator is closed or when this process ends, however that comes. Raises what `function` raises, and ChildProcessError
-    when a process dies.
+    At most two tasks per worker are held at a time, so `tasks` may generate large objects. The processes end when the iterator is
+    closed or when this process ends for any reason. Raises the errors of `function`, and ChildProcessError if a process dies.
     """
     if workers == 1:
         yield from map(function, tasks)
         return
-    # A fork of this process would keep its files, and with them its locks, open; a fork server imports torch once for all.
+    # A fork of this process would keep its open files and their locks. A fork server imports torch once for all workers.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["eae_dist.data.indexing", "webdataset.writer"])
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
@@ -35,13 +34,13 @@ def run_tasks(function: Callable, tasks: Iterable, workers: int) -> Iterator:
         except BrokenProcessPool as error:
             raise ChildProcessError("a worker process died (out of memory?); try again with fewer --workers") from error
         except BaseException:
-            for process in pool._processes.values():  # public, as terminate_workers, only from Python 3.14 on
+            for process in pool._processes.values():  # a public method, terminate_workers, exists only from Python 3.14 on
                 process.terminate()
             raise
 
 
 def available_cores() -> int:
-    """The CPU cores that this process may use, which a scheduler can have limited."""
+    """Returns the number of CPU cores that this process may use; a scheduler can limit them."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

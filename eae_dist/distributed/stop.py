@@ -1,4 +1,4 @@
-"""A signal to any rank, as one decision of all ranks to stop."""
+"""Stopping of all ranks at the same step after a signal to any rank."""
 
 import os
 import signal
@@ -9,22 +9,21 @@ import torch.distributed as dist
 
 from eae_dist.distributed.collectives import waiting, world_size
 
-# The process that started this one, where it is a launcher: a shell may end before what it started.
+# The parent process, if it is a launcher. A parent that is a shell may end before its children, so it does not count.
 LAUNCHERS = {"accelerate": "ACCELERATE_DYNAMO_BACKEND", "torchrun": "TORCHELASTIC_RUN_ID", "our own": "EAE_DIST_LAUNCHED"}
 _LAUNCHER = os.getppid() if set(LAUNCHERS.values()) & os.environ.keys() else None
 
 
 class StopRequest:
-    """Turns SIGTERM and Ctrl-C on any rank into one decision of all ranks to stop after the same step.
+    """Turns SIGTERM and Ctrl-C on any rank into a decision of all ranks to stop after the same step.
 
-    The end of a rank's launcher counts as such a signal: one that is killed leaves its ranks behind.
-    Used as a context, in which these signals are noted and no longer end the process; a second Ctrl-C interrupts at once.
-    `start_asking` and `asked` bracket a step: the question travels over a gloo group of its own while the step computes.
-    `signalled`: whether this rank was; others may not know yet.
+    The end of a launcher counts as a signal, because a killed launcher leaves its ranks running.
+    In its context, these signals are only recorded and do not end the process; a second Ctrl-C interrupts at once.
+    Call `start_asking` before a step and `asked` after it: a separate gloo group exchanges the flags while the step computes.
     """
 
     def __init__(self, timeout: float):
-        """timeout: seconds after which a rank gives up waiting for the others' answer."""
+        """timeout: seconds after which a rank stops waiting for the answers of the others."""
         self._timeout = timedelta(seconds=timeout)
 
     def __enter__(self) -> "StopRequest":
@@ -45,10 +44,12 @@ class StopRequest:
 
     @property
     def signalled(self) -> bool:
+        """True if this rank got a signal; the other ranks may not know it yet."""
         left_behind = _LAUNCHER is not None and os.getppid() != _LAUNCHER
         return left_behind or self._signal is not None
 
     def start_asking(self) -> None:
+        """Starts to exchange the flags of all ranks."""
         flags = torch.full_like(self._flags, self.signalled)
         if self._group is None:
             self._flags = flags
@@ -56,7 +57,7 @@ class StopRequest:
             self._pending = dist.all_to_all_single(self._flags, flags, group=self._group, async_op=True)
 
     def asked(self) -> bool:
-        """Whether any rank had been signalled when this step began; the same answer on every rank."""
+        """True if any rank had got a signal at the last `start_asking`; the answer is the same on every rank."""
         if self._group is not None:
             with waiting():
                 self._pending.wait()

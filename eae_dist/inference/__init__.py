@@ -1,0 +1,1 @@
+"""Uses of a trained model: decoding, encoded data sets, and the HTTP service."""

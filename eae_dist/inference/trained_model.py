@@ -1,6 +1,6 @@
-"""Images from latents: a trained model with its densities, and which latent image i of a set is decoded from.
+"""Images from latents: a trained model with its densities, and the latent from which image i of a set is decoded.
 
-Image i of a set of draws follows from (seed, i) alone, so it does not depend on the number of ranks or on how many are drawn.
+Image i of a set of samples depends on (seed, i) alone, and not on the number of ranks or the number of samples.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -25,8 +25,8 @@ LatentsOf = Callable[[np.ndarray], torch.Tensor]
 class TrainedModel(nn.Module):
     """A trained autoencoder in eval mode, and the densities that `eae_dist.evaluate` fitted to its latents.
 
-    `.image_shape` is (c, h, w), `.latent_dim` d. Images are floating point in [0, 1]; those and latents of another shape than the
-    model's are a ValueError.
+    `.image_shape` is (c, h, w), `.latent_dim` is d. Images are floating point in [0, 1]. Images and latents of another shape than
+    the model's raise ValueError.
     """
 
     def __init__(self, autoencoder: Autoencoder, checkpoint: Checkpoint):
@@ -37,17 +37,17 @@ class TrainedModel(nn.Module):
         self.eval()
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """[b, c, h, w] -> [b, d]; of variational models the means."""
+        """Encodes [b, c, h, w] -> [b, d]; variational models return the means."""
         check_rows("images", images, self.image_shape)
         return self.autoencoder.encode(images)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """[b, d] -> [b, c, h, w]."""
+        """Decodes [b, d] -> [b, c, h, w]."""
         check_rows("latents", latents, (self.latent_dim,))
         return self.autoencoder.decode(latents)
 
     def reconstruct(self, images: torch.Tensor) -> torch.Tensor:
-        """[b, c, h, w] -> [b, c, h, w]; of `two_stage_vae` through its second stage, which must have been fitted."""
+        """Reconstructs [b, c, h, w]; `two_stage_vae` uses its second stage, which must have been fitted."""
         latents = self.encode(images)
         if self._second_stage:
             latents = self.density(self._second_stage).reconstruct(latents).to(latents)
@@ -55,16 +55,18 @@ class TrainedModel(nn.Module):
 
     @torch.no_grad()
     def sample(self, count: int, density: str = "isotropic", seed: int = 0) -> torch.Tensor:
-        """Decoded draws of a density, [count, c, h, w]: for evaluate.seed those that evaluate judged, to rounding."""
+        """Returns decoded samples of a density, [count, c, h, w]; with evaluate.seed those of `evaluate`, up to rounding."""
         like = next(self.autoencoder.decoder.parameters())
         return self.decode(self.density(density).sample(sample_seeds(seed, np.arange(count))).to(like))
 
     def density(self, name: str) -> Density:
-        """The fitted density of that name. ValueError for an unknown one and one that was fitted to other weights,
-        FileNotFoundError for one that was not fitted."""
+        """Returns the fitted density of that name.
+
+        Raises ValueError if it is unknown or was fitted to other weights, FileNotFoundError if it was not fitted.
+        """
         if name not in DENSITIES:
             raise ValueError(f"the density {name} is unknown; it is one of {', '.join(DENSITIES)}")
-        if name == "isotropic":  # N(0, I) whatever the latents are
+        if name == "isotropic":  # N(0, I) does not depend on the latents
             density = DENSITIES[name]()
             density.fit(torch.zeros(1, self.latent_dim))
             return density
@@ -80,14 +82,14 @@ class TrainedModel(nn.Module):
 
 
 def check_rows(what: str, rows: torch.Tensor, shape: tuple[int, ...]) -> None:
-    """Raises ValueError unless the rows [b, *shape] are floating point."""
+    """Raises ValueError unless the rows are floating point of shape [b, *shape]."""
     if rows.shape[1:] != shape or not rows.is_floating_point():
         wanted = ", ".join(map(str, ("b", *shape)))
         raise ValueError(f"the model takes {what} [{wanted}] of floating point, got {rows.dtype} {tuple(rows.shape)}")
 
 
 def load(directory: str | Path, *, device: str | torch.device = "cpu", allow: Collection[str] = ()) -> TrainedModel:
-    """The trained model of a checkpoint folder or of a run folder (its latest).
+    """Loads the trained model of a checkpoint folder, or of the latest checkpoint of a run folder.
 
     allow: network classes outside eae_dist that the checkpoint may name.
     """
@@ -95,20 +97,20 @@ def load(directory: str | Path, *, device: str | torch.device = "cpu", allow: Co
 
 
 def trained_model(checkpoint: Checkpoint, device: str | torch.device, allow: Collection[str]) -> TrainedModel:
-    """As `load`, of a checkpoint that is open."""
+    """Loads the trained model of an open checkpoint; see `load`."""
     return TrainedModel(load_objective(checkpoint, allow).autoencoder.to(device), checkpoint)
 
 
 def sample_seeds(seed: int, numbers: np.ndarray) -> np.ndarray:
-    """The seed of each image of a set of draws, from the set's seed and the image's number."""
+    """Returns the seed of each image of a set of samples, from the set's seed and the image's number."""
     return keyed_hash(derive_key(seed, 0), np.asarray(numbers))
 
 
 def interpolations(latents: torch.Tensor, seed: int) -> dict[str, LatentsOf]:
-    """Mid-points between each latent of [n, d] and one other that the seed chooses, linear and on the sphere."""
+    """Returns the midpoints between each latent of [n, d] and another one that the seed chooses, linear and on the sphere."""
     shuffled = permutation(len(latents), derive_key(seed, 1))
     partner = np.empty(len(latents), dtype=np.int64)
-    partner[shuffled] = np.roll(shuffled, 1)  # along one cycle: nobody's partner is itself
+    partner[shuffled] = np.roll(shuffled, 1)  # along one cycle, so that no latent is its own partner
     return {
         "interpolation_linear": lambda numbers: (latents[numbers] + latents[partner[numbers]]) / 2,
         "interpolation_spherical": lambda numbers: spherical_middle(latents[numbers], latents[partner[numbers]]),
@@ -116,7 +118,10 @@ def interpolations(latents: torch.Tensor, seed: int) -> dict[str, LatentsOf]:
 
 
 def spherical_middle(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The points halfway along the great arcs, [m, d] x 2 -> [m, d] (Shoemake 1985); linear where the arc is degenerate."""
+    """Returns the points halfway along the great arcs, [m, d] x 2 -> [m, d] (Shoemake 1985).
+
+    If the arc is degenerate, the point is the linear midpoint.
+    """
     cosine = torch.nn.functional.cosine_similarity(a, b, dim=1).clamp(-1, 1)
     half = torch.acos(cosine) / 2
     weight = torch.sin(half) / torch.sin(2 * half)
@@ -128,9 +133,9 @@ def spherical_middle(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def decoded(
     autoencoder: Autoencoder, latents_of: LatentsOf, count: int, block: int, device: torch.device, name: str
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """This rank's blocks of the set's images: the number of the first, and uint8 [m, c, h, w].
+    """Yields this rank's blocks of a set's images: the number of the first image, and uint8 [m, c, h, w].
 
-    Raises ValueError, on the rank that meets them, for pixels that are not finite.
+    Raises ValueError for pixels that are not finite, on the rank that finds them.
     """
     start, stop = blocks_of(count, block, rank(), world_size())
     for place in with_progress(range(start, stop), name, stop - start):
@@ -143,5 +148,5 @@ def decoded(
 
 
 def with_progress(blocks: Iterable, description: str, total: int) -> Iterable:
-    """The same blocks, `total` of them on this rank, with a progress bar on rank 0."""
+    """Returns the same blocks, `total` of them on this rank, with a progress bar on rank 0."""
     return tqdm(blocks, desc=description, total=total, unit=" blocks", disable=rank() != 0, leave=False)

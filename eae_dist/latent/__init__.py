@@ -1,1 +1,1 @@
-"""Densities of the latents: what is drawn from to generate."""
+"""Latents: their densities, their nearest-neighbor index, and their files."""

@@ -1,7 +1,7 @@
-"""The densities that latents are drawn from after training, by name.
+"""The densities from which latents are sampled after training, by name.
 
-A density is fitted to the latents of all ranks, and its samples are functions of their seeds: neither depends on the number of
-ranks. But for `two_stage` the latents stay where they are.
+A density is fitted to the latents of all ranks, and its samples are functions of their seeds. Neither depends on the number of
+ranks. Only `two_stage` gathers all latents on every rank.
 """
 
 from pathlib import Path
@@ -18,39 +18,40 @@ from eae_dist.numerics.atomic_files import replace_file
 
 
 class Density(Protocol):
-    """Every class of DENSITIES works without arguments. State and samples lie on the CPU."""
+    """A density of latents. Every class of DENSITIES can be made without arguments. State and samples are on the CPU."""
 
     def fit(self, latents: torch.Tensor) -> None:
-        """Fits to the latents [b, d] of all ranks, which hold contiguous runs of them in rank order; b may differ and be 0.
+        """Fits the density to the latents [b, d] of all ranks, which hold contiguous runs of them in rank order; b may differ and
+        be 0.
 
-        Call on every rank. Raises ValueError on every rank for latents that are not finite, or too few.
+        Call it on every rank. Raises ValueError on every rank if the latents are not finite or too few.
         """
 
     def sample(self, seeds: Seeds) -> torch.Tensor:
-        """Non-negative integers [m] -> float64 [m, d], row i from seeds[i] alone. ValueError for other seeds."""
+        """Returns float64 [m, d] for m non-negative integers; row i depends on seeds[i] alone. Raises ValueError for others."""
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """What `load_state_dict` makes the same density of."""
+        """Returns the state from which `load_state_dict` restores the density."""
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Raises ValueError for a state of another density."""
+        """Restores a fitted density. Raises ValueError for the state of another density."""
 
     def report(self) -> dict:
-        """How the fit went, for the metrics file: numbers, lists and text."""
+        """Describes the fit for the metrics file, in numbers, lists and text."""
 
 
 DENSITIES: dict[str, type[Density]] = {"isotropic": Isotropic, "mvg": Gaussian, "gmm": Mixture, "two_stage": TwoStage}
 
 
 def save_density(density: Density, path: Path, model_sha256: str) -> None:
-    """Writes path, a safetensors file, whole or not at all; model_sha256: of the weights that made the latents."""
+    """Writes `path`, a safetensors file, atomically. model_sha256: sha256 of the weights that encoded the latents."""
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.contiguous() for name, tensor in density.state_dict().items()}
     replace_file(path, save(state, metadata={"model_sha256": model_sha256}))
 
 
 def load_density(name: str, path: Path, model_sha256: str) -> Density:
-    """The density of that name from its file. Raises ValueError for a damaged file, another density's or another model's."""
+    """Reads the density of that name. Raises ValueError if the file is damaged or belongs to another density or model."""
     density = DENSITIES[name]()
     try:
         with safe_open(path, "pt") as file:

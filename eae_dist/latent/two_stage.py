@@ -1,14 +1,14 @@
-"""The second stage of the two-stage VAE: a small VAE of the latents, whose own latent is drawn from N(0, I).
+"""The second stage of the two-stage VAE: a small VAE of the latents, whose own latent u is sampled from N(0, I).
 
-Dai & Wipf 2019, with the networks and settings that the regularized autoencoders' authors (Ghosh et al. 2020) ran:
+Source: Dai & Wipf 2019, with the networks and settings of the regularized autoencoders' authors (Ghosh et al. 2020):
 
     u = mu(x) + sigma(x) e,  log sigma = 5 tanh(.);   loss = mean over rows of  |x - x'|^2 / d  +  w KL(N(mu, sigma^2) || N(0, I))
 
 x: latents standardized per dimension, KL summed over the d dimensions of u [nats], w = kl_weight.
 
-Every rank trains the same network on all latents, gathered: a batch of 64 rows is too little work to share, a step's gradient
-would travel longer than it takes to compute, and an epoch of as many latents as do not fit in memory would take days on any
-number of ranks. So the result is the same on any number of ranks to the last bit, on processors of one kind.
+Every rank trains the same network on all latents, which are gathered. A batch of 64 rows is too little work to share: the
+exchange of a step's gradient would take longer than its computation. An epoch of more latents than fit in memory would take days
+on any number of ranks. So the result is bit-identical on any number of ranks, on processors of one kind.
 """
 
 import math
@@ -26,13 +26,13 @@ from eae_dist.losses.terms import gaussian_divergence
 from eae_dist.numerics.keyed_random import derive_key, keyed_hash, normal, row_keys, uniform
 
 WEIGHTS, SPLIT, ORDER, TRAINING, VALIDATION = range(5)  # streams of keys under the seed
-TILE = 1024  # rows at once through the trained network; fewer are filled up, so that a row is rounded alike among any others
+TILE = 1024  # rows per call of the trained network; fewer are filled up, so that a row's rounding does not depend on the others
 VALIDATION_SHARE = 0.1
-PATIENCE, FACTOR, IMPROVEMENT = 3, 0.5, 1e-4  # the learning rate is halved at the third epoch without so much improvement
+PATIENCE, FACTOR, IMPROVEMENT = 3, 0.5, 1e-4  # the learning rate is halved at the third epoch without this improvement
 
 
 class SecondStage(nn.Module):
-    """Encoder d -> (mu, log sigma) and decoder d -> d, each with two hidden layers. The weights are Glorot's, from the seed."""
+    """Encoder d -> (mu, log sigma) and decoder d -> d, each with two hidden layers and Glorot's initial weights from the seed."""
 
     def __init__(self, d: int, width: int, seed: int = 0):
         super().__init__()
@@ -48,19 +48,19 @@ class SecondStage(nn.Module):
                     parameter.copy_(spread * math.sqrt(6 / sum(parameter.shape)))
 
     def forward(self, x: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Per row, [b, d] x 2 -> mean squared error [b], KL [b]."""
+        """Returns the mean squared error [b] and the KL [b] of each row; x and noise: [b, d]."""
         hidden = self.encoder(x)
         mean, log_scale = self.mean(hidden), 5 * torch.tanh(self.log_scale(hidden))
         error = (self.decoder(mean + log_scale.exp() * noise) - x).square().mean(1)
         return error, gaussian_divergence(mean, log_scale)
 
     def reconstruction(self, x: torch.Tensor) -> torch.Tensor:
-        """Through the mean of u, [b, d] -> [b, d]."""
+        """Reconstructs x through the mean of u, [b, d] -> [b, d]."""
         return self.decoder(self.mean(self.encoder(x)))
 
 
 class TwoStage:
-    """Fits in the precision of the latents: float64 in float64, anything else in float32. `batch` counts latents."""
+    """The second stage as a density. It trains in float64 for float64 latents, otherwise in float32. `batch` counts latents."""
 
     def __init__(
         self,
@@ -78,6 +78,7 @@ class TwoStage:
         self.learning_rate, self.batch, self.seed = learning_rate, batch, seed
 
     def fit(self, latents: torch.Tensor) -> None:
+        """Trains the second stage; see `Density.fit`. Raises ValueError also if the training diverges."""
         rows = Rows(latents)
         if rows.n < 2:
             raise ValueError(f"two_stage needs at least 2 latents, one to train on and one to validate with, got {rows.n}")
@@ -89,13 +90,13 @@ class TwoStage:
         self.center, self.scale = center.cpu(), scale.cpu()
         network = SecondStage(rows.d, self.width, self.seed).to(standardized)
         self.validation_loss, self.final_learning_rate = self._train(network, standardized)
-        with torch.no_grad():  # the first rank's, lest ranks on processors of several kinds go on with several networks
+        with torch.no_grad():  # all take rank 0's weights, because processors of other kinds may round otherwise
             for parameter in network.parameters():
                 parameter.copy_(sum_over_ranks(parameter if rank() == 0 else torch.zeros_like(parameter)))
         self.network = network.cpu()
 
     def _train(self, network: SecondStage, x: torch.Tensor) -> tuple[float, float]:
-        """The last validation loss and learning rate."""
+        """Trains the network and returns the last validation loss and learning rate."""
         held_out = max(1, round(VALIDATION_SHARE * len(x)))
         shuffled = keyed_order(derive_key(self.seed, SPLIT), np.arange(len(x)))
         training, validation = shuffled[held_out:], shuffled[:held_out]
@@ -111,7 +112,7 @@ class TwoStage:
                 step += 1
             with torch.no_grad():
                 parts = np.split(validation, range(TILE, len(validation), TILE))
-                key = derive_key(self.seed, VALIDATION)  # the same noise every epoch: epochs are compared
+                key = derive_key(self.seed, VALIDATION)  # the same noise in every epoch, so that epochs can be compared
                 found = float(torch.cat([self._losses(network, x, part, key) for part in parts]).mean())
             if not math.isfinite(found):
                 raise ValueError(f"two_stage diverged: validation loss {found} after epoch {epoch + 1}; lower learning_rate")
@@ -123,17 +124,21 @@ class TwoStage:
         return found, optimizer.param_groups[0]["lr"]
 
     def _losses(self, network: SecondStage, x: torch.Tensor, chosen: np.ndarray, key: int) -> torch.Tensor:
-        """Of the chosen rows, [b]; the noise depends on the key and the row's number alone."""
+        """Returns the losses of the chosen rows, [b]; the noise depends only on the key and the row's number."""
         noise = normal(row_keys(key, chosen), x.shape[1]).to(x)
         error, divergence = network(x[torch.from_numpy(chosen).to(x.device)], noise)
         return error + self.kl_weight * divergence
 
     def sample(self, seeds: Seeds) -> torch.Tensor:
+        """Returns samples of the second stage, float64 [m, d]."""
         u = normal(sample_keys(seeds, NOISE), len(self.center))
         return self._through(self.network.decoder, u) * self.scale + self.center
 
     def reconstruct(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents through the second stage, by the mean of u, [m, d] -> [m, d], on the CPU: what its reconstructions decode."""
+        """Passes latents through the second stage by the mean of u, [m, d] -> [m, d], on the CPU.
+
+        The model's reconstructions are decoded from the result.
+        """
         x = (latents.detach().cpu().double() - self.center) / self.scale
         return (self._through(self.network.reconstruction, x) * self.scale + self.center).to(latents.dtype)
 
@@ -142,12 +147,14 @@ class TwoStage:
         return torch.cat([function(tile)[:rows] for tile, rows in filled_tiles(x.to(self.network.mean.weight))] or [x]).double()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
+        """Returns the state; see `Density.state_dict`."""
         own = {"center": self.center, "scale": self.scale}
         outcome = {"validation_loss": self.validation_loss, "final_learning_rate": self.final_learning_rate}
         network = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
         return own | {name: float64(value) for name, value in outcome.items()} | network
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Restores the state; see `Density.load_state_dict`."""
         names = [f"network.{name}" for name in SecondStage(1, 1).state_dict()]
         check_state(state, ("center", "scale", "validation_loss", "final_learning_rate", *names))
         weight = state["network.mean.weight"]
@@ -157,16 +164,16 @@ class TwoStage:
         self.validation_loss, self.final_learning_rate = float(state["validation_loss"]), float(state["final_learning_rate"])
 
     def report(self) -> dict:
-        """The loss of the validation tenth at the end, and the learning rate that the plateaus have left."""
+        """Returns the final loss on the validation tenth, and the learning rate after the reductions at plateaus."""
         return {"validation_loss": self.validation_loss, "final_learning_rate": self.final_learning_rate}
 
 
 def keyed_order(key: int, rows: np.ndarray) -> np.ndarray:
-    """The rows in a random order that the key decides."""
+    """Returns the rows in a random order that depends on the key."""
     return rows[np.argsort(keyed_hash(key, rows), kind="stable")]
 
 
 def filled_tiles(x: torch.Tensor) -> Iterator[tuple[torch.Tensor, int]]:
-    """Tiles of TILE rows, the last filled with zeros, and how many of its rows are meant."""
+    """Yields tiles of TILE rows, the last one filled with zeros, and the number of rows in each that are not filling."""
     for tile in x.split(TILE) if len(x) else ():
         yield F.pad(tile, (0, 0, 0, TILE - len(tile))), len(tile)

@@ -1,8 +1,9 @@
-"""Encoders and decoders: image [b, c, h, w] in [0, 1] -> latent [b, d], and back through a sigmoid.
+"""Encoders, image [b, c, h, w] in [0, 1] -> latent [b, d], and decoders, which end in a sigmoid.
 
 `rae32` and `rae64` are the networks of Ghosh et al. (ICLR 2020) for MNIST / CIFAR-10 and CelebA, layer for layer, with one
-deviation: a layer directly before a batch norm has no bias, because the norm removes it and Adam would let it drift on
-rounding noise. `small` is ours, for the embedded data. A network of yours is a class with the same arguments.
+deviation: a layer directly before a batch norm has no bias, because the norm removes it and Adam would let it drift with
+rounding noise. `small` is our own network for the embedded data. A network of the user is a class with the arguments that
+`model.encoder` and `model.decoder` describe.
 """
 
 import importlib
@@ -23,25 +24,25 @@ from eae_dist.model.norm import GlobalBatchNorm
 
 @dataclass(frozen=True)
 class Family:
-    """Shape of a network pair. `encoder` and `decoder` list channels in units of `width`; encoder layers halve the image."""
+    """Sizes of an encoder and its decoder. Both list their channels in units of `width`; every encoder layer halves the image."""
 
     width: int
     kernel: int
     encoder: tuple[int, ...]
-    decoder: tuple[int, ...]  # the first is the dense layer's, the others double the image
-    last_stride: int  # of the layer that makes the image: 2 doubles it once more
-    centered_input: bool  # the encoder sees 2x - 1
-    penalized_dense: bool  # an L2 penalty on the decoder takes in its dense layer
+    decoder: tuple[int, ...]  # the first belongs to the dense layer; the other layers double the image
+    last_stride: int  # of the output layer: 2 doubles the image once more
+    centered_input: bool  # the encoder input is 2x - 1
+    penalized_dense: bool  # an L2 penalty on the decoder includes its dense layer
     latent_dim: dict[int, int]  # by image channels
 
     @property
     def multiple(self) -> int:
-        """Image sides must be a multiple of this."""
+        """Image sides must be multiples of this number."""
         return 2 ** len(self.encoder)
 
     @property
     def decoder_reduction(self) -> int:
-        """How much smaller than the image the decoder starts."""
+        """Ratio of the image side to the side of the first feature map in the decoder."""
         return 2 ** (len(self.decoder) - 1) * self.last_stride
 
 
@@ -53,7 +54,10 @@ NETWORKS = {
 
 
 class ConvEncoder(nn.Module):
-    """Strided convolutions, each with batch norm and ReLU, then a dense layer a head: [b, c, h, w] -> [b, heads latent_dim]."""
+    """Strided convolutions, each with batch norm and ReLU, then one dense layer per head.
+
+    [b, c, h, w] -> [b, heads latent_dim].
+    """
 
     def __init__(
         self,
@@ -77,10 +81,11 @@ class ConvEncoder(nn.Module):
         self.head = nn.Linear(features, heads * latent_dim, bias=bias)
         self.apply(initialize)
         for head in self.head.weight.split(latent_dim) if heads > 1 else ():
-            nn.init.xavier_uniform_(head)  # each as the layer of its own that it is
+            nn.init.xavier_uniform_(head)  # each head is initialized as a separate layer
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns all heads, [b, c, h, w] -> [b, heads latent_dim]."""
         x = 2 * x - 1 if self.centered_input else x
         return self.head(self.layers(x).flatten(1))
 
@@ -103,21 +108,24 @@ class ConvDecoder(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
+        """Returns images in [0, 1], [b, d] -> [b, c, h, w]."""
         logits = self.layers(self.dense(z))
-        # At least in float32: bfloat16 has steps of 1/256 near white.
+        # The sigmoid is at least in float32: bfloat16 has steps of 1/256 near white.
         return torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
 
 class Layers(nn.Sequential):
-    """nn.Sequential in blocks, each from a batch norm to the layer before the next, that can do without their inner activations.
+    """An nn.Sequential whose blocks can recompute their inner activations in the backward pass.
 
-    Where `checkpointed`, backward computes norm and activation again (Chen et al. 2016); not the layer at the block's end, whose
-    input is all that was missing. So one activation is kept of two, with the same bits.
+    A block starts at a batch norm and ends before the next one. If `checkpointed`, the backward pass recomputes norm and
+    activation (Chen et al. 2016), but not the layer at the end of the block, because only the input of that layer is missing.
+    So one of two activations is kept, and the results have the same bits.
     """
 
     checkpointed = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the output of the last layer; checkpointed blocks do not keep their inner activations."""
         if not (self.checkpointed and torch.is_grad_enabled()):
             return super().forward(x)
         for block in self.blocks():
@@ -125,16 +133,17 @@ class Layers(nn.Sequential):
         return x
 
     def blocks(self) -> list["Layers"]:
+        """Returns the layers split into blocks; each block after the first starts at a batch norm."""
         starts = [0, *(place for place, layer in enumerate(self) if place and isinstance(layer, GlobalBatchNorm)), len(self)]
         return [self[start:stop] for start, stop in zip(starts, starts[1:], strict=False)]
 
     def has_inner_activations(self) -> bool:
-        """Whether a block has some that backward wants: between its norm and a layer with weights at its end."""
+        """True if backward needs an activation inside this block, between its norm and a last layer with weights."""
         return len(self) > 1 and isinstance(self[0], GlobalBatchNorm) and any(True for _ in self[-1].parameters())
 
 
 def checkpointed(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """block(x) of which only x is kept for backward, which computes it again. Ranks communicate in it once more."""
+    """Returns block(x) and keeps only x; backward computes block(x) again, including the communication between ranks."""
     passes = itertools.count()
 
     def run(x: torch.Tensor) -> torch.Tensor:
@@ -145,15 +154,19 @@ def checkpointed(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def normalized(layer: nn.Module, norm: dict | None) -> list[nn.Module]:
-    """A convolution, its batch norm unless norm is None, and ReLU."""
+    """Returns a convolution, its batch norm unless norm is None, and a ReLU."""
     norms = [] if norm is None else [GlobalBatchNorm(layer.out_channels, **norm)]
     return [layer, *norms, nn.ReLU(inplace=True)]
 
 
 class SameConv2d(nn.Conv2d):
-    """A convolution padded as Keras' "same": output sides are input sides / stride, an odd pixel goes to the bottom and right."""
+    """A convolution with the "same" padding of Keras: output sides are input sides / stride.
+
+    An odd pixel of padding goes to the bottom and the right.
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the convolution, [b, c, h, w] -> [b, c', h / stride, w / stride]."""
         total = self.kernel_size[0] - self.stride[0]
         before, after = total // 2, total - total // 2
         if before == after:
@@ -165,13 +178,14 @@ class SameConvTranspose2d(nn.ConvTranspose2d):
     """The transpose of `SameConv2d`: output sides are input sides x stride."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the transposed convolution, [b, c, h, w] -> [b, c', h stride, w stride]."""
         (stride, _), cropped = self.stride, (self.kernel_size[0] - self.stride[0]) // 2
         out = F.conv_transpose2d(x, self.weight, self.bias, self.stride, cropped)
         return out[..., : x.shape[-2] * stride, : x.shape[-1] * stride]
 
 
 def initialize(layer: nn.Module) -> None:
-    """Keras' default, which the published networks were trained from: Glorot uniform weights, zero biases."""
+    """Initializes a layer with the default of Keras, as for the published networks: Glorot uniform weights, zero biases."""
     if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
         nn.init.xavier_uniform_(layer.weight)
         if layer.bias is not None:
@@ -179,16 +193,16 @@ def initialize(layer: nn.Module) -> None:
 
 
 def kernels_of(decoder: nn.Module) -> list[torch.Tensor]:
-    """The weights that an L2 penalty on a decoder means: of its convolutions and, but for rae32 and small, its dense layers."""
+    """Returns the weights in an L2 penalty on a decoder: its convolutions and, except for rae32 and small, its dense layers."""
     layers = (layer for layer in decoder.modules() if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear))
     return [layer.weight for layer in layers if getattr(layer, "penalized", True)]
 
 
 def normalize_spectrum(network: nn.Module) -> None:
-    """Divides every kernel of convolutions and dense layers by its largest singular value, one power iteration a step.
+    """Divides every kernel of convolutions and dense layers by its largest singular value, with one power iteration per step.
 
-    As the official RAE code flattens them: over all but the outputs, for a transposed convolution all but the inputs (torch's
-    own choice there would be the outputs); in torch's layout the first dimension in each case.
+    Kernels are flattened as in the official RAE code: all dimensions except the outputs, or for a transposed convolution except
+    the inputs (the default of torch there is the outputs). In the layout of torch, the kept dimension is always the first.
     """
     for layer in list(network.modules()):
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
@@ -197,11 +211,11 @@ def normalize_spectrum(network: nn.Module) -> None:
 
 @contextmanager
 def one_power_iteration(network: nn.Module) -> Iterator[None]:
-    """The kernels of `normalize_spectrum` move on by one iteration and then stand still, however often the network is used."""
+    """Makes one power iteration for the kernels of `normalize_spectrum`, and no more however often the network is used."""
     layers = [layer for layer in network.modules() if is_parametrized(layer, "weight")]
     for layer in layers:
         with torch.no_grad():
-            layer.weight  # noqa: B018  computing it is the iteration
+            layer.weight  # noqa: B018  reading it makes the iteration
         layer.parametrizations.eval()
     try:
         yield
@@ -212,7 +226,7 @@ def one_power_iteration(network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen_statistics(network: nn.Module) -> Iterator[None]:
-    """Running statistics and power iterations stand still: an earlier pass of the same images has moved them."""
+    """Stops updates of running statistics and power iterations, because an earlier pass of the same images made them."""
     norms = [layer for layer in network.modules() if isinstance(layer, GlobalBatchNorm)]
     spectra = [layer.parametrizations for layer in network.modules() if is_parametrized(layer, "weight")]
     momenta, iterating = [norm.momentum for norm in norms], [spectrum.training for spectrum in spectra]
@@ -230,7 +244,10 @@ def frozen_statistics(network: nn.Module) -> Iterator[None]:
 
 
 def own_network(name: str, key: str, arguments: dict) -> nn.Module:
-    """A user's network, `package.module:Class` called with keyword arguments. Raises ValueError that names the key."""
+    """Builds the network of the user: `package.module:Class`, called with keyword arguments.
+
+    Raises ValueError that names the key of the configuration.
+    """
     cls = own_class(name, key)
     try:
         network = cls(**arguments)
@@ -241,7 +258,7 @@ def own_network(name: str, key: str, arguments: dict) -> nn.Module:
 
 
 def own_class(name: str, key: str) -> type[nn.Module]:
-    """The nn.Module class that a user names as `package.module:Class`. Raises ValueError that names the configuration's key."""
+    """Imports the nn.Module class `package.module:Class`. Raises ValueError that names the key of the configuration."""
     module, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
@@ -253,7 +270,7 @@ def own_class(name: str, key: str) -> type[nn.Module]:
 
 
 def refuse_local_norms(network: nn.Module, key: str) -> None:
-    """Raises ValueError if a user's network normalizes with statistics of one rank's rows only."""
+    """Raises ValueError if a network of the user normalizes with statistics of one rank only."""
     for name, layer in network.named_modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and their checksums."""
+"""Atomic writing of files, and checksums."""
 
 import hashlib
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
+    """Returns the sha256 of a file in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -16,7 +16,7 @@ def sha256_of(path: Path) -> str:
 
 
 def fsync(path: Path) -> None:
-    """Waits until a file's content, or a folder's list of names, is on the disk."""
+    """Waits until the content of a file, or the list of names of a folder, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -25,16 +25,16 @@ def fsync(path: Path) -> None:
 
 
 def replace_file(path: Path, data: bytes | str) -> None:
-    """Writes `data` aside, then puts it in the place of `path`; whoever reads finds the old content or the new, never a part.
+    """Writes `data` to a temporary file and renames it to `path`; a reader sees the old or the new content, never a part.
 
-    Several processes may replace the same file, also on several machines: the content of one of them remains.
+    Several processes, also on several machines, may replace the same file; the content of one of them remains. Raises OSError.
     """
     aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
         aside.write_bytes(data.encode() if isinstance(data, str) else data)
         fsync(aside)
         os.replace(aside, path)
-    except OSError as error:  # a full disk is met without a name
+    except OSError as error:  # the error of a full disk has no file name
         raise OSError(f"{path} could not be written: {error.strerror or error}") from error
     finally:
         aside.unlink(missing_ok=True)

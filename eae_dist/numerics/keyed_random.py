@@ -1,7 +1,7 @@
-"""Random numbers that are functions of keys: the same on any number of ranks, on any device, under any library version.
+"""Random numbers that are functions of keys: the same on any number of ranks, any device and any library version.
 
-Training noise is drawn per row of the global batch from (seed, step, row), samples per image from (seed, image), the data's
-order from (seed, pass, shard): no generator has a state, so nothing of it needs to be saved or shared.
+Training noise depends on (seed, step, row of the global batch), samples on (seed, image), and the order of the data on
+(seed, pass, shard). There is no generator state, so nothing needs to be saved or shared.
 """
 
 import numpy as np
@@ -11,9 +11,9 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def keyed_hash(key: int | np.ndarray, values: np.ndarray) -> np.ndarray:
-    """64-bit hash of each value under a key, or under keys that broadcast with the values: uint64, of the values' shape.
+    """Returns the 64-bit hash of each value under a key, or under keys that broadcast with the values: uint64.
 
-    The SplitMix64 finalizer (Steele et al. 2014).
+    The hash is the SplitMix64 finalizer (Steele et al. 2014).
     """
     with np.errstate(over="ignore"):
         x = (values.astype(np.uint64) + np.uint64(1)) * _GOLDEN + np.asarray(key, dtype=np.uint64)
@@ -23,7 +23,7 @@ def keyed_hash(key: int | np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def derive_key(*parts: int) -> int:
-    """One 64-bit key from a tuple of non-negative integers such as (seed, pass, shard)."""
+    """Returns one 64-bit key for a tuple of non-negative integers such as (seed, pass, shard)."""
     key = 0
     for part in parts:
         key = int(keyed_hash(key, np.array([part], dtype=np.uint64))[0])
@@ -31,17 +31,17 @@ def derive_key(*parts: int) -> int:
 
 
 def uniform(keys: np.ndarray, count: int) -> torch.Tensor:
-    """Draws from (0, 1), row i from keys[i] alone: integers [m] -> float64 [m, count]."""
+    """Returns uniform draws from (0, 1); row i depends only on keys[i]: integers [m] -> float64 [m, count]."""
     bits = keyed_hash(np.asarray(keys, dtype=np.uint64)[:, None], np.arange(count)[None])
-    # 52 bits and a half: never 0 or 1, and every value exact.
+    # 52 random bits plus one half: every value is exact and never 0 or 1.
     return torch.from_numpy(((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52)
 
 
 def normal(keys: np.ndarray, count: int) -> torch.Tensor:
-    """Draws from N(0, 1), row i from keys[i] alone: integers [m] -> float64 [m, count]."""
+    """Returns draws from N(0, 1); row i depends only on keys[i]: integers [m] -> float64 [m, count]."""
     return torch.special.ndtri(uniform(keys, count))
 
 
 def row_keys(key: int, rows: np.ndarray) -> np.ndarray:
-    """A key for each row number under one key, such as that of a step: integers [m] -> uint64 [m]."""
+    """Returns a key for each row number under one key, such as the key of a step: integers [m] -> uint64 [m]."""
     return keyed_hash(key, np.asarray(rows))

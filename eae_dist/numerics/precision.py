@@ -1,4 +1,4 @@
-"""How float32 tensors are multiplied: on a GPU in TF32 where that is allowed, but the entropy and the losses never are."""
+"""Precision of float32 products: a GPU may use TF32 if allowed, but never for the entropy and the losses."""
 
 import warnings
 from collections.abc import Iterator
@@ -8,8 +8,8 @@ import torch
 
 
 def allow_tf32(allowed: bool) -> None:
-    """Whether a GPU may from now on round the factors of float32 products and convolutions to TF32, 10 bits of mantissa."""
-    # Some releases of torch warn about these names, but torch.compile reads them where only the new ones would do.
+    """Allows or forbids a GPU to round the factors of float32 products and convolutions to TF32, 10 bits of mantissa."""
+    # Some releases of torch warn about these names, but torch.compile still reads them.
     warnings.filterwarnings("ignore", "Please use the new API settings to control TF32", UserWarning)
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
@@ -17,9 +17,9 @@ def allow_tf32(allowed: bool) -> None:
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Neither autocast nor TF32: what is float32 is computed in float32, whatever train.precision and train.tf32 say."""
+    """Turns autocast and TF32 off: float32 tensors are computed in float32, whatever train.precision and train.tf32 are."""
     products = torch.backends.cuda.matmul
-    # From torch 2.9 on. Setting it hides the older name from whoever reads that, which nobody does in here.
+    # torch 2.9 and later have fp32_precision. After it is set, the older name is not readable; nothing in here reads it.
     name, exact = ("fp32_precision", "ieee") if hasattr(products, "fp32_precision") else ("allow_tf32", False)
     before = getattr(products, name)
     setattr(products, name, exact)

@@ -1,5 +1,7 @@
-"""The paper's figure, like beside like: of every model reconstructions, draws of N(0, I), draws of its mixture, and
-interpolations, with the ground truth on top."""
+"""The paper's figure, with the ground truth on top.
+
+Each model has a row of reconstructions, samples of N(0, I), samples of its mixture, and interpolations.
+"""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -19,9 +21,9 @@ if TYPE_CHECKING:
     from eae_dist.inference.trained_model import TrainedModel
 
 COLUMNS = 6  # pictures of each kind
-GAP, LETTERS, NAMES = 12, 13, 130  # pixels between the kinds, of a letter's height, left of the pictures
-FRAME = 2  # pixels around what the paper prints
-KINDS = {  # the heads, and what a column of draws is drawn from
+GAP, LETTERS, NAMES = 12, 13, 130  # pixels: between the kinds, height of a letter, left of the pictures
+FRAME = 2  # pixels around the samples that the paper's table prints
+KINDS = {  # the headings, and the density of a column of samples
     "reconstructions": None,
     "draws of N(0, I)": "isotropic",
     "draws of a mixture": "gmm",
@@ -39,11 +41,11 @@ def save_figure(
 ) -> None:
     """Writes a PNG with a row of pictures for each trained model, by its name in OBJECTIVES.
 
-    cache: through which remote data is read.
+    cache: for reading remote data.
 
-    The reconstructions are of the split's first images, an interpolation goes from the first of them to the second, linear in
-    the latent. A model with a second stage draws that for N(0, I), and nothing else. A frame marks the draws whose distance the
-    paper's table prints.
+    The reconstructions show the split's first images. An interpolation goes from the first image to the second, linear in the
+    latent. For N(0, I), a model with a second stage shows samples of that stage; it has no other samples. A frame marks the
+    samples whose distance the paper's table prints.
     """
     images = next(walk(data, split, COLUMNS, rank=0, world=1, cache=cache))["image"]
     rows: list[tuple[str, list[torch.Tensor]]] = [("ground truth", [images])]
@@ -54,7 +56,7 @@ def save_figure(
 
 @torch.no_grad()
 def pictures(model: "TrainedModel", name: str, images: torch.Tensor, seed: int) -> list[torch.Tensor]:
-    """The kinds in their order for a row of OBJECTIVES, uint8 [COLUMNS, c, h, w] each; none of a kind that there is not."""
+    """Returns the pictures of each kind for a row of OBJECTIVES, uint8 [COLUMNS, c, h, w] each; empty for a missing kind."""
     x = to_unit(images, torch.device("cpu"))
     latents = model.encode(x)
     t = torch.linspace(0, 1, COLUMNS)[:, None]
@@ -63,7 +65,7 @@ def pictures(model: "TrainedModel", name: str, images: torch.Tensor, seed: int) 
     def drawn(density: str | None) -> torch.Tensor:
         try:
             return model.sample(COLUMNS, density, seed) if density else x[:0]
-        except FileNotFoundError:  # it was not judged, or could not be fitted, which the table says
+        except FileNotFoundError:  # the model was not judged, or the table says that the density could not be fitted
             return x[:0]
 
     draws = [drawn(set_of_cell(name, density)) for density in KINDS.values() if density]
@@ -71,7 +73,7 @@ def pictures(model: "TrainedModel", name: str, images: torch.Tensor, seed: int) 
 
 
 def figure(rows: list[tuple[str, list[torch.Tensor]]], framed: dict[str, Collection[str]]) -> Image.Image:
-    """The rows under the heads of their kinds, small pictures doubled in size; framed: kinds with a frame, by row."""
+    """Draws the rows under the headings of their kinds and enlarges small images; framed: the kinds with a frame, by row."""
     height, width = rows[0][1][0].shape[2:]
     scale = max(1, 64 // height)
     step, down = scale * width * COLUMNS + GAP, scale * height + 2 * FRAME

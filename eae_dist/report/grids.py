@@ -1,4 +1,4 @@
-"""What people look at: samples, reconstructions beside their originals, and interpolations, as PNG grids."""
+"""PNG grids for people to look at: samples, reconstructions beside their originals, and interpolations."""
 
 import io
 from dataclasses import dataclass
@@ -10,15 +10,15 @@ from PIL import Image
 from eae_dist.model.autoencoder import Autoencoder, to_uint8
 from eae_dist.numerics.atomic_files import replace_file
 
-SAMPLES, PAIRS, BETWEEN = 100, 20, 8  # samples drawn; image pairs shown; pictures along an interpolation, both ends included
-ACROSS = 10  # pictures a row, but for interpolations
+SAMPLES, PAIRS, BETWEEN = 100, 20, 8  # samples; image pairs; pictures per interpolation, both ends included
+ACROSS = 10  # pictures per row, except for interpolations
 
 
 @dataclass(frozen=True)
 class GridInputs:
-    """What every grid of a run is made from, so that grids of different steps compare.
+    """The inputs of every grid of a run, so that grids of different steps can be compared.
 
-    latents: [SAMPLES, d] draws of N(0, I); images: float [2 PAIRS, c, h, w] in [0, 1], fewer where the split is smaller.
+    latents: [SAMPLES, d] samples of N(0, I); images: float [2 PAIRS, c, h, w] in [0, 1], fewer if the split is smaller.
     """
 
     latents: torch.Tensor
@@ -26,7 +26,7 @@ class GridInputs:
 
 
 def grid_inputs(images: torch.Tensor, latent_dim: int, seed: int) -> GridInputs:
-    """Fixed inputs from a seed and images [m, c, h, w] in [0, 1], of which the first 2 PAIRS are used."""
+    """Returns fixed inputs from a seed and the first 2 PAIRS of images [m, c, h, w] in [0, 1]."""
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(SAMPLES, latent_dim, generator=generator).to(images.device)
     return GridInputs(latents, images[: 2 * PAIRS])
@@ -34,10 +34,11 @@ def grid_inputs(images: torch.Tensor, latent_dim: int, seed: int) -> GridInputs:
 
 @torch.no_grad()
 def draw_grids(autoencoder: Autoencoder, inputs: GridInputs) -> dict[str, torch.Tensor]:
-    """{"samples", "reconstructions", "interpolations"} -> a picture each, float [3, H, W]; the autoencoder is in eval mode.
+    """Returns a picture, float [3, H, W], each of "samples", "reconstructions" and "interpolations". The autoencoder is in eval
+    mode.
 
-    Reconstructions: an original, its reconstruction, the next original ... Interpolations: one pair a row, linear in z;
-    none for a single image.
+    Reconstructions: an original, its reconstruction, the next original, and so on. Interpolations: one pair per row, linear in z;
+    a single image has none.
     """
     images = inputs.images
     latents = autoencoder.encode(images)
@@ -55,9 +56,10 @@ def draw_grids(autoencoder: Autoencoder, inputs: GridInputs) -> dict[str, torch.
 
 
 def grid(images: torch.Tensor, across: int, gap: int = 1) -> torch.Tensor:
-    """Images [n, c, h, w] as one picture [3, H, W], `across` (n, if fewer) a row, with black gaps, also around it.
+    """Returns images [n, c, h, w] as one picture [3, H, W], `across` (or n, if fewer) per row, with black gaps between and around
+    them.
 
-    In place of torchvision.utils.make_grid, whose import doubles the time that a command takes to start.
+    torchvision.utils.make_grid is not used, because its import doubles the time that a command takes to start.
     """
     count, _, height, width = images.shape
     across = min(across, count)
@@ -70,7 +72,7 @@ def grid(images: torch.Tensor, across: int, gap: int = 1) -> torch.Tensor:
 
 
 def save_grids(grids: dict[str, torch.Tensor], folder: Path, prefix: str = "") -> None:
-    """Writes folder/{prefix}{name}.png, each whole or not at all."""
+    """Writes each grid to folder/{prefix}{name}.png, atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, picture in grids.items():
         image = Image.fromarray(to_uint8(picture).permute(1, 2, 0).cpu().numpy())
@@ -78,6 +80,7 @@ def save_grids(grids: dict[str, torch.Tensor], folder: Path, prefix: str = "") -
 
 
 def png_bytes(picture: Image.Image) -> bytes:
+    """Returns the bytes of a PNG file."""
     file = io.BytesIO()
     picture.save(file, "png")
     return file.getvalue()

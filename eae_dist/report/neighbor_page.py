@@ -7,11 +7,14 @@ from PIL import Image, ImageDraw, ImageFont
 
 from eae_dist.report.grids import png_bytes
 
-GAP, LETTERS, SMALLEST = 4, 14, 48  # pixels between pictures, of a line of text, of a picture's side
+GAP, LETTERS, SMALLEST = 4, 14, 48  # pixels: between pictures, height of a line of text, smallest side of a picture
 
 
 def neighbors_picture(queries: np.ndarray, neighbors: np.ndarray, distances: np.ndarray) -> bytes:
-    """A row for each query, uint8 [m, c, h, w]: itself, then its neighbors [m, k, c, h, w], each above its distance [m, k]."""
+    """Returns a PNG file with a row for each query, uint8 [m, c, h, w].
+
+    A row shows the query and then its neighbors [m, k, c, h, w], each above its distance [m, k].
+    """
     m, k, _, height, width = neighbors.shape
     times = max(1, -(-SMALLEST // width))
     across, down = width * times + GAP, height * times + LETTERS + GAP
@@ -29,8 +32,8 @@ def neighbors_picture(queries: np.ndarray, neighbors: np.ndarray, distances: np.
 
 
 def distances_figure(queries: np.ndarray, samples: np.ndarray, split: str, density: str) -> bytes:
-    """Two histograms over one axis: distances [n] and [m] to the nearest training image -> a PNG file."""
-    from matplotlib.figure import Figure  # takes a second, and most commands draw none
+    """Returns a PNG file with two histograms on one axis: distances [n] and [m] to the nearest training image."""
+    from matplotlib.figure import Figure  # the import takes a second, and most commands draw no figure
 
     figure = Figure(figsize=(6.4, 3.2), layout="constrained")
     axes = figure.subplots()

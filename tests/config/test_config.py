@@ -131,7 +131,7 @@ def test_wrong_types_of_other_keys_name_the_key(argument):
 
 
 def test_text_for_a_list_of_names_is_an_error_that_shows_the_list():
-    with pytest.raises(ValueError, match=r"evaluate\.densities wants a list; write \[gmm\]"):
+    with pytest.raises(ValueError, match=r"evaluate\.densities needs a list; write \[gmm\]"):
         load_config(["evaluate.densities=gmm"])
 
 
@@ -342,7 +342,7 @@ def test_config_option_without_a_file_is_an_error(argv):
 
 @pytest.mark.parametrize("argument", ["data.validation=no", "train.output=off", "train.device=yes"])
 def test_word_that_yaml_reads_as_a_switch_is_no_text(argument):
-    with pytest.raises(ValueError, match=argument.split("=")[0] + " wants text"):
+    with pytest.raises(ValueError, match=argument.split("=")[0] + " needs text"):
         load_config([argument])
 
 

@@ -1,1 +1,1 @@
-"""What `python -m eae_dist.serve` runs: a trained model over HTTP, and a page to look at it."""
+"""The HTTP service of `python -m eae_dist.serve`: a trained model, and a page to look at it."""

@@ -1,4 +1,4 @@
-"""The model as the service computes with it: arrays in, arrays out, in the batcher's thread.
+"""The model as the service uses it: arrays in, arrays out, in the batcher's thread.
 
 b: rows of a batch, which may come from several requests; c, h, w: the image's shape; d: latent dimensions.
 """
@@ -24,10 +24,11 @@ log = logging.getLogger("eae_dist")
 
 
 class ServedModel:
-    """A trained model, its densities and, with latents, their index and the images they were made of.
+    """A trained model and its densities and, if latents are given, their index and the images that they were made from.
 
-    `densities` by name, `missing`: why another one is not there, `unreconstructed`: why it cannot reconstruct, None if it can.
-    Raises ValueError or OSError for a checkpoint that cannot be used, latents of another one, and weights that make no numbers.
+    `densities`: by name. `missing`: why another density is not available. `unreconstructed`: why the model cannot reconstruct,
+    None if it can. Raises ValueError or OSError for a checkpoint that cannot be used, latents of another checkpoint, and weights
+    that give values that are not finite.
     """
 
     def __init__(self, directory: Path, latents: Path | None, assignments: Sequence[str]):
@@ -67,25 +68,25 @@ class ServedModel:
             "sample": self.sample,
             "search": self.search,
         }
-        # The first pass is the slowest, and shows whether the weights are any good.
+        # The first pass is the slowest, and shows whether the weights give finite values.
         pixels, finite = self.decode(np.zeros((1, self.latent_dim), np.float32))
         if not (finite.all() and np.isfinite(self.encode(pixels)[0]).all()):
             raise ValueError(f"the model {self.checkpoint.path} makes values that are not finite; was it trained to the end?")
 
     @torch.no_grad()
     def encode(self, images: np.ndarray) -> tuple[np.ndarray]:
-        """uint8 [b, c, h, w] -> latents float32 [b, d]."""
+        """Encodes uint8 [b, c, h, w] -> latents float32 [b, d]."""
         return (self.model.encode(self._unit(images)).float().cpu().numpy(),)
 
     @torch.no_grad()
     def decode(self, latents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """float32 [b, d] -> images uint8 [b, c, h, w], and whether all of an image's pixels were finite, bool [b]."""
+        """Decodes float32 [b, d] -> images uint8 [b, c, h, w], and True for images whose pixels are all finite, bool [b]."""
         images = self.model.decode(torch.from_numpy(latents).to(self.device, self._dtype))
         return to_uint8(images).cpu().numpy(), images.isfinite().flatten(1).all(1).cpu().numpy()
 
     @torch.no_grad()
     def reconstruct(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 [b, c, h, w] -> encoded and decoded again, and the squared error per pixel and channel, float64 [b]."""
+        """Reconstructs uint8 [b, c, h, w], and returns the squared error per pixel and channel, float64 [b]."""
         x = self._unit(images)
         latents = self.model.encode(x)
         if self._second_stage:
@@ -94,17 +95,17 @@ class ServedModel:
         return to_uint8(y).cpu().numpy(), (y.double() - x).square().flatten(1).mean(1).cpu().numpy()
 
     def sample(self, seeds: np.ndarray, density: str) -> tuple[np.ndarray, np.ndarray]:
-        """Seeds of images, uint64 [b] -> draws of a density, decoded, uint8 [b, c, h, w], and their latents float32 [b, d]."""
+        """Returns the samples of seeds uint64 [b] from a density: images uint8 [b, c, h, w] and latents float32 [b, d]."""
         latents = self.densities[density].sample(seeds).float().numpy()
         return self.decode(latents)[0], latents
 
     def search(self, latents: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """float32 [b, d] -> distances to the k nearest rows of the index, float32 [b, k], and their numbers [b, k]."""
+        """Returns the distances float32 [b, k] of latents float32 [b, d] to the k nearest rows of the index, and their ids."""
         squared, rows = self.index.search(latents, k)
         return np.sqrt(squared), rows
 
     def row_of(self, key: str) -> int:
-        """The row of the image with that key. KeyError where there is none."""
+        """Returns the row of the image with that key. Raises KeyError if there is none."""
         wanted = np.char.encode(np.array([key]), "utf-8", "replace")[0]
         place = int(np.searchsorted(self._keys, wanted, sorter=self._by_key))
         if place == len(self._keys) or self.key_of(row := int(self._by_key[place])) != key:
@@ -112,18 +113,22 @@ class ServedModel:
         return row
 
     def key_of(self, row: int) -> str:
+        """Returns the key of a row."""
         return self._keys[row].decode()
 
     def label_of(self, row: int) -> str | None:
-        """The name of its class, the number where classes have no names, None without a label."""
+        """Returns the name of the row's class, its number if classes have no names, None without a label."""
         return self.space.class_of(int(self._labels[row]))
 
     def latent_of(self, row: int) -> np.ndarray:
-        """float32 [d], as it was encoded."""
+        """Returns the stored latent of a row, float32 [d]."""
         return np.array(self._latents[row])
 
     def image_of(self, row: int) -> np.ndarray:
-        """uint8 [c, h, w], from the data set. By one thread at a time: two that read .npy headers at once break Python 3.11."""
+        """Returns an image of the data set, uint8 [c, h, w].
+
+        One thread reads at a time, because Python 3.11 breaks if two threads read .npy headers at once.
+        """
         with self._reading:
             return self.space.images(self.space.split, np.array([row]))[0]
 

@@ -1,21 +1,24 @@
-"""What a training run left beside its checkpoints: curves and grids of pictures. It may still be training."""
+"""What a training run wrote beside its checkpoints: curves and grids of pictures. The run may still be training."""
 
 import json
 import re
 from pathlib import Path
 
-POINTS = 500  # of a curve, at most
+POINTS = 500  # the most points of a curve
 GRID = re.compile(r"step-(\d{8,})-(samples|reconstructions|interpolations)\.png")
 
 
 class RunFolder:
-    """The run folder of a checkpoint; nothing in it for a checkpoint that was taken elsewhere."""
+    """The run folder of a checkpoint; it is empty for a checkpoint that lies outside a run folder."""
 
     def __init__(self, checkpoint: Path):
         self._root = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else None
 
     def curves(self) -> dict[str, list[tuple[int, float]]]:
-        """Of each number in metrics.jsonl its values by images seen, thinned evenly to POINTS; the last one stays."""
+        """Returns the values of each number in metrics.jsonl by images seen.
+
+        They are thinned evenly to POINTS; the last one stays.
+        """
         curves: dict[str, list[tuple[int, float]]] = {}
         path = self._root and self._root / "metrics.jsonl"
         for line in path.read_text(errors="replace").splitlines() if path and path.is_file() else []:
@@ -30,7 +33,7 @@ class RunFolder:
         return {name: thinned(points) for name, points in curves.items()}
 
     def grids(self) -> dict[str, dict[int, Path]]:
-        """The pictures in samples/ by kind and step, in the order of the steps."""
+        """Returns the pictures in samples/ by kind and step, in the order of the steps."""
         found: dict[str, dict[int, Path]] = {}
         for path in sorted((self._root / "samples").glob("step-*.png")) if self._root else []:
             if match := GRID.fullmatch(path.name):
@@ -39,5 +42,6 @@ class RunFolder:
 
 
 def thinned(points: list) -> list:
+    """Returns at most POINTS of the points, evenly spaced, with the last one."""
     stride = -(-len(points) // POINTS)
     return points[(len(points) - 1) % stride :: stride] if points else points
