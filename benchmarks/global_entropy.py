@@ -1,5 +1,4 @@
-"""The gain from comparing a latent with those of all ranks: no entropy, the entropy of parts of the batch, and of the whole
-batch.
+"""The gain from comparing a latent with those of all ranks: no entropy, that of parts of the batch, and that of all of it.
 
     python -m benchmarks.global_entropy configs/NAME.yaml --out FOLDER [--jobs N] [--seeds N] [--dims D,D] [--only E,E] [K=V]
 
@@ -20,14 +19,14 @@ import csv
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
 
 from eae_dist.config import load_config
 from eae_dist.data.stream import walk
-from eae_dist.distributed.launch import JobPool
+from eae_dist.distributed.launch import CommandFailed, JobPool
 from eae_dist.evaluate import evaluate
 from eae_dist.inference.trained_model import load
 from eae_dist.latent.gaussianity import gaussianity
@@ -37,7 +36,7 @@ from eae_dist.objectives import EAE, OBJECTIVES
 from eae_dist.train import main as train
 
 DIMS, BATCH, LARGE = (8, 16, 64), 128, 512
-KEY = ("experiment", "value", "latent_dim", "seed")  # of a line of runs.csv
+KEY = ("experiment", "value", "latent_dim", "seed")  # what identifies a line of runs.csv
 GROUPS, COMPARED, BATCHES = (0, 1, 2, 4, 8), (32, 64, 128, 256, 512), (32, 128, 512, 2048)
 
 
@@ -92,7 +91,7 @@ def run(groups: int, folder: Path, settings: Sequence[str]) -> None:
 
 def main() -> None:
     """Runs the command line."""
-    if sys.argv[1:2] == ["--run"]:  # of the processes that are started below
+    if sys.argv[1:2] == ["--run"]:  # in the processes that are started below
         groups, folder, *settings = sys.argv[2:]
         return run(int(groups), Path(folder), settings)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -105,32 +104,50 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", metavar="key=value")
     arguments = parser.parse_intermixed_args()
     files = ["--config", str(arguments.config), str(arguments.config.with_suffix("") / "eae.yaml"), *arguments.settings]
-    pool, job_pool = ThreadPoolExecutor(arguments.jobs), JobPool(arguments.jobs, 1)
+    job_pool = JobPool(arguments.jobs, 1)
     (arguments.out / "logs").mkdir(parents=True, exist_ok=True)
     only, dims = arguments.only.split(","), [int(text) for text in arguments.dims.split(",")]
-    kept, runs = kept_runs(arguments.out / "runs.csv"), {}
-    for seed in range(arguments.seeds):
-        for name, groups, own in experiments(dims, load_config(files).train.learning_rate):
-            experiment, value, d = name.split("-")
-            key = (experiment, value, d[1:], str(seed))
-            if experiment in only and key not in kept:
-                runs[key] = folder = arguments.out / "runs" / f"{name}-{seed}"
-                if not (folder / "result.json").is_file():
+    table = arguments.out / "runs.csv"
+    kept, waiting = kept_runs(table), {}
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for seed in range(arguments.seeds):
+            for name, groups, own in experiments(dims, load_config(files).train.learning_rate):
+                experiment, value, d = name.split("-")
+                key = (experiment, value, d[1:], str(seed))
+                if experiment in only and key not in kept:
+                    folder = arguments.out / "runs" / f"{name}-{seed}"
                     command = ["--run", str(groups), str(folder), *files, *own, f"train.seed={seed}"]
-                    pool.submit(job_pool.call, "benchmarks.global_entropy", command, arguments.out / "logs" / folder.name)
-    pool.shutdown()
-    for key, folder in runs.items():
-        if (path := folder / "result.json").is_file():
-            kept[key] = dict(zip(KEY, key, strict=True)) | json.loads(path.read_text())
-    with open(arguments.out / "runs.csv", "w", newline="") as file:
-        columns = list(next(iter(kept.values())))
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
+                    log = arguments.out / "logs" / folder.name
+                    waiting[pool.submit(finish, job_pool, folder, command, log)] = key
+        for done in as_completed(waiting):
+            if (result := done.result()) is not None:
+                key = waiting[done]
+                kept[key] = dict(zip(KEY, key, strict=True)) | result
+                write_runs(table, kept)
+
+
+def finish(job_pool: JobPool, folder: Path, command: Sequence[str], log: Path) -> dict | None:
+    """Returns the result of a run, which it starts if the run has none yet. Prints why a run failed and returns None."""
+    result = folder / "result.json"
+    try:
+        if not result.is_file():
+            job_pool.call("benchmarks.global_entropy", command, log)
+    except CommandFailed as error:
+        print(f"{folder.name}: {error}")
+        return None
+    return json.loads(result.read_text())
+
+
+def write_runs(path: Path, kept: dict[tuple[str, ...], dict]) -> None:
+    """Writes runs.csv, sorted by experiment, latent size, value and seed."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(next(iter(kept.values()))), lineterminator="\n")
         writer.writeheader()
         writer.writerows(kept[key] for key in sorted(kept, key=lambda key: (key[0], int(key[2]), int(key[1]), int(key[3]))))
 
 
 def kept_runs(path: Path) -> dict[tuple[str, ...], dict]:
-    """The lines of a runs.csv by KEY; none where there is no such file."""
+    """Returns the lines of runs.csv by KEY; empty without this file."""
     if not path.is_file():
         return {}
     with open(path, newline="") as file:

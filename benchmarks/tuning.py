@@ -1,10 +1,11 @@
-"""Tunes one setting of every row of a table on the validation split, five values each, and prints what each came to:
+"""Tunes one setting of every row of a table on the validation split, and prints the score of each value:
 
-    python -m benchmarks.tuning configs/NAME.yaml [--only ROW,ROW] [--jobs N] --out FOLDER [key=value ...]
+    python -m benchmarks.tuning configs/NAME.yaml [--only ROW,ROW | --grid ROW=VALUE,VALUE] [--jobs N] --out OUT [key=value ...]
 
-The plain autoencoder has no weight of its own: its trials are of the learning rate, which configs/NAME.yaml then sets for all
-rows. Those of the two-stage VAE are of its second stage, on the weights of configs/NAME/two_stage_vae.yaml. The score is the mean
-distance over the densities that the paper prints for the row. Trials that are finished are left as they are.
+The plain autoencoder has no weight of its own, so its trials are of the learning rate, which configs/NAME.yaml then sets for all
+rows. The trials of the two-stage VAE are of its second stage, on the weights of configs/NAME/two_stage_vae.yaml. The score is the
+mean distance over the densities that the paper prints for the row. `--grid` replaces the values of a row, and then only the rows
+with a `--grid` are tuned. Finished trials are left as they are.
 """
 
 import argparse
@@ -45,9 +46,9 @@ def trial(config: Path, row: str, value: float, out: Path, settings: Sequence[st
     return replace(run, folder=folder, arguments=arguments)
 
 
-def tuned(config: Path, rows: Sequence[str], job_pool: JobPool, out: Path, settings: Sequence[str]) -> list[dict]:
-    """Runs every trial, and returns a record for each finished one."""
-    trials = {(row, value): trial(config, row, value, out, settings) for row in rows for value in GRIDS[row][1]}
+def tuned(config: Path, grids: dict[str, Sequence[float]], job_pool: JobPool, out: Path, settings: Sequence[str]) -> list[dict]:
+    """Runs a trial for each value of each row in `grids`, and returns a record for each finished one."""
+    trials = {(row, value): trial(config, row, value, out, settings) for row, values in grids.items() for value in values}
     first_stage = next((run for (row, _), run in trials.items() if row == "two_stage_vae"), None)
     # The trials of a second stage share the first one's weights.
     first_stages = {
@@ -63,23 +64,35 @@ def tuned(config: Path, rows: Sequence[str], job_pool: JobPool, out: Path, setti
         sets = [metrics["sets"][name] for name in names if name in metrics["sets"]]
         for measure in (metrics["features"][name] for name in ("metric", "kernel_metric")):
             score = mean(numbers[measure] for numbers in sets)
-            records.append({"row": row, "setting": GRIDS[row][0], "value": value, "measure": measure, "score": score})
+            setting = {"epochs": run.config.train.epochs, "row": row, "setting": GRIDS[row][0], "value": value}
+            records.append(setting | {"measure": measure, "score": score})
             for name, numbers in metrics["sets"].items():
                 records[-1][name] = numbers[measure]
     return records
+
+
+def grid(text: str) -> tuple[str, tuple[float, ...]]:
+    """Reads ROW=VALUE,VALUE. Raises ValueError for another form, argparse.ArgumentTypeError for an unknown row."""
+    row, values = text.split("=")
+    if row not in GRIDS:
+        raise argparse.ArgumentTypeError(f"the row {row!r} is unknown; it is one of {', '.join(GRIDS)}")
+    return row, tuple(float(value) for value in values.split(","))
 
 
 def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
-    parser.add_argument("--only", default=",".join(GRIDS), metavar="ROW,ROW")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--only", default=",".join(GRIDS), metavar="ROW,ROW")
+    which.add_argument("--grid", action="append", type=grid, metavar="ROW=VALUE,VALUE")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("settings", nargs="*", metavar="key=value")
     arguments = parser.parse_intermixed_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    records = tuned(arguments.config, arguments.only.split(","), JobPool(arguments.jobs, None), arguments.out, arguments.settings)
+    grids = dict(arguments.grid or ((row, GRIDS[row][1]) for row in arguments.only.split(",")))
+    records = tuned(arguments.config, grids, JobPool(arguments.jobs, None), arguments.out, arguments.settings)
     columns = list(dict.fromkeys(key for record in records for key in record))
     with open(arguments.out / "tuning.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
