@@ -2,9 +2,9 @@
 
     python -m eae_dist.encode --ckpt DIR [--data SHARDS] --out DIR [--nproc N] [key=value ...]
 
-Memory-mapped float32 parts with keys and labels (see `eae_dist/latent/store.py`), shared out over all local GPUs, or N CPU ranks;
-under accelerate, torchrun or srun it joins their ranks. An encode that was killed goes on with what is missing. The bits do
-not depend on how many ranks there are.
+The output is float32 parts for memory mapping, with keys and labels (see `eae_dist/latent/store.py`). All local GPUs, or N CPU
+ranks, share the parts; under accelerate, torchrun or srun their ranks do. An encode that was killed continues with the missing
+parts. The bits do not depend on the number of ranks.
 """
 
 import argparse
@@ -27,16 +27,16 @@ from eae_dist.model.autoencoder import encoded
 from eae_dist.numerics.atomic_files import replace_file
 from eae_dist.training.checkpoint import evaluation_config, load_objective, named_networks, open_checkpoint, open_data
 
-IDENTITY = ("model_sha256", "index_sha256", "batch")  # what moves a bit of a latent, on one kind of processor
+IDENTITY = ("model_sha256", "index_sha256", "batch")  # what the bits of a latent depend on, on one kind of processor
 
 
 def encode(directory: Path, out: Path, assignments: Sequence[str]) -> LatentFolder:
-    """The latents of every split of data.root, also written to `out`. Call on every rank.
+    """Returns the latents of every split of data.root, and writes them to `out`. Call it on every rank.
 
     Raises ValueError or OSError for a damaged checkpoint, data of another shape than the model's, a folder that holds something
     else, and latents that are not finite.
     """
-    # Whose latents, and which parts of them are there.
+    # The description of the latents, and their parts.
     checkpoint = open_checkpoint(directory)
     config = evaluation_config(checkpoint, assignments)
     index = open_data(checkpoint, config)
@@ -61,7 +61,7 @@ def encode(directory: Path, out: Path, assignments: Sequence[str]) -> LatentFold
     if (out / "manifest.json").is_file():
         return LatentFolder.open(out)
 
-    # The missing parts of this rank. Rows of a batch are always the same, and the last batch is filled up.
+    # The missing parts of this rank. A batch always has the same rows, and the last batch is filled up.
     mine = [(*part, name_of(*part[:2])) for part in parts[rank() :: world_size()]]
     missing = [(split, part, of, name) for split, part, of, name in mine if finished_part(out, name) is None]
     blocks = sum(stop - start for split, part, of, _ in missing for start, stop in [blocks_of(samples[split], block, part, of)])
@@ -100,11 +100,12 @@ def encode(directory: Path, out: Path, assignments: Sequence[str]) -> LatentFold
 
 
 def name_of(split: str, part: int) -> str:
+    """Returns the name of a part of a split."""
     return f"{split}-{part:06d}"
 
 
 def start_folder(out: Path, about: dict) -> None:
-    """Makes the folder, or goes on with one of the same latents. Call on every rank. Raises ValueError or OSError."""
+    """Makes the folder, or continues one with the same latents. Call it on every rank. Raises ValueError or OSError."""
     with on_rank_zero() as is_rank_zero:
         if is_rank_zero:
             out.mkdir(parents=True, exist_ok=True)
@@ -118,13 +119,14 @@ def start_folder(out: Path, about: dict) -> None:
             else:
                 found = about
             if changed := [f"{key}: {found.get(key)} -> {about[key]}" for key in IDENTITY if found.get(key) != about[key]]:
-                what = "; take another folder, or what they were made of:\n  "
-                raise ValueError(f"{begun} is of other latents{what}" + "\n  ".join(changed))
+                what = "; take another folder, or the inputs of these latents:\n  "
+                raise ValueError(f"{begun} describes other latents{what}" + "\n  ".join(changed))
             if begun.name == ".encoding.json":
                 replace_file(begun, json.dumps(about, indent=2))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
     parser = argparse.ArgumentParser(prog="python -m eae_dist.encode", description=__doc__.split(":\n")[0])
     parser.add_argument("--ckpt", type=Path, required=True, help="a checkpoint folder, or a run folder (its latest checkpoint)")
     parser.add_argument("--data", help="folder or address of shards; default: what the checkpoint was trained on")

@@ -1,10 +1,10 @@
-"""Judges a checkpoint on a split it was not trained on, or a folder of images beside a folder of real ones:
+"""Judges a checkpoint on a split that it was not trained on, or a folder of images against a folder of real ones:
 
     python -m eae_dist.evaluate --ckpt DIR [--nproc N] [--out DIR] [key=value ...]
     python -m eae_dist.evaluate --images REAL GENERATED [--nproc N] [--out DIR] [key=value ...]
 
-Alone it uses all local GPUs, or N CPU ranks; under accelerate, torchrun or srun it joins their ranks. The numbers do not
-depend on how many ranks there are, and a run that was killed goes on where it was. Writes metrics.json, the fitted densities
+Without a launcher it uses all local GPUs, or N CPU ranks; under accelerate, torchrun or srun it uses their ranks. The numbers do
+not depend on the number of ranks, and a run that was killed continues where it was. It writes metrics.json, the fitted densities
 and PNG grids into RUN/evaluation, or into --out.
 """
 
@@ -53,12 +53,12 @@ log = logging.getLogger("eae_dist")
 
 
 def evaluate(directory: Path, assignments: Sequence[str], out: Path | None = None) -> dict:
-    """The metrics of a checkpoint, also written to disk by rank 0. Call on every rank.
+    """Returns the metrics of a checkpoint; rank 0 also writes them to disk. Call it on every rank.
 
-    Raises ValueError or FileNotFoundError for a damaged or missing checkpoint, other settings than evaluate.* and data.root,
-    images of another shape than the model's, and features that are not there.
+    Raises ValueError or FileNotFoundError for a damaged or missing checkpoint, settings other than evaluate.* and data.root,
+    images of another shape than the model's, and features that are not available.
     """
-    # What is judged, on what, by which features.
+    # The checkpoint, the data and the features.
     checkpoint = open_checkpoint(directory)
     config = evaluation_config(checkpoint, assignments)
     settings = config.evaluate
@@ -86,13 +86,13 @@ def evaluate(directory: Path, assignments: Sequence[str], out: Path | None = Non
     announce(extractor)
     done = Progress(out, judged)
 
-    # The real images' features, the densities of the training latents, the latents of the split.
+    # The features of the real images, the densities of the training latents, the latents of the split.
     real = reference_images(config, index, extractor, device)
     fitted, reports = fit_densities(autoencoder, config, densities, done, device, needed={*settings.densities, second_stage})
     through = fitted[second_stage].reconstruct if second_stage else lambda latents: latents
     errors, latents = reconstructed(autoencoder, config, device, through)
 
-    # Every set of images in turn: made, described by its features, compared with the real ones.
+    # Every set of images is made, described by its features and compared with the real ones.
     read_first, warnings = headline(min(real.stats.count, len(errors)), real.stats.features, extractor)
     sets, warnings = {}, warnings + warnings_about(real.stats, f"the split {settings.reference}")
     for name, (latents_of, count) in latent_sets(fitted, latents, through, real.stats.count, settings.seed).items():
@@ -127,16 +127,17 @@ def evaluate(directory: Path, assignments: Sequence[str], out: Path | None = Non
 
 
 def evaluate_folders(real: Path, generated: Path, assignments: Sequence[str], out: Path | None = None) -> dict:
-    """The distances of one folder's images from another's, by evaluate.* alone; written to out/metrics.json if there is an out.
+    """Returns the distances of one folder's images from another's, and writes them to out/metrics.json if there is an out.
 
-    A folder whose files went through the network before is taken from evaluate.cache. Call on every rank. Raises ValueError or
-    OSError for other settings, folders without images, broken files and features that are not there.
+    Only evaluate.* applies. The features of a folder are read from evaluate.cache if they were computed before. Call it on every
+    rank. Raises ValueError or OSError for other settings, folders without images, broken files and features that are not
+    available.
     """
     if other := [text for text in assignments if not text.startswith("evaluate.")]:
-        raise ValueError(f"{other[0]}: two folders of images are judged by evaluate.* alone")
+        raise ValueError(f"{other[0]}: only evaluate.* settings apply to two folders of images")
     settings, device = load_config(assignments).evaluate, PartialState().device
     described = []
-    # Both are opened before the first goes through the network, so that a wrong second one is said in time.
+    # Both are opened before the first goes through the network, so that an error in the second is reported at once.
     folders = (real, generated)
     walks = [walk_images(folder, settings.batch, count=settings.count) for folder in folders]
     (size, *_), _ = walks
@@ -145,14 +146,14 @@ def evaluate_folders(real: Path, generated: Path, assignments: Sequence[str], ou
     announce(extractor)
     for folder, (_, total, blocks) in zip(folders, walks, strict=True):
 
-        def taken(folder=folder, total=total, blocks=blocks) -> ImageSet:
+        def compute(folder=folder, total=total, blocks=blocks) -> ImageSet:
             images, what = with_progress(blocks, str(folder), total), f"the images of {folder}"
             return describe(images, extractor, settings.batch, settings.neighbor_images, device, what)
 
         with on_rank_zero() as is_rank_zero:
             sha256 = contents_sha256(folder, settings.count) if is_rank_zero else None
-        which = {"files_sha256": from_rank_zero(sha256)}
-        described.append(cached_image_set(which, settings, extractor, device, taken))
+        key = {"files_sha256": from_rank_zero(sha256)}
+        described.append(cached_image_set(key, settings, extractor, device, compute))
     numbers, doubts = compare(*described, extractor, settings.frechet, device, f"the images of {generated}")
     fewest = min(one.stats.count for one in described)
     read_first, warnings = headline(fewest, described[0].stats.features, extractor)
@@ -175,14 +176,17 @@ def evaluate_folders(real: Path, generated: Path, assignments: Sequence[str], ou
 
 
 def check_splits(index: ShardIndex, config: Config) -> None:
-    """Raises ValueError if a split that is judged or compared with is missing or empty."""
+    """Raises ValueError if the judged split or the reference split is missing or empty."""
     for key, split in {"split": config.evaluate.split, "reference": config.evaluate.reference}.items():
         if index.split(split, f"evaluate.{key}").samples == 0:
             raise ValueError(f"evaluate.{key}={split} of {config.data.root} holds no images")
 
 
 def density_names(settings: EvaluateConfig, second_stage: str | None) -> list[str]:
-    """What evaluate.densities says, or the objective's own; one with a second stage cannot do without it."""
+    """Returns the densities of evaluate.densities, or the objective's own.
+
+    The second stage of an objective is always among them.
+    """
     own = [second_stage] if second_stage else []
     names = settings.densities or own or ["isotropic", "mvg", "gmm"]
     for name in names:
@@ -192,20 +196,24 @@ def density_names(settings: EvaluateConfig, second_stage: str | None) -> list[st
 
 
 def open_features(settings: EvaluateConfig, index: ShardIndex, assignments: Sequence[str]) -> Extractor:
-    """The extractor that evaluate.features names, or the data's own. A function that only the checkpoint names is not run."""
+    """Returns the extractor that evaluate.features names, or the default for the data.
+
+    A user's function is run only if the command line names it, not if only the checkpoint does.
+    """
     name = settings.features or features_for(*index.image_shape[1:])
     if ":" in name and f"evaluate.features={name}" not in assignments:
-        raise ValueError(f"evaluate.features={name} stands in the checkpoint; give it on the command line to have it run")
+        raise ValueError(f"evaluate.features={name} is named only by the checkpoint; give it on the command line to run it")
     return build_features(name, weights=settings.inception_weights, preprocessing=settings.preprocessing)
 
 
 def announce(extractor: Extractor) -> None:
+    """Logs how images are compared."""
     if rank() == 0:
         log.info("comparing images by %s: %s", extractor.metric, extractor.preprocessing)
 
 
 class Progress:
-    """What of an evaluation is done: evaluation/.progress.json, which counts only under the same key."""
+    """The finished parts of an evaluation: evaluation/.progress.json, which counts only under the same key."""
 
     def __init__(self, folder: Path, key: dict):
         self.path, self.key, self.sets, self.densities = folder / ".progress.json", json.loads(json.dumps(key)), {}, {}
@@ -213,27 +221,29 @@ class Progress:
             if is_rank_zero:
                 folder.mkdir(parents=True, exist_ok=True)
                 found = json.loads(self.path.read_text()) if self.path.is_file() else {}
-                if found and found["key"] != self.key:  # its densities are about to be written over
+                if found and found["key"] != self.key:  # the densities of that evaluation will be overwritten
                     self.remove()
                 elif found:
                     self.sets, self.densities = found["sets"], found["densities"]
-                    log.info("going on with an evaluation that was interrupted: %s", ", ".join(self.sets) or "densities")
+                    log.info("continuing an evaluation that was interrupted: %s", ", ".join(self.sets) or "densities")
         self.sets, self.densities = from_rank_zero((self.sets, self.densities))
 
     def record(self, name: str, result) -> None:
-        """A set that was compared."""
+        """Stores the distances of a set of images."""
         self.sets[name] = result
         self._write()
 
     def record_density(self, name: str, report: dict) -> None:
+        """Stores the report on a density."""
         self.densities[name] = report
         self._write()
 
     def remove(self) -> None:
+        """Removes the file."""
         self.path.unlink(missing_ok=True)
 
     def remove_numbers_of_others(self) -> None:
-        """Those of another evaluation, whose densities are about to be written over."""
+        """Removes the metrics of another evaluation, whose densities will be overwritten."""
         numbers = self.path.with_name("metrics.json")
         if numbers.is_file() and not self.key.items() <= json.loads(numbers.read_text()).items():
             numbers.unlink()
@@ -246,24 +256,27 @@ class Progress:
 
 
 def reference_images(config: Config, index: ShardIndex, extractor: Extractor, device: torch.device) -> ImageSet:
-    """The features of the reference split."""
+    """Returns the features of the reference split."""
     settings = config.evaluate
 
-    def taken() -> ImageSet:
+    def compute() -> ImageSet:
         blocks = walked(config, settings.reference, f"features of {settings.reference}", settings.count)
         images = ((int(batch["number"][0]), batch["image"]) for batch in blocks)
         what = f"the split {settings.reference}"
         return describe(images, extractor, settings.batch, settings.neighbor_images, device, what)
 
-    which = {"index_sha256": index.sha256, "split": settings.reference, "count": settings.count}
-    return cached_image_set(which, settings, extractor, device, taken)
+    key = {"index_sha256": index.sha256, "split": settings.reference, "count": settings.count}
+    return cached_image_set(key, settings, extractor, device, compute)
 
 
 def cached_image_set(
-    which: dict, settings: EvaluateConfig, extractor: Extractor, device: torch.device, taken: Callable[[], ImageSet]
+    key: dict, settings: EvaluateConfig, extractor: Extractor, device: torch.device, compute: Callable[[], ImageSet]
 ) -> ImageSet:
-    """What `taken` gives, from evaluate.cache if it was taken before. which: the images, without doubt. Call on every rank."""
-    cache_key = which | {
+    """Returns the result of `compute`, or reads it from evaluate.cache if it was computed before. Call it on every rank.
+
+    key: identifies the images.
+    """
+    cache_key = key | {
         "rows": settings.neighbor_images,
         "block": settings.batch,
         "features": extractor.record(),
@@ -271,24 +284,24 @@ def cached_image_set(
         "device": device.type,
         "torch": torch.__version__,
     }
-    key = json.dumps(cache_key, sort_keys=True)
-    path = Path(settings.cache).expanduser() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
-    # The weights of a user's function are unknown; a cache may lie on some of the machines only.
+    key_text = json.dumps(cache_key, sort_keys=True)
+    path = Path(settings.cache).expanduser() / f"{hashlib.sha256(key_text.encode()).hexdigest()[:32]}.safetensors"
+    # A user's function has no known weights, so it is not cached. The file may be missing on some of the machines.
     if extractor.sha256 is not None and all(gather_objects(path.is_file())):
-        return ImageSet.from_file(path, key)
-    described = taken()
+        return ImageSet.from_file(path, key_text)
+    described = compute()
     with on_rank_zero() as is_rank_zero:
         if is_rank_zero and extractor.sha256 is not None:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                replace_file(path, described.to_bytes(key))
+                replace_file(path, described.to_bytes(key_text))
             except OSError as error:
-                log.warning("evaluate.cache=%s cannot be written (%s); going on without", settings.cache, error)
+                log.warning("evaluate.cache=%s cannot be written (%s); continuing without it", settings.cache, error)
     return described
 
 
 def walked(config: Config, split: str, description: str, count: int | None = None) -> Iterable[dict]:
-    """`walk` over the first images of a split in blocks of evaluate.batch, with_progress."""
+    """Returns the batches of `walk` over the first images of a split, in blocks of evaluate.batch, with a progress bar."""
     root, block, cache = config.data.root, config.evaluate.batch, Cache.of(config.data)
     images = ShardIndex.load(root, cache).split(split).samples
     start, stop = blocks_of(min(images, count or images), block, rank(), world_size())
@@ -299,12 +312,12 @@ def walked(config: Config, split: str, description: str, count: int | None = Non
 def reconstructed(
     autoencoder: Autoencoder, config: Config, device: torch.device, through: Callable[[torch.Tensor], torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Squared errors and latents of the split in order, float64 [n] and float32 [n, d], on every rank.
+    """Returns the squared errors and latents of the split in order, float64 [n] and float32 [n, d], on every rank.
 
-    through: what a latent passes before it is decoded, [b, d] -> [b, d].
+    through: the function that a latent passes before it is decoded, [b, d] -> [b, d].
 
-    A row's float32 result can depend on how many rows share its batch, so ranks take whole blocks of evaluate.batch and the
-    last block is filled up: the same bits on any number of ranks.
+    A row's float32 result can depend on how many rows share its batch. So ranks take whole blocks of evaluate.batch, the last
+    block is filled up, and the bits are the same on any number of ranks.
     """
     split, block = config.evaluate.split, config.evaluate.batch
     errors = [torch.zeros(0, dtype=torch.float64, device=device)]
@@ -319,7 +332,7 @@ def reconstructed(
 
 
 def training_latents(autoencoder: Autoencoder, config: Config, device: torch.device) -> torch.Tensor:
-    """Latents of this rank's run of the training split, [b, d]."""
+    """Returns the latents of this rank's run of the training split, [b, d]."""
     latents = [torch.zeros(0, autoencoder.latent_dim, device=device)]
     for batch in walked(config, config.data.split, f"encoding {config.data.split}"):
         latents.append(encoded(autoencoder, batch["image"], config.evaluate.batch, device))
@@ -334,9 +347,9 @@ def fit_densities(
     device: torch.device,
     needed: Collection[str | None],
 ) -> tuple[dict[str, Density], dict[str, dict]]:
-    """The densities, fitted to the training latents or read back, and how each fit went.
+    """Returns the densities, fitted to the training latents or read from disk, and a report on each fit.
 
-    One that cannot be fitted is an error where it is needed, else left out and reported.
+    If a density cannot be fitted, ValueError is raised if it is needed; otherwise it is left out and reported.
     """
     settings, model = config.evaluate, done.key["model_sha256"]
     options = {
@@ -375,7 +388,7 @@ def fit_densities(
 def latent_sets(
     fitted: dict[str, Density], latents: torch.Tensor, through: Callable, draws: int, seed: int
 ) -> dict[str, tuple[LatentsOf, int]]:
-    """The sets of images to judge: a function from the numbers of images to what they are decoded from, and how many."""
+    """Returns for each set of images a function from the numbers of images to their latents, and how many images there are."""
     sets: dict[str, tuple[LatentsOf, int]] = {"reconstruction": (lambda numbers: through(latents[numbers]), len(latents))}
     for name, density in fitted.items():
         sets[name] = (lambda numbers, density=density: density.sample(sample_seeds(seed, numbers)), draws)
@@ -384,13 +397,14 @@ def latent_sets(
 
 @torch.no_grad()
 def sample_grids(autoencoder: Autoencoder, fitted: dict[str, Density], settings: EvaluateConfig, device: torch.device) -> dict:
-    """A picture of the first draws of each density."""
+    """Returns a picture of the first samples of each density."""
     seeds = sample_seeds(settings.seed, np.arange(SAMPLES))
     latents = {name: density.sample(seeds).to(device, torch.get_default_dtype()) for name, density in fitted.items()}
     return {f"samples-{name}": grid(autoencoder.decode(z), ACROSS) for name, z in latents.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
     parser = argparse.ArgumentParser(prog="python -m eae_dist.evaluate", description=__doc__.split(":\n")[0])
     judged = parser.add_mutually_exclusive_group(required=True)
     judged.add_argument("--ckpt", type=Path, help="a checkpoint folder, or a run folder (its latest checkpoint)")
@@ -413,7 +427,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def summary(metrics: dict) -> str:
-    """The metrics of a checkpoint as a person reads them."""
+    """Returns the metrics of a checkpoint as text for a person."""
     latents = metrics["latents"]
     lines = [
         f"{metrics['checkpoint']} on {metrics['images']:,} {metrics['split']} images of {metrics['data']}: squared error "
@@ -428,6 +442,7 @@ def summary(metrics: dict) -> str:
 
 
 def summary_of_folders(metrics: dict) -> str:
+    """Returns the distances of two folders as text for a person."""
     return "\n".join(
         [
             f"{metrics['sets']['generated']['images']:,} images of {metrics['generated']} against "
@@ -438,7 +453,7 @@ def summary_of_folders(metrics: dict) -> str:
 
 
 def summary_of_sets(metrics: dict) -> list[str]:
-    """A line for each set of images, and the warnings."""
+    """Returns a line for each set of images, and the warnings."""
     distances = {metrics["headline"]: None} | {metrics["features"][name]: None for name in ("metric", "kernel_metric")}
     names = (*distances, "precision", "recall", "density", "coverage")
     columns = {name: max(14, len(name) + 2) for name in names}  # characters

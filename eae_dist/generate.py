@@ -2,8 +2,8 @@
 
     python -m eae_dist.generate --ckpt DIR [--density NAME] [--count N] [--nproc N] OUT [key=value ...]
 
-Writes OUT/000000.png ...; image i follows from (evaluate.seed, i) alone, on any number of ranks. Densities other than isotropic
-are those that `python -m eae_dist.evaluate` fitted.
+It writes OUT/000000.png and so on; image i depends on (evaluate.seed, i) alone, on any number of ranks. Densities other than
+isotropic must have been fitted by `python -m eae_dist.evaluate`.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from eae_dist.training.checkpoint import evaluation_config, named_networks, open
 
 
 def generate(directory: Path, out: Path, density: str, count: int, assignments: Sequence[str]) -> None:
-    """Writes `count` images; call on every rank. Raises ValueError or OSError for what a user can set right."""
+    """Writes `count` images; call it on every rank. Raises ValueError or OSError for what a user can correct."""
     checkpoint = open_checkpoint(directory)
     settings = evaluation_config(checkpoint, assignments).evaluate
     if count < 1:
@@ -49,6 +49,7 @@ def generate(directory: Path, out: Path, density: str, count: int, assignments: 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
     parser = argparse.ArgumentParser(prog="python -m eae_dist.generate", description=__doc__.split(":\n")[0])
     parser.add_argument("--ckpt", type=Path, required=True, help="a checkpoint folder, or a run folder (its latest checkpoint)")
     parser.add_argument("--density", default="isotropic", help="isotropic, mvg, gmm or two_stage; default: isotropic")
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = [text for text in arguments.given if is_assignment(text)]
     folders = [text for text in arguments.given if not is_assignment(text)]
     if len(folders) != 1:
-        parser.error(f"wanted is one folder OUT for the images, got {' '.join(folders) or 'none'}")
+        parser.error(f"expected one output folder OUT, got {' '.join(folders) or 'none'}")
     command = ["--ckpt", str(arguments.ckpt), "--density", arguments.density, "--count", str(arguments.count)]
 
     def work() -> str:

@@ -1,12 +1,12 @@
-"""The losses, one small class a row of the paper's table; `OBJECTIVES` is the choice by name.
+"""The losses: one small class per row of the table in the paper. `OBJECTIVES` maps names to classes.
 
 An objective wraps the autoencoder, so that DDP sees one module whose forward returns the named terms. A term is this rank's
 *share*: the mean of the shares over ranks is the term of the global batch (`losses/terms.py`).
 
-    loss = w SSE + sum of the row's penalties, each its weight times a term
+    loss = w SSE + sum over the penalties of weight times term
 
-SSE: squared error per image, x in [0, 1]. The scales are those of the official code of Ghosh et al. (ICLR 2020), so that its
-weights can be set as they are: w = 1/(P C) for the deterministic rows, 1/C for `vae`, `cv_vae` and `two_stage_vae`.
+SSE: squared error per image, x in [0, 1]. The scales are those of the official code of Ghosh et al. (ICLR 2020), so its
+weights can be used unchanged: w = 1/(P C) for the deterministic rows, 1/C for `vae`, `cv_vae` and `two_stage_vae`.
 b: this rank's rows, n: all rows of the batch, d: latent dimensions, P: pixels, C: channels.
 """
 
@@ -26,8 +26,8 @@ from eae_dist.numerics.keyed_random import derive_key, normal, row_keys
 from eae_dist.numerics.precision import full_precision
 
 Latents = tuple[torch.Tensor, torch.Tensor | None]  # means and the logarithms of deviations, [b, d] each
-POSTERIOR, PRIOR, INPUT, MAP = range(4)  # what a batch's random numbers are drawn for
-REDUCTIONS = {  # of the penalties' terms, in words
+POSTERIOR, PRIOR, INPUT, MAP = range(4)  # purposes of the random numbers of a batch
+REDUCTIONS = {  # how each penalty is reduced, in words
     "latent_l2": "mean over images and dimensions",
     "decoder_l2": "sum over the decoder's kernels",
     "gradient_penalty": "mean over images and dimensions",
@@ -38,12 +38,12 @@ REDUCTIONS = {  # of the penalties' terms, in words
 
 
 class Objective(nn.Module):
-    """Squared error and the penalties of a row.
+    """Squared error plus the penalties of one row of the table.
 
-    penalties: term -> the setting that is its weight. settings: what else the row reads of `objective.*`. latent_norm,
-    variational, spectral: what its autoencoder has (`build_autoencoder`). twice_differentiated: whether the decoder is.
-    first_stage: the row whose weights it has as well. second_stage: the density that stands for N(0, I), and that
-    reconstructions pass through too.
+    penalties: term -> the setting with its weight. settings: other keys of `objective.*` that the row reads.
+    latent_norm, variational, spectral: options of its autoencoder (`build_autoencoder`).
+    twice_differentiated: whether the decoder is differentiated twice. first_stage: the row with which it shares its weights.
+    second_stage: the density that replaces N(0, I); reconstructions pass through it as well.
     """
 
     penalties: dict[str, str] = {}
@@ -56,7 +56,7 @@ class Objective(nn.Module):
     def __init__(self, autoencoder: Autoencoder, config: ObjectiveConfig, seed: int):
         super().__init__()
         self.autoencoder, self.config, self.seed = autoencoder, config, seed
-        self.group = None  # of processes (distributed.subgroup), whose latents the entropy of training compares; None: all
+        self.group = None  # process group (distributed.subgroup) over which training computes the entropy; None: all ranks
         channels, height, width = autoencoder.image_shape
         self.pixels = channels * height * width
         self.reconstruction_weight = config.reconstruction_weight or 1 / (self.pixels if self.mean_over_pixels else channels)
@@ -64,38 +64,38 @@ class Objective(nn.Module):
     def forward(
         self, images: torch.Tensor, is_first_copy: torch.Tensor, global_batch: int, row_ids: np.ndarray, key: int
     ) -> dict[str, torch.Tensor]:
-        """Shares of the loss and its terms: images [b, c, h, w] in [0, 1] -> scalars by name.
+        """Returns shares of the loss and its terms: images [b, c, h, w] in [0, 1] -> scalars by name.
 
-        is_first_copy: bool [b], False for a second copy of a sample, which counts in every mean but is no neighbor.
-        global_batch: n. row_ids: int64 [b], which rows of the global batch these are; they and the batch's key fix all noise.
-        "loss" is what is minimized,
-        "reconstruction" is squared error per image, "reconstruction_per_pixel" the same per pixel and channel.
+        is_first_copy: bool [b], False for a second copy of a sample, which counts in every mean but is not a neighbor.
+        global_batch: n. row_ids: int64 [b], numbers of these rows in the global batch. row_ids and key fix all noise.
+        "loss" is minimized, "reconstruction" is the squared error per image, and "reconstruction_per_pixel" is the squared
+        error per pixel and channel.
         """
         return self.terms(self.per_row(images, row_ids, key), is_first_copy, global_batch, row_ids, key)
 
     def per_row(self, images: torch.Tensor, row_ids: np.ndarray, key: int) -> dict[str, torch.Tensor]:
-        """What the terms are made of: "error" [b], "latent" [b, d] and penalties that are means over rows, [b]."""
+        """Returns the values per row: "error" [b], "latent" [b, d] and penalties that are means over rows, [b]."""
         return self.decoded(self.latents(self.encoder_output(images, row_ids, key)), images, row_ids, key)
 
-    # A step is made of these three, so that accumulation (accumulation.py) can take them one by one.
+    # `per_row` is split into these three methods, because accumulation.py calls them one by one.
 
     def encoder_output(self, images: torch.Tensor, row_ids: np.ndarray, key: int) -> torch.Tensor:
-        """What the encoder gives for images, [b, d] or, of a variational model, [b, 2d]; `latents` makes latents of it."""
+        """Returns the encoder output, [b, d] or for a variational model [b, 2d]; `latents` converts it to latents."""
         return self.autoencoder.encoder_output(images)
 
     def latents(self, encoder_output: torch.Tensor) -> Latents:
-        """Latents, and of a posterior the logarithms of its deviations, from the encoder outputs of a whole batch."""
+        """Returns latents, and for a posterior the logarithms of its deviations, from the encoder output of a whole batch."""
         return self.autoencoder.latents(encoder_output)
 
     def decoded(self, latents: Latents, images: torch.Tensor, row_ids: np.ndarray, key: int) -> dict[str, torch.Tensor]:
-        """What `per_row` gives, from latents of any part of the batch."""
+        """Returns the values of `per_row` from the latents of any part of the batch."""
         mean, _ = latents
         return {"error": squared_error(self.autoencoder.decode(mean), images), "latent": mean}
 
     def terms(
         self, per_row: dict[str, torch.Tensor], is_first_copy: torch.Tensor, global_batch: int, row_ids: np.ndarray, key: int
     ) -> dict[str, torch.Tensor]:
-        """The terms from what `per_row` gave, in float32 or better; validation calls it once for a whole split."""
+        """Returns the terms from the values of `per_row`, in float32 or better; validation calls it once for a whole split."""
         with full_precision(per_row["latent"].device):
             terms = self.terms_of_rows(per_row, global_batch)
             for name in self.penalties:
@@ -107,21 +107,21 @@ class Objective(nn.Module):
         return {"loss": loss, "reconstruction": terms["reconstruction"], "reconstruction_per_pixel": per_pixel, **logged}
 
     def terms_of_rows(self, per_row: dict[str, torch.Tensor], global_batch: int) -> dict[str, torch.Tensor]:
-        """The terms that are means over rows: any part of a batch has its part of them."""
+        """Returns the terms that are means over rows; the terms of the parts of a batch add up to those of the batch."""
         means = {name: mean_share(per_row[name], global_batch) for name in self.penalties if name in per_row}
         return {"reconstruction": mean_share(per_row["error"], global_batch), **means}
 
     def weighted(self, terms: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The part of the loss that these terms have."""
+        """Returns the weighted sum of these terms, their part of the loss."""
         weights = {"reconstruction": self.reconstruction_weight, **self.weights()}
         return sum(terms[name] * weight for name, weight in weights.items() if name in terms)
 
     def weights(self) -> dict[str, float]:
-        """What each penalty's term is multiplied with in the loss."""
+        """Returns the factor of each penalty in the loss."""
         return {name: getattr(self.config, key) for name, key in self.penalties.items()}
 
     def formula(self) -> str:
-        """The loss in words, with its numbers."""
+        """Returns the loss in words, with the values of its weights."""
         parts = [
             f"{self.reconstruction_weight:.4g} reconstruction (squared error, sum over pixels and channels, mean over images)"
         ]
@@ -130,58 +130,70 @@ class Objective(nn.Module):
             parts.append(f"{weight:.4g} {name} ({REDUCTIONS[name]}; objective.{setting}={getattr(self.config, setting):g})")
         return " + ".join(parts)
 
-    # The penalties that are not means over rows: (latents [b, d], is_first_copy, global_batch, row_ids, key) -> shares by name.
+    # Penalties on the whole batch: (latents [b, d], is_first_copy, global_batch, row_ids, key) -> shares by name.
 
     def latent_l2(self, latents, is_first_copy, global_batch, row_ids, key):
+        """Returns the mean square of the entries of the latents."""
         return {"latent_l2": mean_share(latents.square().mean(1), global_batch)}
 
     def decoder_l2(self, latents, is_first_copy, global_batch, row_ids, key):
-        return {"decoder_l2": sum_of_squares(kernels_of(self.autoencoder.decoder))}  # every rank's is the whole
+        """Returns the sum of squares of the kernels of the decoder."""
+        return {"decoder_l2": sum_of_squares(kernels_of(self.autoencoder.decoder))}  # the whole term on every rank
 
     def mmd(self, latents, is_first_copy, global_batch, row_ids, key):
+        """Returns the squared MMD between the latents and draws of N(0, I)."""
         return {"mmd": kernel_discrepancy(latents, noise(latents, row_ids, key, PRIOR))}
 
     def entropy(self, latents, is_first_copy, global_batch, row_ids, key):
-        config, group = self.config, self.group if self.training else None  # validation is the same on any ranks
+        """Returns the entropy and the number of floored pairs: pairs of neighbors closer than sqrt(eps2)."""
+        config, group = self.config, self.group if self.training else None  # validation must not depend on the number of ranks
         options = {"k": config.k, "average_k": config.average_k, "eps2": config.eps2, "group": group}
-        entropy, floored = entropy_terms(latents, valid=is_first_copy, **options)
+        try:
+            entropy, floored = entropy_terms(latents, valid=is_first_copy, **options)
+        except ValueError as error:
+            compared = "a global batch" if group is None else "groups (objective.group)"
+            raise ValueError(
+                f"objective.k={config.k} needs {compared} of more than {config.k} distinct rows; lower objective.k or raise "
+                f"train.global_batch ({error})"
+            ) from error
         return {"entropy": entropy, "floored_pairs": mean_share(floored, 1)}
 
 
 class AE(Objective):
-    """The plain autoencoder: squared error alone."""
+    """The plain autoencoder: squared error only."""
 
 
 class AEL2(Objective):
-    """The plain autoencoder with an L2 penalty on the decoder's kernels."""
+    """The plain autoencoder with an L2 penalty on the kernels of the decoder."""
 
     penalties = {"decoder_l2": "decoder_weight"}
 
 
 class RAE(Objective):
-    """Regularized autoencoder: + beta mean_j z_j^2 (Ghosh et al. 2020)."""
+    """Regularized autoencoder: adds beta mean_j z_j^2 to the loss (Ghosh et al. 2020)."""
 
     penalties = {"latent_l2": "latent_weight"}
 
 
 class RAEL2(RAE):
-    """... and an L2 penalty on the decoder's kernels."""
+    """Regularized autoencoder with an L2 penalty on the kernels of the decoder."""
 
     penalties = RAE.penalties | {"decoder_l2": "decoder_weight"}
 
 
 class RAEGP(RAE):
-    """... and the squared gradient of ||D(z)||^2, summed over the batch, with respect to z.
+    """Regularized autoencoder with a penalty on the squared gradient of ||D(z)||^2, summed over the batch, with respect to z.
 
-    The decoder's batch norms couple the batch, so that each latent's gradient holds parts of all images, on all ranks.
+    The batch norms of the decoder couple the batch, so the gradient of each latent has contributions of all images on all ranks.
     """
 
     penalties = RAE.penalties | {"gradient_penalty": "gradient_weight"}
     twice_differentiated = True
 
     def decoded(self, latents, images, row_ids, key):
+        """Returns the values per row, with the gradient penalty."""
         latents, _ = latents
-        learning = torch.is_grad_enabled()  # else validation, where the batch norms couple nothing
+        learning = torch.is_grad_enabled()  # False in validation, where the batch norms do not couple rows
         with torch.enable_grad():
             at = latents if learning else latents.requires_grad_()
             decoded = self.autoencoder.decode(at)
@@ -191,19 +203,20 @@ class RAEGP(RAE):
 
 
 class RAESN(RAE):
-    """... and every kernel of encoder and decoder divided by its largest singular value."""
+    """Regularized autoencoder with every kernel of encoder and decoder divided by its largest singular value."""
 
     spectral = True
 
 
 class VAE(Objective):
-    """Variational autoencoder: SSE/C + w KL, one draw of the posterior a row."""
+    """Variational autoencoder: SSE/C + w KL, with one draw of the posterior per row."""
 
     penalties = {"kl": "kl_weight"}
     mean_over_pixels = False
     variational = True
 
     def decoded(self, latents, images, row_ids, key):
+        """Returns the values per row; images are decoded from a draw of the posterior."""
         mean, log_sigma = latents
         drawn = mean + log_sigma.exp() * noise(mean, row_ids, key, POSTERIOR)
         error = squared_error(self.autoencoder.decode(drawn), images)
@@ -211,29 +224,31 @@ class VAE(Objective):
 
 
 class ConstantVarianceVAE(VAE):
-    """VAE whose posterior has one fixed deviation, `objective.sigma`."""
+    """A VAE with a fixed standard deviation of the posterior, `objective.sigma`."""
 
     settings = ("sigma",)
     variational = False
 
     def latents(self, encoder_output):
+        """Returns posterior means and the logarithm of the fixed deviation, [b, d] each."""
         mean, _ = self.autoencoder.latents(encoder_output)
         return mean, torch.full_like(mean, self.config.sigma).log()
 
 
 class TwoStageVAE(VAE):
-    """The first stage of the two-stage VAE (Dai & Wipf 2019), a `vae`; the second is fitted to its latents afterwards."""
+    """The first stage of the two-stage VAE (Dai & Wipf 2019), a `vae`; the second stage is fitted to its latents later."""
 
     first_stage, second_stage = "vae", "two_stage"
 
 
 class WAE(Objective):
-    """Wasserstein autoencoder: + w MMD^2 between the latents and the prior, both of the global batch (Tolstikhin et al. 2018)."""
+    """Wasserstein autoencoder: adds w MMD^2 between latents and prior over the global batch (Tolstikhin et al. 2018)."""
 
     penalties = {"mmd": "mmd_weight"}
     settings = ("input_noise",)
 
     def encoder_output(self, images, row_ids, key):
+        """Returns the encoder output for images, to which training adds clipped Gaussian noise."""
         sigma = self.config.input_noise
         if sigma and self.training:
             images = images + (sigma * noise(images.flatten(1), row_ids, key, INPUT)).clamp(-sigma, sigma).view_as(images)
@@ -241,9 +256,9 @@ class WAE(Objective):
 
 
 class EAE(Objective):
-    """Entropic autoencoder: SSE/(P C) - w H/d, H the k-NN entropy of the batch-normed latents of all ranks (Ghose et al. 2020).
+    """Entropic autoencoder: SSE/(P C) - w H/d, where H is the k-NN entropy of the batch-normed latents of all ranks.
 
-    Both terms are per dimension, so that a weight w carries over image and latent sizes.
+    Source: Ghose et al. 2020. Both terms are per dimension, so the same weight w fits different image and latent sizes.
     """
 
     penalties = {"entropy": "entropy_weight"}
@@ -251,14 +266,15 @@ class EAE(Objective):
     latent_norm = True
 
     def weights(self):
+        """Returns the factor of the entropy, which is negative."""
         return {"entropy": -self.config.entropy_weight / self.autoencoder.latent_dim}
 
 
 class EAELinear(EAE):
-    """Entropic autoencoder regularized on a linear map: H is that of the batch-normed image of z under an orthonormal matrix.
+    """Entropic autoencoder with a linear map: H is the entropy of z after an orthonormal matrix and a batch norm.
 
-    Our reading of one line of the paper's Table 1. The matrix is not learned: a learned one would whiten its image by itself
-    and leave the encoder unregularized. It is drawn from the seed and saved with the model, or redrawn for every batch.
+    This is our interpretation of one line of Table 1 in the paper. The matrix is not learned: a learned matrix would whiten its
+    output and leave the encoder unregularized. It is drawn from the seed and saved with the model, or redrawn for every batch.
     """
 
     settings = (*EAE.settings, "map", "map_dim")
@@ -273,9 +289,11 @@ class EAELinear(EAE):
         self.map_norm = GlobalBatchNorm(self.map_dim, affine=False, eps=LATENT_EPS, track=False)
 
     def weights(self):
+        """Returns the factor of the entropy, which is negative."""
         return {"entropy": -self.config.entropy_weight / self.map_dim}
 
     def entropy(self, latents, is_first_copy, global_batch, row_ids, key):
+        """Returns the entropy of the mapped, batch-normed latents and the number of floored pairs."""
         matrix = self.map if self.config.map == "fixed" else orthonormal(latents.shape[1], self.map_dim, key)
         return super().entropy(self.map_norm(latents @ matrix.to(latents)), is_first_copy, global_batch, row_ids, key)
 
@@ -297,26 +315,27 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 
 def objective_class(name: str) -> type[Objective]:
-    """The row of OBJECTIVES; an unknown name is a ValueError that lists the known."""
+    """Returns the class of that name. Raises ValueError for an unknown name, with the list of known names."""
     if name not in OBJECTIVES:
         raise ValueError(f"objective.name={name} is unknown; it is one of {', '.join(OBJECTIVES)}")
     return OBJECTIVES[name]
 
 
 def noise(like: torch.Tensor, row_ids: np.ndarray, key: int, purpose: int) -> torch.Tensor:
-    """Draws of N(0, 1), [b, m] as `like`, that depend on the batch's key, the purpose and the row's number alone."""
+    """Returns draws of N(0, 1), [b, m] as `like`, that depend only on the key of the batch, the purpose and the row number."""
     return normal(row_keys(derive_key(key, purpose), row_ids), like.shape[1]).to(like)
 
 
 def orthonormal(d: int, m: int, key: int) -> torch.Tensor:
-    """A uniformly random matrix of m orthonormal columns, float64 [d, m], that depends on the key alone."""
+    """Returns a uniformly random matrix with m orthonormal columns, float64 [d, m], that depends only on the key."""
     q, r = torch.linalg.qr(normal(row_keys(derive_key(key, MAP), np.arange(d)), m))
-    return q * r.diagonal().sign()  # Mezzadri 2007: makes the QR's choice of signs immaterial
+    return q * r.diagonal().sign()  # removes the sign ambiguity of QR (Mezzadri 2007)
 
 
 def resolve(config: Config, image_shape: tuple[int, int, int], lanes: int | None = None) -> Config:
-    """The configuration with every default that depends on the data filled in; lanes: the stream's, by default a local one's.
+    """Returns the configuration with every default that depends on the data filled in.
 
+    lanes: number of lanes of the data stream (see data.lanes); default: that of a local data set.
     Raises ValueError for an unknown objective or network, and for a setting that the objective does not read.
     """
     objective = objective_class(config.objective.name)
@@ -325,7 +344,7 @@ def resolve(config: Config, image_shape: tuple[int, int, int], lanes: int | None
         value = getattr(config.objective, setting.name)
         if setting.name not in read and value != setting.default:
             raise ValueError(
-                f"objective.{setting.name}={value} means nothing to objective.name={config.objective.name}, which reads "
+                f"objective.{setting.name}={value} has no effect with objective.name={config.objective.name}, which reads "
                 f"{', '.join(sorted(read))}; leave it out"
             )
     lanes = lanes or config.data.lanes or config.train.global_batch
@@ -334,7 +353,7 @@ def resolve(config: Config, image_shape: tuple[int, int, int], lanes: int | None
 
 
 def build_objective(model: ModelConfig, objective: ObjectiveConfig, image_shape: tuple[int, int, int], seed: int) -> Objective:
-    """The objective with initial weights that depend on the seed alone; the configuration is one that `resolve` has filled in."""
+    """Builds the objective from a configuration that `resolve` has filled in; initial weights depend only on the seed."""
     cls = objective_class(objective.name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -1,14 +1,14 @@
-"""Makes shards of images, which everything else reads; the README in shards/ explains the format.
+"""Packs images into shards, the format that all other commands read; the README in shards/ explains it.
 
     python -m eae_dist.pack mnist5k shards/mnist5k                      a data set of the table in data/sources.py
     python -m eae_dist.pack imagefolder photos/ shards/photos --size 64
     python -m eae_dist.pack npz images.npz shards/images
-    python -m eae_dist.pack --index DIR                                 an index for tar shards that others made
-    python -m eae_dist.pack --index s3://BUCKET/FOLDER --out DIR        the same for shards on a server, which stay there
+    python -m eae_dist.pack --index DIR                                 an index for existing tar shards
+    python -m eae_dist.pack --index s3://BUCKET/FOLDER --out DIR        an index for shards that stay on a server
     python -m eae_dist.pack --verify DIR                                check every file against the index
 
-Samples are written in a random order, never by class: training reads a shard for many steps. DIR appears at the end and
-whole, or not at all.
+Samples are written in random order, not by class, because training reads one shard for many steps. DIR appears only when it
+is complete.
 """
 
 import argparse
@@ -43,7 +43,7 @@ LOCK = ".lock"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit code: 0, 1 for damage that --verify found, 2 for an error, 130 for Ctrl-C."""
+    """Runs the command. Returns the exit code: 0, 1 for damage found by --verify, 2 for an error, 130 for Ctrl-C."""
     arguments = parsed(argv)
     try:
         if arguments.verify:
@@ -74,17 +74,17 @@ def main(argv: list[str] | None = None) -> int:
 
 @dataclass(frozen=True)
 class Encoding:
-    """How an image is stored: as png, webp (without loss), raw, or jpeg with a quality of 1 to 100."""
+    """The file format of an image: png, webp (lossless), raw, or jpeg with a quality of 1 to 100."""
 
     format: str
     quality: int | None = None
 
     def __post_init__(self):
         if self.quality is not None and self.format != "jpeg":
-            raise ValueError(f"--quality is for --format jpeg, not for {self.format}, which loses nothing")
+            raise ValueError(f"--quality is for --format jpeg, not for {self.format}, which is lossless")
 
     def encode(self, image: np.ndarray) -> bytes:
-        """uint8 [h, w], [h, w, 1] or [h, w, 3] -> the bytes of its file; raw is an .npy of [h, w, c]."""
+        """Returns the bytes of the image file for uint8 [h, w], [h, w, 1] or [h, w, 3]; raw is an .npy of [h, w, c]."""
         data = io.BytesIO()
         if self.format == "raw":
             np.save(data, np.ascontiguousarray(image).reshape(*image.shape[:2], -1), allow_pickle=False)
@@ -96,9 +96,9 @@ class Encoding:
 
 
 def pack(source: Source, folder: Path, encoding: Encoding, shard_size: int, seed: int, workers: int) -> dict:
-    """Writes a source as shards into `folder`, which must be free; returns what stands in its index.json.
+    """Writes a source as shards into `folder`, which must be empty or new. Returns the content of its index.json.
 
-    The bytes written do not depend on the number of worker processes.
+    The bytes do not depend on the number of worker processes.
     """
     plan = shard_plan(source, shard_size, seed)
     splits: dict[str, list[ShardScan]] = {split: [] for split in SPLITS}
@@ -125,7 +125,7 @@ def pack(source: Source, folder: Path, encoding: Encoding, shard_size: int, seed
 
 
 def shard_plan(source: Source, shard_size: int, seed: int) -> list[tuple[str, str, np.ndarray]]:
-    """Split, file name and rows of every shard: a random order, cut into runs whose lengths differ by at most one."""
+    """Returns split, file name and rows of every shard: a random order, cut into parts whose sizes differ by at most one."""
     plan = []
     for number, split in enumerate(SPLITS):
         if not (samples := len(source.splits[split])):
@@ -137,10 +137,10 @@ def shard_plan(source: Source, shard_size: int, seed: int) -> list[tuple[str, st
 
 
 def write_shard(task: tuple[Path, Samples, Encoding]) -> ShardScan:
-    """Writes one tar, and scans what it has written."""
+    """Writes one tar file, scans it and returns the scan."""
     path, samples, encoding = task
     with open(path, "wb") as file:
-        # The same images make the same bytes: no time. PAX: USTAR ends at 100 characters of a name, and at ASCII.
+        # No time stamps, so that the same images give the same bytes. PAX, because USTAR names are ASCII and at most 100 long.
         with TarWriter(file, encoder=False, mtime=0, format="PAX_FORMAT") as tar:
             for i, key in enumerate(samples.keys):
                 try:
@@ -152,12 +152,14 @@ def write_shard(task: tuple[Path, Samples, Encoding]) -> ShardScan:
                 tar.write(sample)
     fsync(path)
     scan = index_shard(path)
-    assert scan.members["key"].tolist() == [key.encode() for key in samples.keys], f"{path} was not read as it was written"
+    assert scan.members["key"].tolist() == [key.encode() for key in samples.keys], (
+        f"{path} does not contain the samples that were written"
+    )
     return scan
 
 
 def free_folder(folder: Path) -> Path:
-    """The absolute path of a folder that is empty or not there yet; else a ValueError."""
+    """Returns the absolute path of a folder that is empty or does not exist. Raises ValueError for any other."""
     folder = folder.resolve()
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; give another folder")
@@ -169,7 +171,7 @@ def free_folder(folder: Path) -> Path:
 
 @contextmanager
 def staging(folder: Path) -> Iterator[Path]:
-    """Gives FOLDER.incomplete, locked; it becomes `folder` at the end, and is removed if anything goes wrong before."""
+    """Yields the locked folder FOLDER.incomplete. It is renamed to `folder` at the end, or removed after an error."""
     incomplete = folder.with_name(folder.name + ".incomplete")
     try:
         with _locked(incomplete):
@@ -188,14 +190,14 @@ def staging(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def _locked(incomplete: Path) -> Iterator[None]:
-    """Makes the folder, or empties the one that a killed pack left behind, and holds it against other packs."""
+    """Creates the folder, or empties the one that an interrupted pack left, and locks it against other packs."""
     if incomplete.exists() and not (incomplete / LOCK).exists() and any(incomplete.iterdir()):
-        raise ValueError(f"{incomplete} is in the way and was not left behind by pack; remove it")
+        raise ValueError(f"{incomplete} is in the way and was not created by pack; remove it")
     incomplete.mkdir(parents=True, exist_ok=True)
     with open(incomplete / LOCK, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Another pack can have finished, and moved the folder away, since the file was opened.
+            # Another pack may have finished and renamed the folder after the file was opened.
             ours = os.path.samestat(os.fstat(lock.fileno()), os.stat(incomplete / LOCK))
         except (BlockingIOError, FileNotFoundError):
             ours = False
@@ -210,7 +212,7 @@ def _locked(incomplete: Path) -> Iterator[None]:
 
 
 def cache_of(settings: list[str]) -> Cache:
-    """The cache of shards at an address, by the settings that training has for it; ValueError for settings of anything else."""
+    """Returns the cache of remote shards for key=value settings. Raises ValueError for settings that are not about the cache."""
     known = [f"data.{name}" for name in WHERE_DATA_LIES if name != "root"]
     for setting in settings:
         if setting.partition("=")[0] not in known:
@@ -219,6 +221,7 @@ def cache_of(settings: list[str]) -> Cache:
 
 
 def print_summary(verb: str, folder: Path, info: dict, notes: Iterable[str]) -> None:
+    """Prints the sizes of a data set and the notes."""
     shape = "x".join(map(str, info["image"]["shape"]))
     print(f"{verb} {info['name']} in {folder}: images {shape} (channels x height x width), {info['image']['encoding']}")
     for split, totals in info["splits"].items():
@@ -229,6 +232,7 @@ def print_summary(verb: str, folder: Path, info: dict, notes: Iterable[str]) -> 
 
 
 def print_damage(folder: Path | str, problems: list[str]) -> int:
+    """Prints the result of --verify and returns the exit code, 1 for damage."""
     for problem in problems:
         print(problem)
     print(f"{folder}: {len(problems)} damaged" if problems else f"{folder}: every file is as the index says")
@@ -241,37 +245,40 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parsed(argv: list[str] | None) -> argparse.Namespace:
-    of_source = {  # what the parameters of the functions in SOURCES are on the command line
+    """Parses the command line; an error ends the process with exit code 2."""
+    of_source = {  # command-line options for the parameters of the functions in SOURCES
         "path": {"type": Path, "help": "the folder of images, or the .npz file"},
-        "--root": {"type": Path, "help": f"the raw data's folder; what is not there is downloaded (default: {CACHE})"},
+        "--root": {"type": Path, "help": f"folder of the raw data; missing files are downloaded (default: {CACHE})"},
         "--size": {"type": _at_least(1), "metavar": "N", "help": "resize the central square to NxN (bilinear)"},
         "--crop": {"type": _at_least(1), "metavar": "N", "help": "take the center NxN pixels, before resizing"},
         "--channels": {"type": int, "choices": (1, 3), "help": "1 gray, 3 RGB (default: 1 if every image is gray)"},
     }
-    workers = {"type": _at_least(1), "metavar": "N", "help": "processes (default: one a core)"}
-    formats = "of the images in the shards (default: png)"
-    quality = f"of jpeg (default: {JPEG_QUALITY})"
+    workers = {"type": _at_least(1), "metavar": "N", "help": "number of processes (default: one per core)"}
+    formats = "format of the images in the shards (default: png)"
+    quality = f"quality of jpeg (default: {JPEG_QUALITY})"
 
     parser = _Parser(prog="python -m eae_dist.pack", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     where = {"type": lambda text: text if is_address(text) else Path(text), "metavar": "DIR"}
     parser.add_argument("--index", **where, help="write the index of the tar shards in DIR, or at an address with --out")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="with --index ADDRESS: where the index goes")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="with --index ADDRESS: folder for the index")
     parser.add_argument("--split", metavar="NAME", help="with --index: the split of all shards (default: from their names)")
     parser.add_argument("--verify", **where, help="check every file of a data set; exit code 1 for damage")
-    fetching = "with --index ADDRESS or --verify: how shards are fetched, as in training; again for each"
+    fetching = "with --index ADDRESS or --verify: a training setting for fetching shards; may be repeated"
     parser.add_argument("--set", action="append", default=[], metavar="data.KEY=VALUE", help=fetching)
     parser.add_argument("--workers", default=available_cores(), **workers)
-    sources = parser.add_subparsers(dest="source", metavar="SOURCE", title="sources (SOURCE --help says more)")
+    sources = parser.add_subparsers(dest="source", metavar="SOURCE", title="sources (see SOURCE --help)")
     for name, load in SOURCES.items():
         source = sources.add_parser(name, help=load.__doc__, description=load.__doc__)
         for flag, options in of_source.items():
             if flag.removeprefix("--") in inspect.signature(load).parameters:
                 source.add_argument(flag, **options)
-        source.add_argument("folder", type=Path, metavar="DIR", help="where the shards go; empty, or not there yet")
+        source.add_argument("folder", type=Path, metavar="DIR", help="folder for the shards; it must be empty or new")
         source.add_argument("--format", choices=EXTENSIONS, default="png", help=formats)
         source.add_argument("--quality", type=int, choices=range(1, 101), metavar="1..100", help=quality)
-        source.add_argument("--shard-size", type=_at_least(1), default=1000, metavar="N", help="samples (default: 1000)")
-        source.add_argument("--seed", type=_at_least(0), default=0, help="of the samples' order (default: 0)")
+        source.add_argument(
+            "--shard-size", type=_at_least(1), default=1000, metavar="N", help="samples per shard (default: 1000)"
+        )
+        source.add_argument("--seed", type=_at_least(0), default=0, help="seed of the order of the samples (default: 0)")
         source.add_argument("--skip-bad", action="store_true", help="leave out files that are not usable images")
         source.add_argument("--workers", default=argparse.SUPPRESS, **workers)
 
@@ -279,18 +286,18 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     if [arguments.source, arguments.index, arguments.verify].count(None) != 2:
         parser.error(f"give one source ({', '.join(SOURCES)}), or --index DIR, or --verify DIR")
     if arguments.split and not arguments.index:
-        parser.error("--split goes with --index")
+        parser.error("--split needs --index")
     if (arguments.out is not None) != isinstance(arguments.index, str):
-        parser.error("--out DIR goes with --index and an address, which cannot be written to")
+        parser.error("--out DIR is needed with --index ADDRESS and only there: the index is not written to an address")
     if arguments.set and not (arguments.out or arguments.verify):
-        parser.error("--set goes with --index ADDRESS or --verify: nothing else is fetched")
+        parser.error("--set needs --index ADDRESS or --verify: other commands fetch no shards")
     return arguments
 
 
 def _at_least(minimum: int) -> Callable[[str], int]:
     def number(text: str) -> int:
         if not text.isdecimal() or not minimum <= int(text) < 2**63:
-            raise argparse.ArgumentTypeError(f"wants a whole number of at least {minimum}, got {text!r}")
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {minimum}, got {text!r}")
         return int(text)
 
     return number

@@ -2,9 +2,9 @@
 
     python -m eae_dist.table CONFIG.yaml [--only ROW ...] [--seeds N] [--jobs N] [--nproc N] [--out DIR] [key=value ...]
 
-CONFIG.yaml holds the data set's settings, the folder CONFIG/ beside it one file for each row. What is finished is left as it is
-and what was broken off goes on, so the same command finishes a table that was interrupted. Writes table.md, table.csv, table.tex
-and figure.png.
+CONFIG.yaml holds the settings of the data set, and the folder CONFIG/ beside it has one file for each row. Finished rows are left
+as they are and interrupted ones continue, so the same command finishes a table that was interrupted. It writes table.md,
+table.csv, table.tex and figure.png.
 """
 
 import argparse
@@ -49,7 +49,7 @@ log = logging.getLogger("eae_dist")
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One row of the table with one seed. `arguments`: of eae_dist.train; `config`: what they resolve to."""
+    """One row of the table with one seed. `arguments`: for eae_dist.train; `config`: the settings that they resolve to."""
 
     row: str
     seed: int
@@ -62,9 +62,9 @@ class Run:
 def table(
     config: Path, only: Sequence[str], seeds: int, job_pool: JobPool, out: Path, settings: Sequence[str]
 ) -> tuple[str | None, list[str]]:
-    """Trains, judges and writes the table into `out`; returns it as markdown, None without any row, and the failures.
+    """Trains, judges and writes the table into `out`. Returns it as markdown, or None without any finished row, and the failures.
 
-    only: rows, all if empty. Raises ValueError or OSError for what a user can set right.
+    only: rows; all rows if it is empty. Raises ValueError or OSError for what a user can correct.
     """
     config = find_config(config)
     files = row_files(config, only)
@@ -74,7 +74,7 @@ def table(
     every = {(row, seed): planned(config, files[row], row, seed, out, settings) for seed in range(seeds) for row in there}
     first_stages = {run: every.get((OBJECTIVES[row].first_stage, seed)) for (row, seed), run in every.items()}
     runs = [run for run in every.values() if run.row in rows]
-    runs.sort(key=lambda run: (run.seed, first_stages[run] is not None))  # last: those that wait for others' weights
+    runs.sort(key=lambda run: (run.seed, first_stages[run] is not None))  # runs that wait for the weights of others are last
     check_judging([run for run in runs if judged(run) is None])
     failures = finish_all(runs, first_stages, job_pool, out / "logs")
 
@@ -84,8 +84,8 @@ def table(
     by_features = {json.dumps(metrics["features"]): str(run.folder) for run, metrics in found.items()}
     if len(by_features) > 1:
         raise ValueError(
-            f"no table of rows that were judged by different features, or versions of them: {', '.join(by_features.values())}; "
-            f"remove their evaluation folders, and the same command judges them again"
+            f"rows were judged by different features, or versions of them: {', '.join(by_features.values())}; "
+            f"remove their evaluation folders and run the same command to judge them again"
         )
     results = Results([(run.row, metrics) for run, metrics in found.items()])
     text = as_markdown(results)
@@ -98,7 +98,10 @@ def table(
 
 
 def row_files(config: Path, only: Sequence[str]) -> dict[str, Path]:
-    """The file of each row in the folder beside the data set's file, in the table's order; those of `only` must be among them."""
+    """Returns the file of each row in the folder beside the data set's file, in the table's order.
+
+    Raises ValueError if a row of `only` has no file, FileNotFoundError if no row has one.
+    """
     folder = config.with_suffix("")
     files = {row: folder / f"{row}.yaml" for row in OBJECTIVES if (folder / f"{row}.yaml").is_file()}
     if not files:
@@ -109,7 +112,7 @@ def row_files(config: Path, only: Sequence[str]) -> dict[str, Path]:
 
 
 def planned(config: Path, file: Path, row: str, seed: int, out: Path, settings: Sequence[str]) -> Run:
-    """The run of a row with a seed. Raises ValueError for settings that are the table's own."""
+    """Returns the run of a row with a seed. Raises ValueError for settings that the table sets itself."""
     folder = out / "runs" / f"{row}-{seed}"
     if own := [text for text in settings if text.startswith(("train.output=", "train.seed=", "objective.name="))]:
         raise ValueError(f"{own[0]}: the table sets this itself; give --out, --seeds or --only")
@@ -124,17 +127,20 @@ def planned(config: Path, file: Path, row: str, seed: int, out: Path, settings: 
 
 
 def check_judging(runs: Sequence[Run]) -> None:
-    """Raises ValueError or FileNotFoundError now for what would end every evaluation, which may be days of training later."""
+    """Raises ValueError or FileNotFoundError for what would end every evaluation.
+
+    Without this check, the error would come after training, which may take days.
+    """
     for run in runs:
         check_splits(run.index, run.config)
         density_names(run.config.evaluate, OBJECTIVES[run.row].second_stage)
-    for run in runs[:1]:  # rows that are judged by several features are no table
+    for run in runs[:1]:  # all rows of a table are judged by the same features
         extractor = open_features(run.config.evaluate, run.index, [f"evaluate.features={run.config.evaluate.features}"])
         extractor(torch.zeros(2, *run.index.image_shape, dtype=torch.uint8))
 
 
 def finish_all(runs: Sequence[Run], first_stages: dict[Run, Run | None], job_pool: JobPool, logs: Path) -> list[str]:
-    """Brings every run to its end, several at a time; the failures, a line each, which do not stop the others."""
+    """Finishes every run, several at a time, and returns a line for each failure; a failure does not stop the other runs."""
     failures, started = [], time.monotonic()
     logs.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(job_pool.jobs) as pool:
@@ -158,14 +164,15 @@ def finish_all(runs: Sequence[Run], first_stages: dict[Run, Run | None], job_poo
 
 
 def finish(run: Run, first_stage: Run | None, ends: Future | None, job_pool: JobPool, logs: Path) -> str:
-    """Brings one run to its end; says what that took.
+    """Finishes one run, and returns a text on how long that took.
 
-    first_stage: the run whose weights it takes over if that is trained, when it `ends` where it is among the runs.
+    first_stage: the run whose weights this run takes over if that run is trained. ends: the future of first_stage, if it is among
+    the runs.
     """
     if judged(run) is not None:
         return "is finished"
     if (taken := steps_taken(run)) > (wanted := last_step(run.config, run.index)):
-        raise ValueError(f"{run.folder} was trained for {taken} steps, wanted are {wanted}; take another --out")
+        raise ValueError(f"{run.folder} was trained for {taken} steps, expected at most {wanted}; take another --out")
     started = time.monotonic()
     if not trained(run):
         if ends is not None:
@@ -175,7 +182,9 @@ def finish(run: Run, first_stage: Run | None, ends: Future | None, job_pool: Job
         else:
             job_pool.call("eae_dist.train", run.arguments, logs / f"{run.folder.name}-train.log")
         if not trained(run):
-            raise CommandFailed(f"training was stopped after {steps_taken(run)} of {wanted} steps; the same command goes on")
+            raise CommandFailed(
+                f"training was stopped after {steps_taken(run)} of {wanted} steps; run the same command to continue"
+            )
     training = clock(time.monotonic() - started)
     command = ["--ckpt", str(chosen(run)), *(f"data.{key}={getattr(run.config.data, key)}" for key in WHERE_DATA_LIES)]
     for key, value in asdict(run.config.evaluate).items():
@@ -188,7 +197,7 @@ def finish(run: Run, first_stage: Run | None, ends: Future | None, job_pool: Job
 
 
 def trained(run: Run) -> bool:
-    """Whether the run's folder holds the end of this training."""
+    """Returns True if the run's folder holds the end of this training."""
     config = run.folder / "checkpoints" / "latest" / "config.yaml"
     if steps_taken(run) != last_step(run.config, run.index) or changed_keys(read_config(config), run.config, changeable=False):
         return False
@@ -197,42 +206,43 @@ def trained(run: Run) -> bool:
 
 
 def steps_taken(run: Run) -> int:
+    """Returns the number of steps of the last checkpoint."""
     return state_of(run).get("step", 0)
 
 
 def state_of(run: Run) -> dict:
-    """What the last checkpoint says of itself; empty without one."""
+    """Returns the state of the last checkpoint; empty without one."""
     path = run.folder / "checkpoints" / "latest" / "state.json"
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def chosen(run: Run) -> Path:
-    """The checkpoint that is judged: the one with the lowest validation loss, or the last where nothing is validated."""
+    """Returns the checkpoint to judge: the one with the lowest validation loss, or the last one without validation."""
     best = run.folder / "checkpoints" / "best"
     return (best if best.exists() else run.folder / "checkpoints" / "latest").resolve()
 
 
 def judged(run: Run) -> dict | None:
-    """The metrics of the run, if it is trained and they are those of its checkpoint under the present settings."""
+    """Returns the metrics of a trained run, or None if they are not of its checkpoint under the present settings."""
     path = run.folder / "evaluation" / "metrics.json"
     if not path.is_file() or not trained(run):
         return None
     metrics = json.loads(path.read_text())
     weights = json.loads((chosen(run) / "manifest.json").read_text())["model.safetensors"]
     wanted = {"model_sha256": weights, "settings": asdict(run.config.evaluate), "index_sha256": run.index.sha256}
-    # What names no distance to read first is of an earlier version, and is judged again.
+    # Metrics without a headline are of an earlier version, and the run is judged again.
     return metrics if "headline" in metrics and all(metrics.get(key) == value for key, value in wanted.items()) else None
 
 
 def same_training(run: Run, other: Run) -> bool:
-    """Whether two runs have the same weights, under the names of two rows."""
+    """Returns True if two runs have the same weights under the names of two rows."""
     objective = replace(run.config.objective, name=other.row)
     train = replace(run.config.train, output=other.config.train.output)
     return replace(run.config, objective=objective, train=train, evaluate=other.config.evaluate) == other.config
 
 
 def adopt(run: Run, other: Run) -> None:
-    """Takes over the other run's best and last checkpoint."""
+    """Copies the other run's best and last checkpoint."""
     for path in sorted({chosen(other), (other.folder / "checkpoints" / "latest").resolve()}):
         found = checkpoints.open_checkpoint(path)
         checkpoints.save(run.folder, run.config, found.model_state(), found.optimizer_state(), found.state)
@@ -241,20 +251,23 @@ def adopt(run: Run, other: Run) -> None:
 
 
 def own_networks(run: Run) -> dict[str, str]:
-    """The network classes of the user's own, by part."""
+    """Returns the user's own network classes, by part."""
     return {part: name for part in ("encoder", "decoder") if (name := getattr(run.config.model, part))}
 
 
 def clock(seconds: float) -> str:
+    """Returns seconds as minutes:seconds."""
     minutes, seconds = divmod(math.floor(seconds), 60)
     return f"{minutes}:{seconds:02d}"
 
 
 def interrupt(*_) -> None:
+    """Handles SIGTERM as Ctrl-C."""
     raise KeyboardInterrupt
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
     parser = argparse.ArgumentParser(prog="python -m eae_dist.table", description=__doc__.split(":\n")[0])
     parser.add_argument(
         "config",
@@ -276,13 +289,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.seeds < 1:
             raise ValueError(f"--seeds={arguments.seeds} must be at least 1")
         job_pool = JobPool(arguments.jobs, arguments.nproc)
-        rows = [text for text in arguments.only if not is_assignment(text)]  # --only takes what follows, settings too
+        rows = [text for text in arguments.only if not is_assignment(text)]  # --only also takes the settings that follow it
         settings = [*filter(is_assignment, arguments.only), *arguments.settings]
         text, failures = table(arguments.config, rows, arguments.seeds, job_pool, out, settings)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on")
+        sys.exit("stopped; run the same command to continue")
     if text is not None:
         print(text)
         print(f"table.md, table.csv, table.tex and figure.png in {out}")

@@ -71,6 +71,13 @@ def write_shards(
     return root
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Under `pytest -n`, one worker runs all tests of a file, and one worker all tests that use the launches of `world`."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("world" if "world" in item.fixturenames else str(item.path)))
+
+
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory) -> Path:
     """150 training, 40 validation and 33 test images of 1x16x16."""

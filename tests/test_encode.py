@@ -82,7 +82,7 @@ def test_encode_goes_on_with_what_is_missing(run, latents, tmp_path, monkeypatch
     monkeypatch.setattr(encode_module, "write_part", failing)
     with pytest.raises(OSError, match="No space left"):
         encode(run, tmp_path / "again", [])
-    with pytest.raises(FileNotFoundError, match="encoding it was not finished; the same command goes on"):
+    with pytest.raises(FileNotFoundError, match="encoding is unfinished; run the same command to continue"):
         LatentFolder.open(tmp_path / "again")
     # One of the finished parts is damaged meanwhile.
     (tmp_path / "again" / f"{written[0]}.labels.npy").write_bytes(b"")
@@ -137,12 +137,12 @@ def test_damaged_part_is_named(latents):
 
 def test_what_does_not_belong_together_is_refused(run, latents, shards, tmp_path):  # noqa: F811
     other = save_run(tmp_path / "other", configured(shards, "eae", "train.seed=9"))
-    with pytest.raises(ValueError, match="manifest.json is of other latents; .*\n  model_sha256: "):
+    with pytest.raises(ValueError, match="manifest.json describes other latents; .*\n  model_sha256: "):
         encode(other, latents.root, [])
     with pytest.raises(ValueError, match="holds the latents of other weights than"):
         EncodedDataset(latents.root, other, [])
     moved = write_shards(tmp_path / "moved", {"train": (9,), "test": (9,)})
-    with pytest.raises(ValueError, match=r"data.root=.*moved is not the data set that .*latents was made of"):
+    with pytest.raises(ValueError, match=r"data.root=.*moved is not the data set of .*latents;"):
         EncodedDataset(latents.root, None, [f"data.root={moved}"])
     color = write_shards(tmp_path / "color", {"train": (9,)}, shape=(3, 16, 16))
     with pytest.raises(ValueError, match=r"holds images of shape \(3, 16, 16\)"):
@@ -225,7 +225,7 @@ def test_damage_of_the_kept_index_is_said_with_the_way_out(latents, name, text):
     index = latents.root / "index-train"
     EncodedDataset(latents.root, None, []).index()
     (index / name).write_text(text)
-    with pytest.raises(DamagedIndex, match=f"{name} .*; remove {index}, and it is made again"):
+    with pytest.raises(DamagedIndex, match=f"{name} .*; remove {index} to make it again"):
         EncodedDataset(latents.root, None, []).index()
     shutil.rmtree(index)
     assert EncodedDataset(latents.root, None, []).index().n == 150

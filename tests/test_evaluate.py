@@ -402,7 +402,7 @@ def test_statistics_of_the_reference_are_taken_once(run, tmp_path, monkeypatch):
     assert counted.calls == 2 * len(SETS) + 1
     (kept, _) = sorted((tmp_path / "cache").iterdir())
     os.replace(_, kept)
-    with pytest.raises(ValueError, match="was made from .* wanted .* remove it"):
+    with pytest.raises(ValueError, match="was made from .* expected .* remove it"):
         [evaluate(run, [cache, f"evaluate.reference={split}"]) for split in ("test", "validation")]
 
 
@@ -417,7 +417,7 @@ class Counted:
 
 def test_function_that_only_the_checkpoint_names_is_not_run(shards, tmp_path):
     run = save_run(tmp_path / "run", configured(shards, "ae", "evaluate.features=own_features:means"))
-    with pytest.raises(ValueError, match="own_features:means stands in the checkpoint; give it on the command line"):
+    with pytest.raises(ValueError, match="own_features:means is named only by the checkpoint; give it on the command line"):
         evaluate(run, [])
 
 
@@ -582,7 +582,7 @@ def test_tasks_of_srun_are_named_as_torchrun_names_ranks(monkeypatch):
 def test_ranks_with_different_arguments_are_refused(monkeypatch):
     monkeypatch.setattr(failures, "gather_objects", lambda value: [value, value, ["--ckpt", "b"]])
     failures.require_equal(["--ckpt", "b"], "arguments")
-    with pytest.raises(ValueError, match=r"^rank 2 was given other arguments than rank 0.*'b'.*'a'.*SLURM_STEP_NUM_TASKS=1"):
+    with pytest.raises(ValueError, match=r"^rank 2 has other arguments than rank 0.*'b'.*'a'.*SLURM_STEP_NUM_TASKS=1"):
         failures.require_equal(["--ckpt", "a"], "arguments")
 
 
@@ -622,7 +622,7 @@ def test_wrong_folders_are_one_line(folders, tmp_path):
     }.items():
         with pytest.raises(SystemExit, match=f"error: .*{message}"):
             main(["--images", str(folders[0]), str(generated), "evaluate.features=thumbnails"])
-    with pytest.raises(SystemExit, match="data.root=x: two folders of images are judged by evaluate"):
+    with pytest.raises(SystemExit, match="data.root=x: only evaluate"):
         main(["--images", *map(str, folders), "data.root=x"])
 
 

@@ -150,7 +150,7 @@ def test_unforeseen_failure_is_reported_with_rank_host_step_and_last_checkpoint(
     where = f"rank {ranks - 1} of {ranks} on {platform.node()} failed in step {BROKEN}: KeyError: 'unforeseen'"
     latest = (tmp_path / "run" / "checkpoints" / f"step-{SAVED:08d}").resolve()
     for text in (ended.said[-1], (tmp_path / "run" / "crashes" / f"rank-{ranks - 1}.txt").read_text()):
-        assert where in text and f"the last checkpoint is {latest}; the same command goes on" in text
+        assert where in text and f"the last checkpoint is {latest}; run the same command to continue" in text
 
 
 @pytest.mark.parametrize("ranks", [1], indirect=True)  # of the runs that it is compared with
@@ -237,7 +237,7 @@ def test_killed_evaluation_goes_on_and_ends_with_the_same_numbers(ranks, whole_r
     assert killed == -signal.SIGKILL and all(code > 0 for code in others)
     again, whole = judged(tmp_path / "broken"), judged(tmp_path / "whole")
     assert again.codes == whole.codes == [0] * ranks, again.said
-    assert "going on with an evaluation that was interrupted: reconstruction, isotropic" in again.said[0]
+    assert "continuing an evaluation that was interrupted: reconstruction, isotropic" in again.said[0]
     assert "going on" not in whole.said[0]
     numbers, expected = (json.loads((tmp_path / out / "metrics.json").read_text()) for out in ("broken", "whole"))
     assert numbers == expected and len(numbers["sets"]) == 6
@@ -253,14 +253,14 @@ def test_run_with_an_entropy_of_groups_says_so_and_numbers_that_do_not_fit_are_r
         )
     ended = run_ranks(ranks, tmp_path, train_in_turn, *words, environment={"LOCAL_WORLD_SIZE": 1})
     assert ended.codes == [0] * ranks, ended.said
-    assert ended.said[0].count(f"the mean of those of {ranks} groups of 1 ranks") == (2 if ranks > 1 else 0)
+    assert ended.said[0].count(f"the mean over {ranks} groups of 1 ranks") == (2 if ranks > 1 else 0)
     whole, alone, node = ([line["entropy"] for line in records(tmp_path / name)] for name in runs)
     assert alone == node and (alone == whole) == (ranks == 1)  # fewer latents are compared: another estimate
     short = ("model.encoder=null", f"train.epochs={2 * BATCH / 150}")
     refused = {"three": ["objective.group=3"], "few": ["objective.group=1", "objective.k=20"]}
     words = [arguments(shards, tmp_path / name, "eae", *settings, *short) for name, settings in refused.items()]
     for said in run_ranks(ranks, tmp_path, try_in_turn, *words).said:
-        assert (f"objective.group=3 cannot share out {ranks} ranks in groups of 3" in said) == (ranks != 3)
+        assert (f"objective.group=3 cannot split {ranks} ranks into groups of 3" in said) == (ranks != 3)
         assert ("objective.k=20 needs groups (objective.group) of more than 20 distinct rows" in said) == (ranks > 1)
 
 
@@ -274,4 +274,4 @@ def train_on_uneven_nodes(words: list[str]) -> None:
 def test_groups_of_nodes_with_different_numbers_of_ranks_are_refused(ranks, shards, tmp_path):
     ended = run_ranks(ranks, tmp_path, train_on_uneven_nodes, arguments(shards, tmp_path / "run", "eae", "objective.group=node"))
     assert all(code > 0 for code in ended.codes), ended
-    assert all("as many ranks on every machine, there are 2 on one and 1 on another" in said for said in ended.said), ended.said
+    assert all("ranks on every machine, but there are 2 on one and 1 on another" in said for said in ended.said), ended.said

@@ -333,7 +333,7 @@ def test_reconstruction_weight_replaces_the_row_s_own():
 
 @pytest.mark.parametrize("setting", ["objective.k=2", "objective.kl_weight=1", "objective.map_dim=2"])
 def test_setting_that_the_objective_does_not_read_is_an_error(setting):
-    with pytest.raises(ValueError, match=f"{setting.split('=')[0]}=.* means nothing to objective.name=ae, which reads"):
+    with pytest.raises(ValueError, match=f"{setting.split('=')[0]}=.* has no effect with objective.name=ae, which reads"):
         built("ae", setting)
 
 

@@ -162,7 +162,7 @@ def test_training_that_was_stopped_half_way_is_a_failure_and_not_judged(configs,
     here = Here()
     here.steps = 1  # of two: as after a SIGTERM, on which training saves and exits with status 0
     (failure,) = failures_of(configs, ["eae"], 1, here, tmp_path / "out", [])
-    assert "training was stopped after 1 of 2 steps; the same command goes on" in failure
+    assert "training was stopped after 1 of 2 steps; run the same command to continue" in failure
     assert here.judged == [] and not (tmp_path / "out" / "table.md").exists()
 
 
@@ -194,7 +194,7 @@ def test_two_stage_vae_of_another_length_is_trained_for_itself(configs, tmp_path
 def test_run_that_was_trained_for_longer_is_refused(configs, tmp_path):
     table(configs, ["eae"], 1, Here(), tmp_path / "out", ["train.epochs=0.6"])
     (failure,) = failures_of(configs, ["eae"], 1, Here(), tmp_path / "out", [])
-    assert "was trained for 4 steps, wanted are 2; take another --out" in failure
+    assert "was trained for 4 steps, expected at most 2; take another --out" in failure
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_run_that_was_trained_for_longer_is_refused(configs, tmp_path):
         (["{configs}", "--seeds", "0"], "--seeds=0 must be at least 1"),
         (["{configs}", "--jobs", "0"], "--jobs=0 and --nproc=None must be at least 1"),
         (["{configs}", "train.seed=3"], "train.seed=3: the table sets this itself; give --out, --seeds or --only"),
-        (["{configs}", "objective.kl_weight=0.2"], "objective.kl_weight=0.2 means nothing to objective.name=rae"),
+        (["{configs}", "objective.kl_weight=0.2"], "objective.kl_weight=0.2 has no effect with objective.name=rae"),
         (["{configs}", "data.root=nowhere"], "nowhere"),
         # What only the evaluation reads is refused before anything is trained.
         (["{configs}", "evaluate.features=inception", "evaluate.inception_weights=nowhere.pth"], "nowhere.pth does not exist: "),
@@ -295,7 +295,7 @@ def test_gpus_are_shared_out_among_jobs(monkeypatch):
     environments = [job_pool._environments.get() for _ in range(2)]
     assert job_pool.ranks == 2
     assert [environment["CUDA_VISIBLE_DEVICES"] for environment in environments] == ["4,5", "6,7"]
-    with pytest.raises(ValueError, match=r"--jobs=3 with 2 rank\(s\) each wants 6 GPUs, there are 5"):
+    with pytest.raises(ValueError, match=r"--jobs=3 with 2 rank\(s\) each needs 6 GPUs, but there are 5"):
         JobPool(3, 2)
 
 
@@ -420,7 +420,7 @@ def test_latex_takes_any_name_of_a_data_set():
 def test_evaluations_that_do_not_compare_are_refused():
     one, (row, other) = evaluations(rows=("rae",)), evaluations(rows=("eae",))[0]
     for key, value in {"index_sha256": "b", "reference_images": 10, "features": {"metric": "fid"}}.items():
-        with pytest.raises(ValueError, match=f"{key} differs between evaluations \\(rae, eae\\); they do not compare"):
+        with pytest.raises(ValueError, match=f"{key} differs between evaluations \\(rae, eae\\); they cannot be compared"):
             Results([*one, (row, other | {key: value})])
     with pytest.raises(ValueError, match="evaluate.frechet differs"):
         Results([*one, (row, other | {"settings": other["settings"] | {"frechet": "sqrtm"}})])

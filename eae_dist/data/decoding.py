@@ -1,8 +1,8 @@
-"""One encoded image to pixels: the only place that knows an image decoder.
+"""Decoding of one encoded image to pixels. No other module calls an image decoder for training data.
 
-PNG is decoded by pyspng where that has wheels, in half of torchvision's time for a small image. Everything else by torchvision's
-operators, below their Python wrapper, which since 0.29 warns at every call; where a torchvision lacks them by torchcodec, which
-takes nearly twice as long for a small image (0.17), else by Pillow.
+pyspng decodes PNG on platforms with a wheel, in half the time of torchvision for a small image. For other images, the operators
+of torchvision are called directly, because their Python wrapper warns at every call since 0.29. A torchvision without them is
+replaced by torchcodec, which takes nearly twice as long for a small image (0.17), or else by Pillow.
 """
 
 import io
@@ -17,15 +17,15 @@ try:
 except ImportError:  # no wheel for this platform
     pyspng = None
 
-MODES = {1: ("GRAY", "L"), 3: ("RGB", "RGB")}  # channels -> the mode's name in torchcodec, in Pillow and pyspng
+MODES = {1: ("GRAY", "L"), 3: ("RGB", "RGB")}  # channels -> mode name in torchcodec; mode name in Pillow and pyspng
 
 
 def decode_image(data: bytes, channels: int) -> np.ndarray:
-    """PNG, JPEG or WebP file -> uint8 [h, w, channels]; channels 1 (gray) or 3 (RGB). ValueError if broken."""
+    """Decodes a PNG, JPEG or WebP file -> uint8 [h, w, channels]; channels: 1 gray, 3 RGB. Raises ValueError if it is damaged."""
     if data[1:4] == b"PNG" and pyspng is not None:
         decode = decode_with_pyspng
     elif data[8:12] == b"WEBP" and channels == 1:
-        decode = decode_with_pillow  # the only one that decodes WebP to gray
+        decode = decode_with_pillow  # the only decoder of WebP to gray
     else:
         decode = _decoder()
     try:
@@ -35,14 +35,16 @@ def decode_image(data: bytes, channels: int) -> np.ndarray:
 
 
 def decode_with_pyspng(data: bytes, channels: int) -> np.ndarray:
+    """Decodes a PNG with pyspng, or with Pillow if pyspng fails, -> uint8 [h, w, channels]."""
     try:
         pixels = pyspng.load(data, MODES[channels][1])
-    except RuntimeError:  # broken, or gray with transparency, which it does not make gray
+    except RuntimeError:  # damaged, or gray with transparency, which pyspng cannot convert to gray
         return decode_with_pillow(data, channels)
     return pixels if channels == 3 else pixels[..., None]
 
 
 def decode_with_pillow(data: bytes, channels: int) -> np.ndarray:
+    """Decodes an image with Pillow -> uint8 [h, w, channels]."""
     with Image.open(io.BytesIO(data)) as image:
         pixels = np.array(image.convert(MODES[channels][1]))
     return pixels.reshape(*pixels.shape[:2], channels)
@@ -63,7 +65,7 @@ def _decoder():
 def _torchvision_decoder():
     import torchvision.io  # noqa: F401  registers torch.ops.image
 
-    # torchvision numbers its modes GRAY = 1 and RGB = 3: the channels themselves.
+    # The mode numbers of torchvision, GRAY = 1 and RGB = 3, equal the number of channels.
     decode = torch.ops.image.decode_image
     return lambda data, channels: _channels_last(decode(_as_tensor(data), channels, False))
 
@@ -75,14 +77,14 @@ def _torchcodec_decoder():
 
 
 def _as_tensor(data: bytes) -> torch.Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)  # a copy: tensors of read-only memory are warned of
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)  # a copy, because torch warns about read-only memory
 
 
 def _channels_last(image: torch.Tensor) -> np.ndarray:
     return image.permute(1, 2, 0).numpy()
 
 
-# A gray PNG of one pixel, to learn at the first call whether a decoder works here.
+# A gray PNG of one pixel, to test at the first call whether a decoder works here.
 _PROBE = bytes.fromhex(
     "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b550000000a49444154789c636000000002000148afa471"
     "0000000049454e44ae426082"

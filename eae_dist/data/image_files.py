@@ -1,4 +1,4 @@
-"""Image files as they lie in folders: found, read to uint8 pixels, and what is wrong with the bad ones."""
+"""Image files in folders: listing them, reading them to uint8 pixels, and reporting unusable files."""
 
 import hashlib
 import os
@@ -22,15 +22,15 @@ from eae_dist.distributed.processes import available_cores, run_tasks
 from eae_dist.numerics.atomic_files import sha256_of
 
 ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # not EPS, for which Pillow runs a program
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # without EPS, for which Pillow runs a program
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Image files as a sequence of uint8 [h, w] (gray) or [h, w, 3], each read when it is asked for.
+    """A sequence of images, uint8 [h, w] (gray) or [h, w, 3]; each file is read when its item is accessed.
 
-    crop: the center crop x crop pixels are taken first. size: then the image, cut to its central square, is resized to
-    size x size. channels: 1 gray, 3 RGB, None as the file is.
+    crop: the center crop x crop pixels are cut out first. size: then the central square is resized to size x size.
+    channels: 1 gray, 3 RGB, None as in the file.
     """
 
     paths: list[str]
@@ -48,8 +48,8 @@ class ImageFiles:
 
 
 def read_image(path: str, crop: int | None, size: int | None, channels: int | None) -> np.ndarray:
-    """One image file as `ImageFiles` says, uint8 [h, w] or [h, w, 3]. Raises ValueError with the reason for a bad file."""
-    if not os.path.isfile(path):  # a pipe would be waited for
+    """Reads one image file as uint8 [h, w] or [h, w, 3], with the options of `ImageFiles`. Raises ValueError for a bad file."""
+    if not os.path.isfile(path):  # reading a pipe would block
         raise ValueError("not a regular file" if os.path.lexists(path) else "missing")
     return read_pixels(path, crop, size, channels)
 
@@ -57,7 +57,10 @@ def read_image(path: str, crop: int | None, size: int | None, channels: int | No
 def read_pixels(
     file: str | BinaryIO, crop: int | None, size: int | None, channels: int | None, most: int | None = None
 ) -> np.ndarray:
-    """As `read_image`, of a file that is open as well. most: a file with more pixels is refused before any is decoded."""
+    """Does the same as `read_image` for a path or an open file.
+
+    most: an image with more pixels raises ValueError before it is decoded.
+    """
     try:
         with Image.open(file, formats=FORMATS) as image:
             if most is not None and image.width * image.height > most:
@@ -76,19 +79,19 @@ def read_pixels(
             return np.array(image)
     except Image.UnidentifiedImageError as error:
         raise ValueError("not an image") from error
-    except Exception as error:  # what Pillow raises for a damaged file is of many kinds
+    except Exception as error:  # Pillow raises many types for a damaged file
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
 def walk_images(
     folder: Path, batch: int, *, count: int | None = None
 ) -> tuple[tuple[int, int], int, Iterator[tuple[int, torch.Tensor]]]:
-    """The first `count` images of a folder (default: all) in the order of their names, this rank's run of whole blocks of
-    `batch`: height and width, how many blocks, and of each the number of its first image, and uint8 [m, 3, h, w].
+    """Reads this rank's blocks of `batch` images among the first `count` (default: all) in a folder, ordered by name.
 
-    Pixels are read as pytorch-fid reads them: turned into RGB without regard to transparency and EXIF. Folders inside the folder
-    count; files with other endings than ENDINGS are not images. A folder without images and a broken first one are a ValueError
-    at once, another broken file, or one of another size, when it is read.
+    Returns (height, width), the number of this rank's blocks, and an iterator over them: the number of the first image of a block
+    and its images, uint8 [m, 3, h, w]. Pixels are read as by pytorch-fid: converted to RGB, without regard to transparency and
+    EXIF. Subfolders are included; files with endings other than ENDINGS are not images. Raises ValueError at once for a folder
+    without images and a damaged first image; for another damaged file, or one of another size, when it is read.
     """
     names = image_names(folder, count)
 
@@ -96,9 +99,9 @@ def walk_images(
         path = folder / names[number]
         try:
             with Image.open(path, formats=FORMATS) as image:
-                image_channels(image)  # refuses what would be cut off
+                image_channels(image)  # raises an error for more than 8 bits a channel
                 pixels = np.array(image.convert("RGB"))
-        except Exception as error:  # what Pillow raises for a damaged file is of many kinds
+        except Exception as error:  # Pillow raises many types for a damaged file
             raise ValueError(f"{path} is not a usable image: {error}") from error
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
@@ -128,7 +131,7 @@ def walk_images(
 
 
 def image_names(folder: Path, count: int | None = None) -> list[str]:
-    """The first `count` image files of a folder by name, relative to it. Raises ValueError where there is none."""
+    """Returns the first `count` image files of a folder by name, relative to it. Raises ValueError if there are none."""
     names = [name for name in files_under(folder)[0] if name.lower().endswith(ENDINGS)][:count]
     if not names:
         raise ValueError(f"{folder} holds no image files ({', '.join(ENDINGS)})")
@@ -136,17 +139,18 @@ def image_names(folder: Path, count: int | None = None) -> list[str]:
 
 
 def contents_sha256(folder: Path, count: int | None = None) -> str:
-    """A checksum of the first `count` image files of a folder, of their bytes in the order of their names."""
+    """Returns a checksum of the first `count` image files of a folder: of their bytes, in the order of their names."""
     return hashlib.sha256("".join(sha256_of(folder / name) for name in image_names(folder, count)).encode()).hexdigest()
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """Returns the center size x size pixels."""
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
 
 def how_read(files: ImageFiles) -> str:
-    """What `read_image` does with each file, for the index."""
+    """Returns a description of what `read_image` does with each file, for the index."""
     steps = ["EXIF orientation applied", "transparency on white", "RGB" if files.channels == 3 else "gray (L)"]
     if files.crop:
         steps.append(f"center crop {files.crop}x{files.crop}")
@@ -157,7 +161,7 @@ def how_read(files: ImageFiles) -> str:
 
 
 def files_under(path: Path) -> tuple[list[str], int]:
-    """Every file under a folder, relative and sorted; and the number of hidden ones (.name), which are not among them."""
+    """Returns every file under a folder, relative and sorted, and the number of hidden files (.name), which are excluded."""
     if not path.is_dir():
         raise NotADirectoryError(f"{path} is not a folder; give a folder of images")
     names, hidden, seen = [], 0, set()
@@ -179,7 +183,7 @@ def _raise(error: OSError):
 
 
 def checked(files: ImageFiles, workers: int) -> tuple[list[tuple[int, ...]], dict[str, str]]:
-    """Reads every file once: the shapes of the good ones in their order, and path -> reason for the bad ones."""
+    """Reads every file once. Returns the shapes of the good files in order, and path -> reason for the bad files."""
     chunk = 64
     chunks = (files[np.arange(start, min(start + chunk, len(files)))] for start in range(0, len(files), chunk))
     shapes, bad = [], {}
@@ -205,18 +209,21 @@ def _shapes_or_reasons(files: ImageFiles) -> list[tuple[str, "tuple[int, ...] | 
 
 
 def left_out(bad: dict[str, str], total: int, skip_bad: bool) -> tuple[str, ...]:
-    """A line on all bad files and one on each, none without any. Raises ValueError with the first unless they may be skipped."""
+    """Returns a summary line and one line per bad file. Raises ValueError for bad files if skip_bad is False."""
     if not bad:
         return ()
     said, named = f"{len(bad):,} of {total:,} files are not usable images", [f"{path} ({bad[path]})" for path in sorted(bad)]
     if not skip_bad:
         several = "; ".join(named[:5]) + ("; ..." if len(named) > 5 else "")
-        raise ValueError(f"{said}: {several}; repair or remove them, or leave them out and have each named with --skip-bad")
+        raise ValueError(f"{said}: {several}; repair or remove them, or skip and list them with --skip-bad")
     return (f"left out: {said}:", *(f"  {name}" for name in named))
 
 
 def keys_of(names: list[str]) -> list[str]:
-    """Keys of files: the path without extension, its dots replaced, since a key ends at the first; -2, -3, ... if taken."""
+    """Returns keys of files: the path without extension, with dots replaced because a key ends at its first dot.
+
+    A key that is taken gets the suffix -2, -3, ...
+    """
     taken: set[str] = set()
     keys = []
     for name in names:

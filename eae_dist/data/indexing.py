@@ -1,12 +1,12 @@
 """Writing the index of a folder of tar shards; `shard_index.py` describes the format and reads it.
 
-    index_shard     one tar -> what its tables need, and what its images are
-    write_index     the tables of all shards and splits, then `index.json`
-    build_index     both, for shards that others made in a folder
-    build_remote_index      the same for shards at an address
-    verify          every checksum of a data set -> what is damaged
+    index_shard             scans one tar file for its tables and the properties of its images
+    write_index             writes the tables of all shards and splits, then `index.json`
+    build_index             does both for existing shards in a folder
+    build_remote_index      does both for shards at an address
+    verify                  compares every checksum of a data set and lists damaged files
 
-Only images (.png .jpg .jpeg .webp .npy) and .cls are read. Everything else in a shard is counted and left alone.
+Only images (.png .jpg .jpeg .webp .npy) and .cls files are read. Other files in a shard are counted and ignored.
 """
 
 import fnmatch
@@ -53,10 +53,10 @@ SORTED_BY_CLASS = 0.1  # a class correlation above this is worth a warning
 
 @dataclass(frozen=True)
 class ShardScan:
-    """What one tar holds. `shape` is (h, w) of its images, None without any; `first` is the key of the first one.
+    """The content of one tar file. shape: (h, w) of its images, None without images. first: the key of the first image.
 
     members: structured [n] of (key, offset, bytes, label, crc32), in the order of the tar.
-    ignored: how many members of each kind were left alone.
+    ignored: the number of ignored members of each kind.
     """
 
     name: str
@@ -72,7 +72,7 @@ class ShardScan:
 
 
 def index_shard(path: Path) -> ShardScan:
-    """Scans one tar. Raises ValueError for a tar that is compressed, truncated or damaged, and for unusable samples."""
+    """Scans one tar file. Raises ValueError if it is compressed, truncated or damaged, and for unusable samples."""
     images: dict[str, tuple] = {}  # key -> extension, offset, bytes, crc32
     labels: dict[str, int] = {}
     ignored: Counter = Counter()
@@ -97,7 +97,7 @@ def index_shard(path: Path) -> ShardScan:
             if not data.startswith(raw.header):
                 raise ValueError(f"{where} and {next(iter(images))!r} have different npy headers; {ONE_HEADER}")
             if len(data) != raw.bytes:
-                raise ValueError(f"{where} has {len(data)} bytes, its npy header makes it {raw.bytes}")
+                raise ValueError(f"{where} has {len(data)} bytes, its npy header implies {raw.bytes}")
             here, depth = raw.shape, raw.channels
         else:
             here, depth = _encoded_shape(data, where)
@@ -130,7 +130,7 @@ def index_shard(path: Path) -> ShardScan:
 
 @dataclass(frozen=True)
 class RawImage:
-    """The npy header that raw images share, and what it says: `shape` is (h, w), `bytes` the length of the whole file."""
+    """The common npy header of raw images and its content. shape: (h, w). bytes: the length of the whole file."""
 
     header: bytes
     shape: tuple[int, int]
@@ -139,18 +139,18 @@ class RawImage:
 
     @classmethod
     def parse(cls, data: bytes, where: str) -> "RawImage":
-        """From one .npy file, uint8 [h, w] or [h, w, c] in C order; any other array is a ValueError."""
+        """Reads the header of one .npy file, uint8 [h, w] or [h, w, c] in C order. Raises ValueError for any other array."""
         file = io.BytesIO(data)
         try:
             version = np.lib.format.read_magic(file)
             read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
             shape, fortran_order, dtype = read(file)
-        except Exception as error:  # numpy evaluates the header as a Python literal, which fails in many ways
+        except Exception as error:  # numpy parses the header as a Python literal and raises many types
             raise ValueError(f"{where} is not a readable .npy file ({error})") from error
         image = len(shape) in (2, 3) and min(shape) > 0 and shape[2:] in ((), (1,), (3,))
         if dtype != np.uint8 or fortran_order or not image:
             order = "Fortran" if fortran_order else "C"
-            raise ValueError(f"{where} is {dtype} {list(shape)} in {order} order; wanted uint8 [h, w, 1 or 3] in C order")
+            raise ValueError(f"{where} is {dtype} {list(shape)} in {order} order; expected uint8 [h, w, 1 or 3] in C order")
         header = data[: file.tell()]
         return cls(header, shape[:2], shape[2] if len(shape) == 3 else 1, len(header) + math.prod(shape))
 
@@ -168,11 +168,11 @@ def write_index(
     channels: int | None = None,
     base: str | None = None,
 ) -> dict:
-    """Writes the tables of all shards and then `root/index.json`; returns what stands in that.
+    """Writes the tables of all shards and then `root/index.json`; returns the content of index.json.
 
-    seed: of the order in which the samples were written, None if unknown. channels: 1 or 3; default: what the images are.
-    base: the address at which the shards lie, None if that is beside the index.
-    Raises ValueError for shards that do not fit together, before anything is written.
+    seed: seed of the order of the samples, None if unknown. channels: 1 or 3; default: that of the images.
+    base: the address of the shards, None if they are in the folder of the index.
+    Raises ValueError for incompatible shards, before any file is written.
     """
     image = _image_of_all([scan for scans in splits.values() for scan in scans], channels)
     for split, scans in splits.items():
@@ -207,10 +207,10 @@ def write_index(
 
 
 def build_index(root: Path, split: str | None = None, workers: int = 1) -> tuple[dict, list[str]]:
-    """Indexes the tar shards that lie in `root`; returns what stands in index.json, and sentences on what was noticed.
+    """Indexes the tar shards in `root`; returns the content of index.json, and notes for the user.
 
-    A shard belongs to the split in its name (train-000000.tar: train), or all of them to `split`. Names that an index there
-    gave (data set, classes, source, license, preprocessing) are kept. Raises ValueError or OSError with what to do.
+    A shard belongs to the split in its name (train-000000.tar: train); with `split`, all shards belong to that split. The name,
+    classes, source, license and preprocessing of an earlier index are kept. Raises ValueError or OSError with advice.
     """
     root = Path(root)
     if not root.is_dir():
@@ -227,10 +227,10 @@ def build_index(root: Path, split: str | None = None, workers: int = 1) -> tuple
 def build_remote_index(
     pattern: str, out: Path, cache: Cache, split: str | None = None, workers: int = 1
 ) -> tuple[dict, list[str]]:
-    """Writes into `out` the index of the shards at an address, as `build_index` does for a folder; the shards stay there.
+    """Writes the index of the shards at an address into `out`, as `build_index` does for a folder; the shards stay there.
 
-    pattern: FOLDER/train-{000000..000009}.tar; for S3 also FOLDER/*.tar, or FOLDER alone for all. Each shard is fetched once,
-    into the cache's folder, and removed when it is scanned.
+    pattern: FOLDER/train-{000000..000009}.tar; for S3 also FOLDER/*.tar, or FOLDER for all shards. Each shard is fetched once
+    into the cache folder and removed after its scan.
     """
     folder, names = remote_shards(pattern, cache)
     split_of = _splits_of(names, folder.base, split)
@@ -244,7 +244,7 @@ def build_remote_index(
 
 
 def remote_shards(pattern: str, cache: Cache) -> tuple[RemoteFolder, list[str]]:
-    """The folder of an address with a pattern, and the names of the shards that it means, sorted."""
+    """Returns the folder of an address with a pattern, and the sorted names of the matching shards."""
     checked_address(re.sub(r"[{},*]", "", pattern), "--index ")
     if pattern.endswith("/") or not pattern.endswith((".tar", "}")):
         pattern = pattern.rstrip("/") + "/*.tar"
@@ -280,16 +280,14 @@ def _index_remote_shard(task: tuple[RemoteFolder, str, Path]) -> ShardScan:
 
 
 def _splits_of(names: list[str], root: Path | str, split: str | None) -> dict[str, str]:
-    """The split that each shard belongs to."""
+    """Returns the split of each shard."""
     if split is not None and not re.fullmatch(r"\w[\w.-]*", split):
         raise ValueError(f"--split {split!r} must be a plain name such as train")
     split_of = {}
     for name in names:
         found = SHARD_NAME.fullmatch(plain_name(root, name))
         if split is None and not found:
-            raise ValueError(
-                f"{root}/{name} has no split in its name (as train-000000.tar has); say which one it is: --split NAME"
-            )
+            raise ValueError(f"{root}/{name} has no split in its name (as train-000000.tar has); name it with --split NAME")
         split_of[name] = split or found["split"]
     return split_of
 
@@ -297,7 +295,7 @@ def _splits_of(names: list[str], root: Path | str, split: str | None) -> dict[st
 def _index_all(
     root: Path, scan_of: Callable, tasks: list, split_of: dict[str, str], workers: int, *, name: str, base: str | None = None
 ) -> tuple[dict, list[str]]:
-    """Scans every shard and writes the index into `root`; what stands in it, and sentences on what was noticed."""
+    """Scans every shard and writes the index into `root`; returns the content of index.json, and notes for the user."""
     splits: dict[str, list[ShardScan]] = {}
     with closing(run_tasks(scan_of, tasks, min(workers, len(tasks)))) as scans:
         for scan in tqdm(scans, total=len(tasks), desc="indexing", unit=" shards", disable=None):
@@ -316,21 +314,21 @@ def _index_all(
         notes.append("gray and color images are mixed; all are read as RGB")
     names = {"name": name, "classes": [], "source": "", "license": "", "preprocessing": "as found in shards"}
     if kept := _names_in_index(root, names):
-        notes.append(f"kept from the index.json that lay there: {', '.join(kept)}")
+        notes.append(f"kept from the previous index.json: {', '.join(kept)}")
     info = write_index(root, splits, **(names | kept), seed=None, base=base)
     for name, totals in info["splits"].items():
         if (rho := totals["class_correlation"] or 0) > SORTED_BY_CLASS:
             notes.append(
                 f"the shards of split {name} are sorted by class (class correlation {rho:.2f}; 0: shuffled, 1: one class a "
-                f"shard), which makes batch means wander; pack the images again in random order, as `pack imagefolder` does"
+                f"shard), which makes batch means drift; pack the images again in random order, as `pack imagefolder` does"
             )
     return info, notes
 
 
 def verify(root: Path | str, workers: int = 1, cache: Cache | None = None) -> list[str]:
-    """Checks every table and tar of a data set against the index: one line for each damaged file, none if all is well.
+    """Compares every table and tar file of a data set with the index; returns one line per damaged file.
 
-    Remote files are read at their address, whatever the cache keeps. Raises OSError if there is no index.
+    Remote files are read from their address, not from the cache. Raises OSError if there is no index.
     """
     problems, files = [], []
     try:
@@ -358,9 +356,9 @@ def verify(root: Path | str, workers: int = 1, cache: Cache | None = None) -> li
 
 
 def class_correlation(labels: list[np.ndarray]) -> float | None:
-    """How much more alike the classes within a shard are than in the whole split; labels: int64 [n_s] of every shard.
+    """Returns how similar the classes within a shard are, compared with the whole split; labels: int64 [n_s] of every shard.
 
-    The intraclass correlation of the class indicators (one-way random effects, analysis-of-variance estimate, summed over
+    It is the intraclass correlation of the class indicators (one-way random effects, analysis-of-variance estimate, summed over
     classes). With S shards of n_s samples, n_sc of them of class c, and N = sum n_s, N_c = sum_s n_sc:
 
         between = (sum n_sc^2 / n_s  -  sum N_c^2 / N) / (S - 1)
@@ -368,7 +366,7 @@ def class_correlation(labels: list[np.ndarray]) -> float | None:
         n_0 = (N - sum n_s^2 / N) / (S - 1)
         rho = (between - within) / (between + (n_0 - 1) within)
 
-    About 0 for shuffled shards, 1 where every shard has one class; None for fewer than two shards or classes.
+    It is about 0 for shuffled shards, 1 if every shard has one class, and None for fewer than two shards or classes.
     """
     labels = [shard for shard in labels if len(shard)]
     sizes = np.array([len(shard) for shard in labels], dtype=np.float64)
@@ -388,8 +386,8 @@ def class_correlation(labels: list[np.ndarray]) -> float | None:
 
 
 def image_channels(image: Image.Image) -> int:
-    """1 for a gray image, 3 for any other. Raises ValueError for more than 8 bits a channel, which would be cut off."""
-    # A 16-bit color image opens in mode RGB; only the decoder's raw mode (RGB;16B) tells. BGR;16 is 16 bits a pixel.
+    """Returns 1 for a gray image, 3 for any other. Raises ValueError for more than 8 bits a channel, which would be lost."""
+    # A 16-bit color image has mode RGB; only the raw mode of the decoder (RGB;16B) shows the bits. BGR;16 is 16 bits a pixel.
     deep_ppm = any(codec in ("ppm", "ppm_plain") and args != "1;I" and args[1] > 255 for codec, _, _, args in image.tile)
     if image.mode[0] in "IF" or deep_ppm or re.search(r";16[BLNS]", str(image.tile)):
         raise ValueError(f"more than 8 bits a channel (mode {image.mode})")
@@ -400,21 +398,21 @@ def _encoded_shape(data: bytes, where: str) -> tuple[tuple[int, int], int]:
     try:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
             shape, channels = (image.height, image.width), image_channels(image)
-            image.load()  # decodes it: others than Pillow overlook damage in a PNG, or end the process
-            if image.format == "WEBP" and is_gray(np.asarray(image.convert("RGB"))):  # a format without gray images
+            image.load()  # decodes with Pillow, because other decoders ignore damage in a PNG or crash
+            if image.format == "WEBP" and is_gray(np.asarray(image.convert("RGB"))):  # WebP has no gray images
                 channels = 1
             return shape, channels
-    except Exception as error:  # what Pillow raises for a damaged file is of many kinds
+    except Exception as error:  # Pillow raises many types for a damaged file
         raise ValueError(f"{where} is not a usable PNG, JPEG or WebP image ({error})") from error
 
 
 def is_gray(pixels: np.ndarray) -> bool:
-    """Whether the channels of an image, uint8 [h, w, 3], are equal but for the rounding of a lossy format."""
+    """True if the channels of an image, uint8 [h, w, 3], are equal apart from the rounding of a lossy format."""
     return int(np.ptp(pixels, axis=2).max()) <= 2
 
 
 def _images_and_labels(path: Path, ignored: Counter) -> Iterator[tuple[str, str, int, bytes]]:
-    """Key, extension, offset and bytes of every image and .cls of a tar; counts the other members in `ignored`.
+    """Yields key, extension, offset and bytes of every image and .cls of a tar; counts the other members in `ignored`.
 
     The key is the member's name up to the first dot of its base name, as in webdataset.
     """
@@ -424,7 +422,7 @@ def _images_and_labels(path: Path, ignored: Counter) -> Iterator[tuple[str, str,
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
-                    tar.members.clear()  # else tarfile keeps every header that it has seen
+                    tar.members.clear()  # otherwise tarfile keeps every header in memory
                     folder, slash, base = member.name.rpartition("/")
                     key, _, extension = base.partition(".")
                     extension = extension.lower()
@@ -444,7 +442,7 @@ def _images_and_labels(path: Path, ignored: Counter) -> Iterator[tuple[str, str,
                 end = tar.offset
         except tarfile.TarError as error:
             raise _truncated(path, str(error)) from error
-        # tarfile takes any header that it cannot read for the end. The true end is zeros, and nothing follows.
+        # tarfile stops at any unreadable header. The true end consists of zeros, and nothing follows it.
         file.seek(end)
         rest = file.read(tarfile.BLOCKSIZE)
         if len(rest) < tarfile.BLOCKSIZE:
@@ -458,7 +456,7 @@ def _images_and_labels(path: Path, ignored: Counter) -> Iterator[tuple[str, str,
 def _is_utf8(name: str) -> bool:
     try:
         return bool(name.encode())
-    except UnicodeEncodeError:  # tarfile decodes other bytes to surrogates
+    except UnicodeEncodeError:  # tarfile decodes invalid bytes to surrogates
         return False
 
 
@@ -471,7 +469,7 @@ def _refuse_compressed(path: Path) -> None:
         start = file.read(8)
     for magic, program in COMPRESSED.items():
         if start.startswith(magic):
-            raise ValueError(f"{path} is compressed, and samples are read by their place; unpack it with `{program}` first")
+            raise ValueError(f"{path} is compressed, but samples are read by their offset; unpack it with `{program}` first")
 
 
 def _truncated(path: Path, why: str) -> ValueError:
@@ -487,7 +485,7 @@ def _different_sizes(one: str, other: str) -> ValueError:
 
 
 def _image_of_all(scans: list[ShardScan], channels: int | None) -> dict:
-    """The "image" entry of index.json, for shards that must agree in it."""
+    """Returns the "image" entry of index.json. Raises ValueError if the shards differ in it."""
     scans = [scan for scan in scans if scan.shape is not None]
     if not scans:
         raise ValueError("there is no image in any shard")
@@ -518,7 +516,7 @@ def _refuse_repeated_keys(split: str, scans: list[ShardScan]) -> None:
 
 
 def _names_in_index(root: Path, names: Iterable[str]) -> dict:
-    """What the index that lies there says under `names`, so that indexing anew does not forget it."""
+    """Returns the entries `names` of an existing index, so that a new index keeps them."""
     try:
         known = ShardIndex.load(root).info
     except (FileNotFoundError, ValueError):

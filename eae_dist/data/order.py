@@ -1,13 +1,12 @@
-"""The order in which a stream hands out samples: pure arithmetic on (seed, step), nothing stored.
+"""The order of samples in a stream: a function of (seed, step), without stored state.
 
 A split of N samples in S shards is read in *passes*. In pass p the shards are permuted by (seed, p) and the members of each
-shard by (seed, p, shard); laid end to end they are one sequence of N places. The sequence is cut into L *lanes*, contiguous
-runs whose lengths differ by at most one, and the global batch of B rows takes B/L rows of every lane. Numbering the samples
-handed out g = x L + l (lane l has given x before), sample g belongs to pass g // N, so every step is a function of
-(seed, step) alone and a resume costs nothing.
+shard by (seed, p, shard); together they form one sequence of N places. The sequence is cut into L *lanes*: contiguous runs
+whose lengths differ by at most one. The global batch of B rows takes B/L rows from every lane. Sample x of lane l has the
+number g = x L + l and belongs to pass g // N. So every step depends only on (seed, step), and a resume costs nothing.
 
-Permutations come from a keyed hash of our own, so that no library's version can change what a seed means; `ORDER_VERSION`
-stands in every checkpoint and rises if the hash ever changes.
+Permutations use our own keyed hash, so that the meaning of a seed does not depend on the version of a library. `ORDER_VERSION`
+is saved in every checkpoint and increases if the hash changes.
 """
 
 from functools import lru_cache
@@ -18,19 +17,19 @@ import torch
 from eae_dist.numerics.keyed_random import derive_key, keyed_hash
 
 ORDER_VERSION = 1
-SORTED_LIMIT = 65_536  # longer permutations are computed place by place instead of being held
+SORTED_LIMIT = 65_536  # longer permutations are computed per place instead of stored
 FEISTEL_ROUNDS = 8
 
 
 def permutation(n: int, key: int) -> np.ndarray:
-    """The permutation of range(n) that sorts the keyed hashes, int64 [n]."""
+    """Returns the permutation of range(n) that sorts the keyed hashes, int64 [n]."""
     return np.argsort(keyed_hash(key, np.arange(n, dtype=np.uint64)), kind="stable")
 
 
 def feistel(n: int, key: int, places: np.ndarray) -> np.ndarray:
-    """Where a keyed bijection of range(n) sends `places`, without holding it: int64 [m] -> int64 [m].
+    """Maps `places` by a keyed bijection of range(n) that is not stored: int64 [m] -> int64 [m].
 
-    A balanced Feistel network on the next even number of bits; values that leave the range are walked on along their cycle.
+    It is a balanced Feistel network on the next even number of bits; it is applied again to values outside the range.
     """
     half = max(1, (int(n - 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)
@@ -49,25 +48,25 @@ def feistel(n: int, key: int, places: np.ndarray) -> np.ndarray:
 
 
 def lane_range(lanes: int, rank: int, world: int) -> tuple[int, int]:
-    """The lanes [start, stop) of one rank: every lane has one owner, and ranks differ by at most one lane."""
+    """Returns the lanes [start, stop) of one rank; every lane belongs to one rank, and ranks differ by at most one lane."""
     return rank * lanes // world, (rank + 1) * lanes // world
 
 
 def blocks_of(total: int, batch: int, rank: int, world: int) -> tuple[int, int]:
-    """The blocks [start, stop) of one rank, of a set of `total` rows that is cut into whole blocks of `batch`."""
+    """Returns the blocks [start, stop) of one rank, if `total` rows are cut into blocks of `batch`."""
     return lane_range(-(-total // batch), rank, world)
 
 
 def filled(x: torch.Tensor, rows: int) -> torch.Tensor:
-    """A block with its last row repeated until there are so many, [m, ...] -> [rows, ...]."""
+    """Repeats the last row of a block until it has `rows` rows, [m, ...] -> [rows, ...]."""
     return torch.cat([x, x[-1:].expand(rows - len(x), *x.shape[1:])]) if len(x) < rows else x
 
 
 class SampleOrder:
-    """Which (shard, member) stands at each row of each step's global batch.
+    """The (shard, member) at each row of the global batch of each step.
 
     samples: int64 [S], the number of samples of every shard; B = global_batch, L = lanes, N = samples.sum().
-    open_shards: how many shards' permutations are held at once (default: twice the lanes).
+    open_shards: number of shard permutations held at once (default: twice the lanes).
     Raises ValueError unless L <= B <= N and L divides B.
     """
 
@@ -92,7 +91,7 @@ class SampleOrder:
         self._pass = lru_cache(maxsize=4)(self._pass_sequence)
         self._members = lru_cache(maxsize=self.open_shards)(self._member_permutation)
 
-    def __getstate__(self):  # caches do not travel to a worker process
+    def __getstate__(self):  # caches are not sent to a worker process
         return {name: value for name, value in self.__dict__.items() if name not in ("_pass", "_members")}
 
     def __setstate__(self, state):
@@ -100,9 +99,9 @@ class SampleOrder:
         self._open_caches()
 
     def rows(self, steps: np.ndarray, lane_start: int, lane_stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Shards and members of lanes [lane_start, lane_stop) at `steps` [t], ordered by lane: two int64 [t, b].
+        """Returns shards and members of lanes [lane_start, lane_stop) at `steps` [t], ordered by lane: int64 [t, b] x 2.
 
-        b = (lane_stop - lane_start) B / L. Ask for a block of steps at once: the work per call is mostly fixed.
+        b = (lane_stop - lane_start) B / L. Pass a block of steps, because most of the work per call is fixed.
         """
         per_lane = self.global_batch // self.lanes
         given = np.asarray(steps, dtype=np.int64)[:, None, None] * per_lane + np.arange(per_lane)  # [t, 1, B/L]
@@ -115,10 +114,10 @@ class SampleOrder:
         return shards, members
 
     def next_shards(self, step: int, lanes: np.ndarray) -> np.ndarray:
-        """The shard that each of these lanes enters after the one in which `step` leaves it, int64 [l] -> int64 [l]."""
+        """Returns the shard that each lane enters after its shard at the end of `step`, int64 [l] -> int64 [l]."""
         number = ((step + 1) * (self.global_batch // self.lanes) - 1) * self.lanes + np.asarray(lanes, dtype=np.int64)
         passes, position, run_end = self._positions(number)
-        left = np.empty_like(position)  # samples of the lane in its shard, from this one on
+        left = np.empty_like(position)  # samples of the lane in its shard, including this one
         for p in np.unique(passes).tolist():
             rows, (_, ends) = passes == p, self._pass(p)
             left[rows] = np.minimum(ends[np.searchsorted(ends, position[rows], side="right")], run_end[rows]) - position[rows]
@@ -130,9 +129,9 @@ class SampleOrder:
         return shards
 
     def first(self, step: int) -> np.ndarray:
-        """False where the same sample stands earlier in the global batch of `step`, bool [B].
+        """Returns False for rows whose sample is earlier in the global batch of `step`, else True, bool [B].
 
-        Only a batch that holds the end of one pass and the start of the next can hold a sample twice.
+        Only a batch with the end of one pass and the start of the next can contain a sample twice.
         """
         begin, end = step * self.global_batch, (step + 1) * self.global_batch - 1
         first = np.ones(self.global_batch, dtype=bool)
@@ -144,7 +143,7 @@ class SampleOrder:
         return first
 
     def _positions(self, number: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Samples by the number in which they are handed out -> pass, place in its sequence, and where their lane's run ends."""
+        """Returns for sample numbers g the pass, the place in its sequence and the end of the run of the lane."""
         passes, place = np.divmod(number, self.total)
         quotient, extra = divmod(self.total, self.lanes)
         run, within = place % self.lanes, place // self.lanes
@@ -152,13 +151,13 @@ class SampleOrder:
         return passes, start + within, start + quotient + (run < extra)
 
     def _locate(self, p: int, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Places in the sequence of pass p -> (shard, member)."""
+        """Converts places in the sequence of pass p to (shard, member)."""
         order, ends = self._pass(p)
         slot = np.searchsorted(ends, position, side="right")
         shards = order[slot]
         offset = position - (ends[slot] - self.samples[shards])
         members = np.empty_like(offset)
-        # Grouped by shard: sort once, then one look-up a shard.
+        # Rows are grouped by shard, for one look-up per shard.
         by_shard = np.argsort(shards, kind="stable")
         cuts = np.flatnonzero(np.diff(shards[by_shard])) + 1
         for group in np.split(by_shard, cuts):
@@ -171,7 +170,7 @@ class SampleOrder:
         return shards, members
 
     def _pass_sequence(self, p: int) -> tuple[np.ndarray, np.ndarray]:
-        """The shards in the order of pass p, and where each one's run ends in the sequence: two int64 [S]."""
+        """Returns the shards in the order of pass p and the end of each shard in the sequence: int64 [S] x 2."""
         order = permutation(len(self.samples), derive_key(self.seed, p, 1))
         return order, np.cumsum(self.samples[order])
 

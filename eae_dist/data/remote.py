@@ -1,16 +1,16 @@
-"""Shards on a web server or in S3: fetched once, checked against their sha256 and kept in a local folder of bounded size.
+"""Shards on a web server or in S3: each is fetched once, checked against its sha256 and cached in a local folder of bounded size.
 
-    RemoteFolder    opens the files of a data set at an address, fetching what is not kept yet
+    RemoteFolder    opens the files of a data set at an address and fetches files that are not cached
     FetchAhead      threads that fetch files before they are needed
 
-A file is kept under its sha256, so that data sets, ranks, loader workers and jobs on a machine share one cache. Locks (flock)
-say what is going on, and end with the process that holds them, however it ends:
+The name of a cached file is its sha256, so that data sets, ranks, loader workers and jobs on a machine share one cache. File
+locks (flock) coordinate the processes; a lock ends with its process, even if the process is killed:
 
-    SHA256.partial  locked by whoever fetches it; the others wait, and find it kept
-    SHA256          locked, shared, by whoever has it open; only what nobody has open is removed to make room
-    .lock           held while room is made, which the file's full size then takes at once, and while a file gets its name
+    SHA256.partial  exclusively locked by the process that fetches it; other processes wait and then find the file in the cache
+    SHA256          shared lock of every process that has it open; only files that no process has open are removed
+    .lock           held while space is made, which the full size of the file then reserves, and while a file gets its name
 
-What is read never depends on the cache: a file is whole and right, or there is an error that names it.
+The cache never changes the data: a file is complete and correct, or an error names it.
 """
 
 import asyncio
@@ -37,11 +37,11 @@ from eae_dist.config import DataConfig
 SCHEMES = ("http", "https", "s3")
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 SHA256 = re.compile(r"[0-9a-f]{64}")
-KEPT = re.compile(r"[0-9a-f]{64}(\.partial)?")  # nothing else in the cache's folder is ever removed
+KEPT = re.compile(r"[0-9a-f]{64}(\.partial)?")  # other files in the cache folder are never removed
 BLOCK = 1 << 20
-FETCHES = 4  # at once, in a process: enough to fill a line that gives each connection its share
+FETCHES = 4  # parallel fetches per process: enough if a server limits each connection
 LONGEST_WAIT = 30.0  # seconds between two tries
-WAIT_FOR_ROOM = 0.2  # seconds until a fetch ahead of need looks again whether something was closed
+WAIT_FOR_ROOM = 0.2  # seconds until a fetch that waits for space tries again
 
 log = logging.getLogger("eae_dist")
 
@@ -52,36 +52,37 @@ class FetchError(OSError):
 
 @dataclass(frozen=True)
 class Cache:
-    """Where remote files are kept, how many bytes of them, and how patiently they are fetched."""
+    """Folder and size limit of the cache, and timeout and retries of a fetch."""
 
     folder: Path
     bytes: int
     timeout: float
     retries: int
-    first_wait: float = 1.0  # seconds before the first retry, twice as many before each further one
+    first_wait: float = 1.0  # seconds before the first retry; the wait doubles before each further retry
 
     @classmethod
     def of(cls, data: DataConfig) -> "Cache":
+        """Returns the cache of a configuration."""
         return cls(Path(data.cache).expanduser(), data.cache_bytes, data.timeout, data.retries)
 
 
 def is_address(root: str | Path) -> bool:
-    """Whether the root of a data set has a scheme, and so is not a local folder."""
+    """True if the root of a data set has a URL scheme and is not a local folder."""
     return isinstance(root, str) and SCHEME.match(root) is not None and not Path(root).exists()
 
 
 def checked_address(address: str, what: str) -> str:
-    """The address of a folder without its last slash. Raises ValueError, which begins with `what`, for any that is not plain.
+    """Returns the address of a folder without its last slash. Raises ValueError that begins with `what` for other addresses.
 
-    No other scheme can be had here, whatever fsspec knows: some read local files, and some tools' run commands.
+    Other schemes of fsspec are rejected, because some read local files, and some tools run commands.
     """
     scheme = (SCHEME.match(address) or [""])[0].rstrip(":").lower()
     if scheme not in SCHEMES or not address.lower().startswith(f"{scheme}://"):
-        raise ValueError(f"{what}={address} is no address that data is read from; wanted http://, https:// or s3://")
+        raise ValueError(f"{what}={address} is not an address of data; expected http://, https:// or s3://")
     parts = urlsplit(address)
     folders = [unquote(folder) for folder in parts.path.strip("/").split("/")]
     if not parts.netloc or {"@", "$"} & set(address) or parts.query or parts.fragment or not address.isprintable():
-        raise ValueError(f"{what}={address} is not a plain address; wanted SCHEME://HOST/FOLDER without user, $, ? or #")
+        raise ValueError(f"{what}={address} is not a plain address; expected SCHEME://HOST/FOLDER without user, $, ? or #")
     if {".", ".."} & set(folders) or ("" in folders and len(folders) > 1) or any("/" in folder for folder in folders):
         raise ValueError(f"{what}={address} is not a plain address; leave out '.', '..' and empty folders")
     return scheme + address[len(scheme) :].rstrip("/")
@@ -89,40 +90,41 @@ def checked_address(address: str, what: str) -> str:
 
 @dataclass(frozen=True)
 class RemoteFolder:
-    """The files at an address, which `checked_address` has passed, through a cache."""
+    """The files at an address, read through a cache; base: the result of `checked_address`."""
 
     base: str
     cache: Cache
     remote = True
 
     def place(self, name: str) -> str:
-        """The address of a file."""
+        """Returns the address of a file."""
         return f"{self.base}/{name if self.base.startswith('s3:') else quote(name, safe='')}"
 
     def open(self, name: str, sha256: str, size: int | None = None, stop: threading.Event | None = None) -> BinaryIO:
-        """The file, whole and checked, fetched if it is not kept; it stays kept while it is open.
+        """Opens the complete, checked file, which is fetched if it is not cached. An open file is not removed from the cache.
 
-        size: in bytes, where it is known. stop: set by another thread, ends the fetching with a FetchError.
-        Raises FetchError if the file cannot be fetched, OSError if it cannot be kept.
+        size: in bytes, None if unknown. stop: if another thread sets it, the fetch ends with a FetchError.
+        Raises FetchError if the file cannot be fetched, OSError if it cannot be cached.
         """
         while True:
             self.fetch(name, sha256, size, stop=stop)
             try:
                 file = open(self._kept(sha256), "rb", buffering=0)
-            except FileNotFoundError:  # removed in between, as another process made room
+            except FileNotFoundError:  # another process has removed it to make space
                 continue
             fcntl.flock(file, fcntl.LOCK_SH)
             return file
 
     def keeps(self, sha256: str) -> bool:
+        """True if the file is in the cache."""
         return self._kept(sha256).exists()
 
     def fetch(
         self, name: str, sha256: str, size: int | None = None, *, ahead: bool = False, stop: threading.Event | None = None
     ) -> bool:
-        """Puts the file into the cache if it is not there; it is then the last to be removed.
+        """Puts the file into the cache if it is not there, and marks it as used last; the oldest files are removed first.
 
-        ahead: returns False, with nothing fetched, if there is no room for it; else the bound gives way to what is needed.
+        ahead: if there is no space, return False without fetching. Otherwise a file that is needed may exceed the size limit.
         """
         kept = self._kept(sha256)
         try:
@@ -130,16 +132,16 @@ class RemoteFolder:
             if _touch(kept):
                 return True
             with _alone(kept.with_name(f"{sha256}.partial")) as partial:
-                if _touch(kept):  # whoever held the lock before has fetched it
+                if _touch(kept):  # the previous holder of the lock has fetched it
                     return True
-                partial.truncate(0)  # what a killed process left
+                partial.truncate(0)  # removes the data of a killed process
                 while not self._take_room(partial, sha256, size or 0, needed=not ahead):
                     if ahead:
                         return False
                     time.sleep(WAIT_FOR_ROOM)
                 self.copy(name, partial, size, sha256, stop)
                 if size is None:
-                    self._take_room(partial, sha256, 0, needed=True)  # its own size counts by now
+                    self._take_room(partial, sha256, 0, needed=True)  # its size is now counted as well
                 partial.flush()
                 os.fsync(partial.fileno())
                 with self._room():
@@ -150,11 +152,11 @@ class RemoteFolder:
         except OSError as error:
             raise OSError(
                 f"data.cache={self.cache.folder} cannot keep {self.place(name)}: {error.strerror or error}; free some space, "
-                f"lower data.cache_bytes={self.cache.bytes} or take another folder on a local disk"
+                f"lower data.cache_bytes={self.cache.bytes} or choose another folder on a local disk"
             ) from error
 
     def digest(self, name: str) -> str:
-        """The sha256 of the file at its address; nothing is kept."""
+        """Returns the sha256 of the remote file; it is not cached."""
         return self.copy(name, None)
 
     def copy(
@@ -165,9 +167,9 @@ class RemoteFolder:
         sha256: str | None = None,
         stop: threading.Event | None = None,
     ) -> str:
-        """Writes the remote file into `file` (None: nowhere) and returns its sha256; tries again where that can help.
+        """Writes the remote file into `file` (None: nowhere) and returns its sha256; a temporary error is followed by a retry.
 
-        Raises FetchError if the last try fails too, also for another size or sha256 than is wanted.
+        Raises FetchError if the last try fails, also for an unexpected size or sha256.
         """
         stop, failure = stop or threading.Event(), None
         for attempt in range(self.cache.retries + 1):
@@ -178,7 +180,7 @@ class RemoteFolder:
                 raise FetchError(f"{self.place(name)} was not fetched: the stream is closed")
             if file is not None:
                 file.seek(0)
-                if size is None:  # else it has its size already, see _take_room
+                if size is None:  # otherwise _take_room has set its size
                     file.truncate()
             digest, received = hashlib.sha256(), 0
             try:
@@ -211,46 +213,47 @@ class RemoteFolder:
         )
 
     def read(self, name: str) -> bytes:
-        """The bytes of a small file that no checksum is known of and that is not kept."""
+        """Returns the bytes of a small file without a known checksum; it is not cached."""
         file = io.BytesIO()
         self.copy(name, file)
         return file.getvalue()
 
     def names(self) -> list[str]:
-        """The names of the files there; for S3, a web server has no list."""
+        """Returns the names of the files at the address; only for S3, because a web server has no list."""
         try:
             found = _filesystem(self.base, self.cache.timeout, os.getpid()).ls(self.base, detail=False)
-        except Exception as error:  # what the libraries behind fsspec raise is of many kinds
+        except Exception as error:  # the libraries behind fsspec raise many types
             raise FetchError(f"{self.base} cannot be listed: it {_Failure.of(error, self.cache.timeout)}") from error
         return sorted(path.rpartition("/")[2] for path in found)
 
     def _blocks(self, name: str, size: int | None) -> Iterator[bytes]:
-        """The content of the remote file; raises _Failure for whatever goes wrong on the way."""
-        # A web server is asked for all at once; any size keeps fsspec from asking for it beforehand.
+        """Yields the content of the remote file. Raises _Failure for any error."""
+        # A web file is requested as a whole; with a given size, fsspec does not request the size first.
         how = {"cache_type": "none"} if self.base.startswith("s3:") else {"block_size": 0, "size": size or -1}
         try:
             with _filesystem(self.base, self.cache.timeout, os.getpid()).open(self.place(name), "rb", **how) as file:
                 while block := file.read(BLOCK):
                     yield block
-        except Exception as error:  # what the libraries behind fsspec raise is of many kinds
+        except Exception as error:  # the libraries behind fsspec raise many types
             raise _Failure.of(error, self.cache.timeout) from error
 
     def _kept(self, sha256: str) -> Path:
-        if not SHA256.fullmatch(sha256):  # it comes with the data, and becomes a path
+        if not SHA256.fullmatch(sha256):  # it comes from the data and becomes a path
             raise ValueError(f"the index of {self.base} gives {sha256!r} for a sha256; write it again with `pack --index`")
         return self.cache.folder / sha256
 
     @contextmanager
     def _room(self) -> Iterator[None]:
-        """Held by whoever counts, removes or names files: meanwhile no other adds to what there is."""
+        """Lock of the cache, held while files are counted, removed or renamed."""
         with open(self.cache.folder / ".lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
     def _take_room(self, partial: BinaryIO, sha256: str, size: int, *, needed: bool) -> bool:
-        """Gives the file its size, having removed what was used longest ago and nobody has open; False if that is not enough.
+        """Reserves the size of the file; the least recently used files that no process has open are removed for it.
 
-        needed: it is enough unless other files are being fetched, which can be removed afterwards.
+        Returns False if there is not enough space. needed: exceed the limit instead, unless other files are being fetched,
+        because those can be removed later.
         """
         others = False
         with self._room():
@@ -259,10 +262,10 @@ class RemoteFolder:
                 if KEPT.fullmatch(entry.name):
                     try:
                         status = entry.stat()
-                    except FileNotFoundError:  # of a fetch that was given up
+                    except FileNotFoundError:  # the file of an abandoned fetch
                         continue
                     files.append((status.st_mtime_ns, status.st_size, entry.path))
-                    # One that waits here has no size yet: no two wait for each other.
+                    # A file that waits for space has no size yet, so two fetches do not wait for each other.
                     others |= entry.name.endswith(".partial") and not entry.name.startswith(sha256) and status.st_size > 0
             excess = sum(file[1] for file in files) + size - self.cache.bytes
             for _, bytes_, path in sorted(files):
@@ -284,18 +287,19 @@ class RemoteFolder:
 
 
 class FetchAhead:
-    """Fetches what it is asked for in background threads, which end with `close`.
+    """Fetches requested files in background threads, which end with `close`.
 
-    An error is left to whoever needs the file: `RemoteFolder.open` tries again then, and raises it.
+    An error is ignored here: `RemoteFolder.open` tries again when the file is needed, and raises the error.
     """
 
     def __init__(self):
         self.stop = threading.Event()
-        self._wanted: dict[str, tuple] = {}  # by sha256, in the order in which they were asked for
+        self._wanted: dict[str, tuple] = {}  # by sha256, in the order of the requests
         self._changed = threading.Condition()
         self._threads = 0
 
     def ask(self, folder: RemoteFolder, name: str, sha256: str, size: int | None) -> None:
+        """Requests a file; arguments as for `RemoteFolder.open`."""
         with self._changed:
             self._wanted[sha256] = (folder, name, sha256, size)
             self._changed.notify()
@@ -304,11 +308,12 @@ class FetchAhead:
             threading.Thread(target=self._work, name="fetch-ahead", daemon=True).start()
 
     def forget(self, sha256: str) -> None:
-        """It is needed now: fetched later, it would take the room of others for nothing."""
+        """Drops the request for a file that is now opened directly."""
         with self._changed:
             self._wanted.pop(sha256, None)
 
     def close(self) -> None:
+        """Ends all fetches and threads."""
         with self._changed:
             self.stop.set()
             self._changed.notify_all()
@@ -326,11 +331,11 @@ class FetchAhead:
                         self._wanted = {sha256: wanted} | self._wanted
                     self.stop.wait(WAIT_FOR_ROOM)
             except (OSError, ValueError) as error:
-                log.debug("not fetched ahead of need: %s", error)
+                log.debug("not fetched in advance: %s", error)
 
 
 class _Failure(Exception):
-    """Why one try failed, as a predicate of the file; `passing`: whether another try can help."""
+    """The reason why a try failed, as a phrase about the file. passing: True if another try can succeed."""
 
     def __init__(self, what: str, passing: bool = True):
         super().__init__(what)
@@ -344,10 +349,10 @@ class _Failure(Exception):
             return cls(f"may not be read ({error})", passing=False)
         if isinstance(error, ImportError):
             return cls("needs s3fs: pip install -e '.[s3]'", passing=False)
-        if isinstance(error, (TimeoutError, asyncio.TimeoutError)):  # which are one from Python 3.11 on
+        if isinstance(error, (TimeoutError, asyncio.TimeoutError)):  # the same class from Python 3.11 on
             return cls(f"sent nothing for data.timeout={timeout:g} seconds")
         if (status := getattr(error, "status", None)) is not None:
-            # Of the errors that are the client's, these alone pass: too slow, too early, too many requests.
+            # Only these client errors are temporary: too slow, too early, too many requests.
             return cls(
                 f"was answered with {status} {getattr(error, 'message', '')}", passing=status >= 500 or status in (408, 425, 429)
             )
@@ -356,35 +361,35 @@ class _Failure(Exception):
 
 @lru_cache(maxsize=4)
 def _filesystem(base: str, timeout: float, process: int) -> fsspec.AbstractFileSystem:
-    """fsspec's view of a server; one a process, as its connections do not survive a fork."""
+    """Returns the fsspec file system of a server; one per process, because connections do not survive a fork."""
     if base.startswith("s3:"):
         limits = {"connect_timeout": timeout, "read_timeout": timeout, "retries": {"total_max_attempts": 1}}
         options = {"config_kwargs": limits}
     else:
-        import aiohttp  # takes a fifth of a second, and most data is local
+        import aiohttp  # imported here because it takes a fifth of a second and most data is local
 
-        # Its default would end every download after five minutes.
+        # The default of aiohttp ends every download after five minutes.
         limits = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
         options = {"client_kwargs": {"timeout": limits}}
     found = fsspec.filesystem(base.partition(":")[0].lower(), **options, use_listings_cache=False, skip_instance_cache=True)
-    found.retries = 1  # s3fs would try five times by itself
+    found.retries = 1  # the default of s3fs is five tries
     return found
 
 
 @contextmanager
 def _alone(path: Path) -> Iterator[BinaryIO]:
-    """The file at `path`, made if it is not there, for one process at a time; removed at the end if it is still there."""
+    """Yields the file at `path`, for one process at a time. It is created if missing, and removed at the end if not renamed."""
     while True:
         with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             if not _is_at(file, path):
-                continue  # it was renamed or removed by the one before
+                continue  # the previous holder renamed or removed it
             try:
                 yield file
             finally:
                 if _is_at(file, path):
                     os.unlink(path)
-                # By hand: a process that was forked meanwhile has the file open too.
+                # Unlocks explicitly, because a process forked in the meantime has the file open as well.
                 fcntl.flock(file, fcntl.LOCK_UN)
             return
 
@@ -397,7 +402,7 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
 
 
 def _touch(path: Path) -> bool:
-    """Notes that a file was used just now; False if it is not there."""
+    """Marks a file as used now; returns False if it does not exist."""
     try:
         os.utime(path)
     except FileNotFoundError:
@@ -411,5 +416,5 @@ def _remove_unless_used(path: str) -> bool:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.unlink(path)
             return True
-    except (BlockingIOError, FileNotFoundError):  # in use, or renamed by now
+    except (BlockingIOError, FileNotFoundError):  # in use or already removed
         return False

@@ -1,15 +1,15 @@
-"""The folder of shards: its index, and reading samples from it by offset.
+"""The index of a folder of shards, and reading samples from it by offset.
 
-A data set is a folder of tar files in WebDataset form (`KEY.png` + `KEY.cls`, or `KEY.npy`) with an index beside them:
+A data set is a folder of tar files in WebDataset format (`KEY.png` + `KEY.cls`, or `KEY.npy`) with index files:
 
     index.json                  totals, image shape, classes, source, license; the sha256 of every table
     train.shards.npy            the shard table of a split: name, samples, bytes, sha256 of every tar
     train-000000.members.npy    the members of a shard: key, offset, bytes, label, crc32 of every image
 
-The folder may lie at an address, or its tars alone (`base` in the index): `remote.py` fetches them.
+The whole folder, or only its tar files (`base` in the index), may be at an address: `remote.py` fetches them.
 
-The tables are plain structured arrays, so that a split of 10^6 shards is opened by mapping one file. `build_index` makes
-them for shards from anywhere; nothing in a shard is ever unpickled, and only the images and `.cls` files are read.
+The tables are plain structured arrays, so that a split of 10^6 shards is opened by mapping one file. `build_index` creates them
+for shards of any origin. No part of a shard is unpickled, and only images and `.cls` files are read.
 """
 
 import hashlib
@@ -46,7 +46,7 @@ log = logging.getLogger("eae_dist")
 
 @dataclass(frozen=True)
 class Split:
-    """One split: its shard table, structured [S] of (name, samples, bytes, sha256, members_sha256)."""
+    """One split. table: its shards, structured [S] of (name, samples, bytes, sha256, members_sha256)."""
 
     name: str
     samples: int
@@ -55,20 +55,24 @@ class Split:
 
 @dataclass(frozen=True)
 class LocalFolder:
-    """The files of a folder; `RemoteFolder` is the same for an address."""
+    """The files of a folder; `RemoteFolder` has the same methods for an address."""
 
     root: Path
     remote = False
 
     def place(self, name: str) -> str:
+        """Returns the path of a file."""
         return str(self.root / name)
 
     def digest(self, name: str) -> str:
-        """The sha256 of a file."""
+        """Returns the sha256 of a file."""
         return sha256_of(self.root / name)
 
     def open(self, name: str, sha256: str, size: int | None = None, stop: threading.Event | None = None) -> BinaryIO:
-        """The file, of the right size if that is given; its content is not checked here, but when a sample is read."""
+        """Opens the file and checks its size if it is given; the content is checked when a sample is read.
+
+        Raises FileNotFoundError or ValueError.
+        """
         path = self.root / name
         if not path.is_file():
             raise FileNotFoundError(f"{path} is named in the index and missing; restore it or pack the data set again")
@@ -80,9 +84,9 @@ class LocalFolder:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """What `index.json` says. `image_shape` is (c, h, w); `npy_header` is the header that all raw members share, else None.
+    """The content of `index.json`. image_shape: (c, h, w). npy_header: the common header of raw members, else None.
 
-    tables, tars: where the data set's tables and shards lie.
+    tables, tars: the folders of the tables and of the shards.
     """
 
     root: Path | str
@@ -97,9 +101,9 @@ class ShardIndex:
 
     @classmethod
     def load(cls, root: str | Path, cache: Cache | None = None) -> "ShardIndex":
-        """Reads and checks `root/index.json`; root is a folder, or an address whose files come through `cache`.
+        """Reads and checks `root/index.json`; root is a folder, or an address that is read through `cache`.
 
-        cache: default: that of the default configuration. Raises OSError or ValueError with what to do.
+        cache: default: that of the default configuration. Raises OSError or ValueError with advice.
         """
         cache = cache or Cache.of(DataConfig())
         if is_address(root):
@@ -111,8 +115,8 @@ class ShardIndex:
             if not path.is_file():
                 what = "has no index.json" if root.is_dir() else "is not a folder" if root.exists() else "does not exist"
                 raise FileNotFoundError(
-                    f"data.root={root} {what}; make shards with `python -m eae_dist.pack SOURCE {root}`, or index tar files that "
-                    f"lie there with `python -m eae_dist.pack --index {root}`"
+                    f"data.root={root} {what}; make shards with `python -m eae_dist.pack SOURCE {root}`, or index existing tar "
+                    f"files with `python -m eae_dist.pack --index {root}`"
                 )
             text = path.read_bytes()
         try:
@@ -139,7 +143,7 @@ class ShardIndex:
             raise ValueError(f"{path} cannot be read as a shard index ({error}); write it again with `pack --index`") from error
 
     def split(self, name: str, setting: str | None = None) -> Split:
-        """The split of that name; an unknown one is a ValueError that names the known, and the `setting` that asked for it."""
+        """Returns the split of that name. Raises ValueError that lists the known names and the `setting` to change."""
         splits = self.info["splits"]
         if name not in splits:
             known, change = ", ".join(sorted(splits)), f"; change {setting}" if setting else ""
@@ -148,7 +152,7 @@ class ShardIndex:
             return Split(name, splits[name]["samples"], np.load(file.name, mmap_mode="r", allow_pickle=False))
 
     def open_table(self, name: str, sha256: str, holder: str, stop: threading.Event | None = None) -> BinaryIO:
-        """A table with the checksum that the `holder` gives it; ValueError if there is none."""
+        """Opens a table whose checksum is in `holder`. Raises ValueError if it is missing or its checksum differs."""
         try:
             file = self.tables.open(name, sha256, stop=stop)
             if sha256_of(Path(file.name)) == sha256:
@@ -161,22 +165,22 @@ class ShardIndex:
 
 
 def member_table(shard: str) -> str:
-    """The name of a shard's member table."""
+    """Returns the name of the member table of a shard."""
     return shard.removesuffix(".tar") + ".members.npy"
 
 
 def plain_name(root: Path | str, name: str) -> str:
-    """The name of a shard in the index of `root`, which must be that of a file in one folder; else a ValueError."""
+    """Returns the name of a shard in the index of `root`. Raises ValueError unless it is a plain file name."""
     if PurePosixPath(name).name != name or name in ("", ".", "..") or ":" in name:
         raise ValueError(f"{root}/index.json names the shard {name!r}; a shard is a plain file name inside that folder")
     return name
 
 
 class ShardReader:
-    """Reads samples of one split by (shard, member), checking each one's crc32 and shape.
+    """Reads samples of one split by (shard, member), and checks the crc32 and the shape of each.
 
-    open_shards: how many shards are in use at once, half of them open and half about to be; their member tables stay in memory.
-    A copy opens files of its own.
+    open_shards: number of shards in use at once: half of them are open, half are opened next; their member tables stay in memory.
+    A copy of a reader opens its own files.
     """
 
     def __init__(self, index: ShardIndex, split: str, open_shards: int = OPEN_FILES):
@@ -187,7 +191,7 @@ class ShardReader:
 
     def _open_caches(self):
         self._ahead = FetchAhead()
-        # A shard that is open has its place in the cache of remote ones: no more of them than lanes.
+        # An open remote shard stays in the cache, so no more shards are open than there are lanes.
         files = min(OPEN_FILES, max(1, self.open_shards // 2)) if self.index.tars.remote else OPEN_FILES
         self._file = lru_cache(maxsize=files)(self._open_file)
         self._members = lru_cache(maxsize=max(self.open_shards, OPEN_FILES))(self._load_members)
@@ -200,10 +204,10 @@ class ShardReader:
         self._open_caches()
 
     def read(self, shards: np.ndarray, members: np.ndarray) -> dict:
-        """Rows (shards[i], members[i]), both int64 [b] -> {"image": uint8 [b, c, h, w], "label": int64 [b], "key": list of str}.
+        """Reads (shards[i], members[i]), both int64 [b] -> {"image": uint8 [b, c, h, w], "label": int64 [b], "key": [str]}.
 
-        Label -1 where a sample has none. The channels of a pixel lie together in memory (channels_last), as in the files.
-        A damaged sample is a ValueError that names the shard and the sample.
+        A sample without a label has label -1. The memory format is channels_last, as in the files.
+        Raises ValueError that names the shard and the sample if one is damaged.
         """
         rows = len(shards)
         offsets, sizes, labels = (np.empty(rows, dtype=np.int64) for _ in range(3))
@@ -254,7 +258,7 @@ class ShardReader:
         return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
     def fetch(self, shards: Iterable[int]) -> None:
-        """Fetches what is not kept of these shards, several at a time; nothing for a local folder. Raises OSError."""
+        """Fetches the files of these shards that are not cached, in parallel; does nothing for a local folder. Raises OSError."""
         wanted = [file for shard in shards for file in self._remote_files(shard)]
         missing = [(folder, *file) for folder, *file in wanted if not folder.keeps(file[1])]
         if not missing:
@@ -274,22 +278,22 @@ class ShardReader:
                 raise
 
     def fetch_ahead(self, shards: Iterable[int]) -> None:
-        """Has these shards fetched in the background; nothing for a local folder."""
+        """Requests these shards in the background; does nothing for a local folder."""
         for shard in shards:
             for folder, *file in self._remote_files(shard):
                 self._ahead.ask(folder, *file)
 
     def stop_fetching(self) -> None:
-        """Ends fetching, also that of a `read` in another thread, which then fails."""
+        """Ends all fetches, also the fetch of a `read` in another thread, which then fails."""
         self._ahead.close()
 
     def close(self) -> None:
-        """Ends fetching and closes the shards."""
+        """Ends all fetches and closes the shards."""
         self._ahead.close()
         self._file.cache_clear()
 
     def _remote_files(self, shard: int) -> list[tuple]:
-        """What is to be fetched of a shard: folder, name, sha256, bytes (None: unknown) of each file."""
+        """Returns folder, name, sha256 and bytes (None: unknown) of each remote file of a shard."""
         index, row, files = self.index, self.split.table[shard], []
         if index.tars.remote:
             name = self._shard_name(shard)

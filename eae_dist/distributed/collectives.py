@@ -1,7 +1,7 @@
-"""What ranks tell each other: the collectives.
+"""Collectives: communication between ranks.
 
-Every function works without a process group (one rank). Those that communicate are called by every rank the same number of
-times, in the same order. W: ranks, b: this rank's rows, n: all rows.
+Every function also works without a process group (one rank). Every rank must call the communicating functions the same number
+of times, in the same order. W: ranks, b: this rank's rows, n: all rows.
 """
 
 import os
@@ -13,28 +13,29 @@ from contextvars import ContextVar
 import torch
 import torch.distributed as dist
 
-MESSAGE = 6_500_000  # entries that are averaged at once, 25 MiB of float32
+MESSAGE = 6_500_000  # entries averaged in one message, 25 MiB of float32
 
 
 def is_initialized() -> bool:
+    """True if there is a process group."""
     return dist.is_available() and dist.is_initialized()
 
 
 def rank(group=None) -> int:
-    """This process's rank; 0 without a process group."""
+    """Returns the rank of this process; 0 without a process group."""
     return dist.get_rank(group) if is_initialized() else 0
 
 
 def world_size(group=None) -> int:
-    """The number of ranks; 1 without a process group."""
+    """Returns the number of ranks; 1 without a process group."""
     return dist.get_world_size(group) if is_initialized() else 1
 
 
 def gather_rows(x: torch.Tensor, group=None) -> torch.Tensor:
-    """All ranks' rows in rank order, [b, ...] -> [n, ...]; b may differ between ranks.
+    """Returns the rows of all ranks in rank order, [b, ...] -> [n, ...]; b may differ between ranks.
 
-    Differentiable: the gradient of a row is the sum of its gradients over all ranks, so a mean over ranks (DDP's) of local
-    losses that use the gathered rows is the gradient of the mean loss. May be differentiated twice.
+    It can be differentiated twice. The gradient of a row is the sum of its gradients over all ranks. So if each rank computes a
+    loss from the gathered rows, the mean of the gradients over ranks (as in DDP) is the gradient of the mean loss.
     """
     if world_size(group) == 1:
         return x
@@ -42,7 +43,7 @@ def gather_rows(x: torch.Tensor, group=None) -> torch.Tensor:
 
 
 def row_counts(rows: int, device: torch.device, group=None) -> list[int]:
-    """How many rows each rank has, in rank order."""
+    """Returns the number of rows on each rank, in rank order."""
     world = world_size(group)
     if world == 1:
         return [rows]
@@ -50,7 +51,7 @@ def row_counts(rows: int, device: torch.device, group=None) -> list[int]:
 
 
 def sum_over_ranks(x: torch.Tensor, group=None) -> torch.Tensor:
-    """The sum of x over ranks, on every rank, same shape. Differentiable, twice as well: its gradient is summed over ranks."""
+    """Returns the sum of x over ranks, in the same shape. It can be differentiated twice; the gradient is summed over ranks."""
     if world_size(group) == 1:
         return x
     if group is None and torch.compiler.is_compiling():
@@ -59,7 +60,7 @@ def sum_over_ranks(x: torch.Tensor, group=None) -> torch.Tensor:
 
 
 def average_over_ranks(tensors: Iterable[torch.Tensor]) -> None:
-    """Puts in the place of each tensor its mean over ranks, in few messages. No gradient."""
+    """Replaces each tensor in place by its mean over ranks, with few messages and without gradient."""
     if world_size() == 1:
         return
     waiting: list[torch.Tensor] = []
@@ -80,7 +81,7 @@ def _average(tensors: list[torch.Tensor]) -> None:
 
 
 def gather_padded(x: torch.Tensor, counts: list[int], group=None) -> torch.Tensor:
-    """All ranks' rows, [b, ...] -> [n, ...], where counts (of `row_counts`) are known. No gradient."""
+    """Returns the rows of all ranks, [b, ...] -> [n, ...], without gradient; counts: from `row_counts`."""
     world, longest = world_size(group), max(counts)
     if world == 1:
         return x
@@ -100,7 +101,7 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        # An all_reduce, of which each rank keeps its rows: gloo before torch 2.7 has no reduce_scatter.
+        # An all_reduce, of which each rank keeps its rows, because gloo before torch 2.7 has no reduce_scatter.
         start = sum(ctx.counts[: rank(ctx.group)])
         summed = sum_over_ranks(gradient.contiguous(), ctx.group)
         return summed[start : start + ctx.counts[rank(ctx.group)]], None, None
@@ -128,7 +129,7 @@ def _sum(x: torch.Tensor, group) -> torch.Tensor:
 
 @torch.library.custom_op("eae_dist::sum_over_ranks", mutates_args=())
 def _opaque_sum(x: torch.Tensor) -> torch.Tensor:
-    """What torch.compile puts into a graph as it is, where it would break the graph at a collective."""
+    """A sum over ranks that torch.compile keeps as one operator, because a collective would break the graph."""
     return _sum(x, None)
 
 
@@ -137,7 +138,7 @@ _opaque_sum.register_autograd(lambda ctx, gradient: _opaque_sum(gradient.contigu
 
 
 def _of_every_rank(x: torch.Tensor, group) -> torch.Tensor:
-    """x of every rank, in rank order: [...] -> [W, ...]; of one shape on all ranks."""
+    """Returns x of every rank in rank order, [...] -> [W, ...]; x must have the same shape on all ranks."""
     everyone = x.new_empty(world_size(group), *x.shape)
     with waiting():
         if _is_small(x, group):
@@ -150,15 +151,15 @@ def _of_every_rank(x: torch.Tensor, group) -> torch.Tensor:
 
 
 def _is_small(x: torch.Tensor, group) -> bool:
-    """Whether gloo is quickest when each rank sends x to each other, at once: a third of the time of a small all_reduce.
+    """True if gloo is fastest when each rank sends x directly to each other rank: a third of the time of a small all_reduce.
 
-    Its own algorithms go around the ring of ranks, one after the other, which pays above about 1 MiB received.
+    The collectives of gloo pass messages around a ring of ranks, which is faster above about 1 MiB received.
     """
     return x.device.type == "cpu" and 0 < x.numel() * x.element_size() * world_size(group) <= 2**20
 
 
 def gather_objects(value) -> list:
-    """Every rank's value (picklable, small), in rank order, on every rank. For diagnostics and decisions, not for tensors."""
+    """Returns the values (picklable, small) of all ranks in rank order; for diagnostics and decisions, not for tensors."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size()
@@ -167,7 +168,7 @@ def gather_objects(value) -> list:
 
 
 def from_rank_zero(value):
-    """Rank 0's value (picklable, small) on every rank."""
+    """Returns the value (picklable, small) of rank 0 on every rank."""
     if world_size() == 1:
         return value
     box = [value]
@@ -176,14 +177,15 @@ def from_rank_zero(value):
 
 
 def barrier() -> None:
+    """Waits until every rank has called it."""
     if world_size() > 1:
         dist.barrier()
 
 
 def ranks_of_group(group: str | None) -> int:
-    """How many ranks a group of `objective.group` has: those of a machine for "node", all for None. Call on every rank.
+    """Returns the number of ranks per group of `objective.group`: those of a machine for "node", all for None.
 
-    Raises ValueError on every rank where groups cannot be that.
+    Call on every rank. Raises ValueError on every rank if such groups are not possible.
     """
     world = world_size()
     if group == "node":
@@ -191,20 +193,20 @@ def ranks_of_group(group: str | None) -> int:
         ranks = of_machines[0]
         if other := sorted(set(of_machines) - {ranks}):
             raise ValueError(
-                f"objective.group=node wants as many ranks on every machine, there are {ranks} on one and {other[0]} on another; "
-                f"start as many on each, or give a number of ranks"
+                f"objective.group=node needs the same number of ranks on every machine, but there are {ranks} on one and "
+                f"{other[0]} on another; start as many on each, or set objective.group to a number of ranks"
             )
     elif group is None or (group.isdecimal() and int(group) > 0):
         ranks = int(group or world)
     else:
         raise ValueError(f"objective.group={group} is neither node nor a number of ranks")
     if world % ranks:
-        raise ValueError(f"objective.group={group} cannot share out {world} ranks in groups of {ranks}")
+        raise ValueError(f"objective.group={group} cannot split {world} ranks into groups of {ranks}")
     return ranks
 
 
 def subgroup(ranks: int):
-    """The process group of so many consecutive ranks to which this one belongs, None if that is all. Call on every rank."""
+    """Returns the process group of `ranks` consecutive ranks that contains this one; None for all ranks. Call on every rank."""
     if ranks == world_size():
         return None
     groups = [dist.new_group(range(start, start + ranks)) for start in range(0, world_size(), ranks)]
@@ -212,24 +214,25 @@ def subgroup(ranks: int):
 
 
 def message_device() -> str:
-    """Where a tensor must lie to be sent: NCCL knows GPUs alone."""
+    """Returns the device of tensors to send: NCCL supports only GPUs."""
     return "cuda" if is_initialized() and dist.get_backend() == "nccl" else "cpu"
 
 
 class Stopwatch:
-    """Seconds that were measured."""
+    """Adds up measured seconds."""
 
     def __init__(self):
         self.seconds = 0.0
 
     @contextmanager
     def running(self) -> Iterator[None]:
+        """Adds the seconds of its context."""
         start = time.perf_counter()
         yield
         self.seconds += time.perf_counter() - start
 
     def taken(self) -> float:
-        """The seconds since this was asked last."""
+        """Returns the seconds added since the last call."""
         seconds, self.seconds = self.seconds, 0.0
         return seconds
 
@@ -239,7 +242,7 @@ _WAITS: ContextVar[Stopwatch | None] = ContextVar("waits", default=None)
 
 @contextmanager
 def measured_waits() -> Iterator[Stopwatch]:
-    """A stopwatch that runs while this thread is in a collective; over NCCL, which does not wait, that is no time at all."""
+    """Yields a stopwatch that runs while this thread is in a collective. It measures nothing for NCCL, which does not block."""
     before = _WAITS.set(watch := Stopwatch())
     try:
         yield watch
@@ -248,5 +251,6 @@ def measured_waits() -> Iterator[Stopwatch]:
 
 
 def waiting():
+    """Returns a context whose time counts as waiting in `measured_waits`."""
     watch = _WAITS.get()
     return nullcontext() if watch is None else watch.running()

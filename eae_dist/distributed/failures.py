@@ -1,4 +1,4 @@
-"""Failures that every rank hears of: an error on one rank ends all of them, with its message, instead of a wait for a timeout."""
+"""Failures are passed to all ranks: an error on one rank ends all ranks with its message, instead of a timeout."""
 
 import sys
 import threading
@@ -16,17 +16,17 @@ Result = TypeVar("Result")
 
 
 class RankZeroFailed(RuntimeError):
-    """Rank 0 failed at what it does for all; raised on the other ranks."""
+    """Raised on the other ranks when rank 0 failed in work that it does for all ranks."""
 
 
 @contextmanager
 def on_rank_zero() -> Iterator[bool]:
-    """Work that only rank 0 does and that may fail: yields whether this is rank 0; a failure there is raised on every rank.
+    """A context for work that only rank 0 does: yields True on rank 0; a failure on rank 0 is raised on every rank.
 
         with on_rank_zero() as is_rank_zero:
             if is_rank_zero: ...
 
-    The other ranks raise RankZeroFailed with rank 0's message instead of waiting for it until the timeout.
+    The other ranks raise RankZeroFailed with the message of rank 0, instead of waiting until the timeout.
     """
     failure = None
     try:
@@ -41,9 +41,9 @@ def on_rank_zero() -> Iterator[bool]:
 
 
 def on_every_rank(work: Callable[[], Result]) -> Result:
-    """What `work` returns here. What a user can set right (ValueError, OSError) on one rank ends all; call on every rank.
+    """Returns the result of `work` on this rank. Call on every rank.
 
-    The others raise an OSError with that rank's message.
+    A ValueError or OSError on one rank ends all ranks: the others raise an OSError with the message of that rank.
     """
     failure = result = None
     try:
@@ -60,24 +60,25 @@ def on_every_rank(work: Callable[[], Result]) -> Result:
 
 
 def require_equal(value, what: str) -> None:
-    """Raises ValueError on every rank unless all were given the same value (picklable, small); `what` names it."""
+    """Raises ValueError on every rank unless the value (picklable, small) is the same on all; `what` names it."""
     every = gather_objects(value)
     if other := [at for at, theirs in enumerate(every) if theirs != every[0]]:
         raise ValueError(
-            f"rank {other[0]} was given other {what} than rank 0, but they are ranks of one job: {every[other[0]]}, {every[0]}. "
-            f"Separate jobs under one launcher want SLURM_STEP_NUM_TASKS=1 and no RANK in their environment"
+            f"rank {other[0]} has other {what} than rank 0, but both are ranks of one job: {every[other[0]]}, {every[0]}. "
+            f"Separate jobs under one launcher need SLURM_STEP_NUM_TASKS=1 and no RANK in their environment"
         )
 
 
 @contextmanager
 def ending_ranks(*known: type[Exception]) -> Iterator[None]:
-    """What a command runs in: leaves the process group at the end, and ends in one line for what a user can set right.
+    """The context of a command: it destroys the process group at the end, and prints an expected error as one line.
 
-    That is ValueError and OSError, said by the rank that met it, and the `known` errors that every rank meets, said by rank 0.
+    Expected errors are ValueError and OSError, printed by the rank on which they occur, and the `known` errors, which occur on
+    every rank and are printed by rank 0.
     """
     try:
         yield
-    except RankZeroFailed:  # rank 0 says it
+    except RankZeroFailed:  # rank 0 prints the message
         sys.exit(1)
     except known as error:
         sys.exit(f"error: {error}" if rank() == 0 else 1)
@@ -90,22 +91,22 @@ def ending_ranks(*known: type[Exception]) -> Iterator[None]:
 
 
 def silent_ranks(patience: float) -> list[int]:
-    """The ranks that do not call this within so many seconds: after a collective failed, those that ended or hang.
+    """Returns the ranks that do not call this function within `patience` seconds: those that ended or hang.
 
-    Called by the ranks that saw it fail. They meet in the store through which the ranks found each other, not by a collective.
+    The ranks that saw a collective fail call it. They communicate through the store of the process group, not by a collective.
     """
     store = dist.distributed_c10d._get_default_store()  # there is no public name for it
     silent = set(range(world_size())) - {rank()}
 
     def ask() -> None:
-        with suppress(RuntimeError):  # the store has ended with the process that held it
+        with suppress(RuntimeError):  # the process that held the store has ended
             store.set(f"eae_dist/alive/{rank()}", "")
         for other in sorted(silent):
-            with suppress(RuntimeError):  # it did not come
+            with suppress(RuntimeError):  # the other rank did not call
                 store.wait([f"eae_dist/alive/{other}"], timedelta(seconds=max(end - time.monotonic(), 0.1)))
                 silent.discard(other)
 
-    # In a thread, because a store behind a broken network answers nothing at all, not even that the time is over.
+    # In a thread, because a store behind a broken network may never answer, not even with a timeout.
     end = time.monotonic() + patience
     (thread := threading.Thread(target=ask, daemon=True)).start()
     thread.join(patience + 1)

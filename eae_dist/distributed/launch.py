@@ -1,7 +1,7 @@
-"""Processes on this machine: commands that start their own ranks, and commands that run side by side.
+"""Processes on this machine: commands that start their own ranks, and commands that run in parallel.
 
-A command on ranks takes all local GPUs, or as many CPU ranks as --nproc says. Under a launcher (torchrun, accelerate, srun) it
-joins the launcher's ranks.
+A command on ranks uses all local GPUs, or --nproc CPU ranks. Under a launcher (torchrun, accelerate, srun) it uses the ranks of
+the launcher.
 """
 
 import ctypes
@@ -25,15 +25,15 @@ from eae_dist.distributed.stop import LAUNCHERS
 from eae_dist.numerics.keyed_random import derive_key
 
 Result = TypeVar("Result")
-PATIENCE = 5.0  # seconds in which a rank answers that is there
+PATIENCE = 5.0  # seconds within which a live rank answers
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def run_on_ranks(module: str, nproc: int | None, command: Sequence[str], work: Callable[[], Result]) -> Result | None:
-    """What `work` returns on rank 0, None on the others; `work` runs on every rank.
+    """Runs `work` on every rank; returns its result on rank 0 and None on the others.
 
-    Where more ranks are wanted and no launcher made them, this process becomes torchrun with `python -m module command`. What
-    a user can set right (ValueError, OSError) ends the process with one line.
+    If more than one rank is needed and there is no launcher, this process is replaced by torchrun with `python -m module
+    command`. A ValueError or OSError ends the process with one line.
     """
     os.environ |= srun_ranks(os.environ)
     gpus = torch.cuda.device_count()
@@ -41,7 +41,7 @@ def run_on_ranks(module: str, nproc: int | None, command: Sequence[str], work: C
         sys.exit(f"error: --nproc={nproc} must be at least 1")
     count = nproc or gpus or 1
     if 0 < gpus < count:
-        sys.exit(f"error: --nproc={count} wants a GPU each, there are {gpus}; lower --nproc")
+        sys.exit(f"error: --nproc={count} needs as many GPUs, but there are {gpus}; lower --nproc")
     if "RANK" not in os.environ and count > 1:
         os.execv(sys.executable, launched(module, count, command))
     PartialState(cpu=not torch.cuda.is_available())
@@ -56,20 +56,20 @@ def run_on_ranks(module: str, nproc: int | None, command: Sequence[str], work: C
             result = work()
         except RankZeroFailed:
             raise
-        except RuntimeError as error:  # so a collective fails when a rank has ended
+        except RuntimeError as error:  # raised by a collective after a rank has ended
             silent = silent_ranks(PATIENCE) if world_size() > 1 else []
             if not silent:
                 raise
             ranks = ", ".join(map(str, silent))
-            raise OSError(f"rank {ranks} ended or hangs ({error}); when it is clear why, start the same command again") from error
+            raise OSError(f"rank {ranks} ended or hangs ({error}); find the cause, then start the same command again") from error
     return result if first else None
 
 
 def keep_freed_memory() -> None:
-    """Keeps what is freed for what is allocated next, where the C library is glibc; for training and judging on CPUs.
+    """Makes glibc keep freed memory for later allocations; for training and evaluation on CPUs.
 
-    It would hand large blocks back to the kernel and take them anew, filled with zeros, for every tensor of every step: a tenth
-    of a step's time at any size of network.
+    By default glibc returns large blocks to the kernel and gets them again, filled with zeros, for every tensor of every step.
+    This takes a tenth of the time of a step at any size of network.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -78,13 +78,13 @@ def keep_freed_memory() -> None:
 
 
 def srun_ranks(env: Mapping[str, str]) -> dict[str, str]:
-    """What torchrun would set for this task of an srun step, as ranks of one job; nothing for a step of one task.
+    """Returns the environment variables that torchrun would set for this task of an srun step.
 
-    Nor for a shell that was started by srun, whose other tasks have ended.
+    The tasks are ranks of one job. Empty for a step of one task, and for an interactive shell started by srun.
     """
     if "RANK" in env or int(env.get("SLURM_STEP_NUM_TASKS", "1")) == 1 or sys.stdin.isatty():
         return {}
-    gpus, local = torch.cuda.device_count(), int(env["SLURM_LOCALID"])  # one GPU, where the step gives each task its own
+    gpus, local = torch.cuda.device_count(), int(env["SLURM_LOCALID"])  # one GPU if the step gives each task its own GPU
     port = derive_key(int(env["SLURM_JOB_ID"]), int(env["SLURM_STEP_ID"])) % 15_000
     return {
         "RANK": env["SLURM_PROCID"],
@@ -97,31 +97,31 @@ def srun_ranks(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def first_host(nodes: str) -> str:
-    """The first name in SLURM's short form of a list: gpu[07-10,12],cpu1 -> gpu07."""
+    """Returns the first name in a node list in the short form of SLURM: gpu[07-10,12],cpu1 -> gpu07."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)[0]
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first)
 
 
 def tasks_of_nodes(counts: str) -> list[int]:
-    """The numbers in SLURM's short form of a list: 4(x2),3 -> [4, 4, 3]."""
+    """Returns the numbers in a list in the short form of SLURM: 4(x2),3 -> [4, 4, 3]."""
     return [int(tasks) for tasks, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts) for _ in range(int(times or 1))]
 
 
 def launched(module: str, ranks: int, command: Sequence[str]) -> list[str]:
-    """The command line of `python -m module command` on so many local ranks."""
+    """Returns the command line for `python -m module command` on `ranks` local ranks."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     return [sys.executable, *torchrun, "-m", module, *command]
 
 
 class CommandFailed(RuntimeError):
-    """A command ended with an error; the text is its own last word, and where the rest lies."""
+    """A command ended with an error; the message has its last error line and the path of its full output."""
 
 
 class JobPool:
-    """Runs commands of this package, at most `jobs` at a time, each on its share of the local GPUs or of the CPU's cores.
+    """Runs commands of this package, at most `jobs` at a time, each on an equal part of the local GPUs or CPU cores.
 
-    nproc: ranks of each. `call` may be called from `jobs` threads. Raises ValueError under a launcher, and if there are fewer
-    GPUs than these want.
+    nproc: ranks per command. `call` may be called from `jobs` threads. Raises ValueError under a launcher, and if there are
+    fewer GPUs than ranks.
     """
 
     def __init__(self, jobs: int, nproc: int | None):
@@ -136,7 +136,7 @@ class JobPool:
         self.jobs, self.ranks = jobs, nproc or len(gpus) // jobs or 1
         if gpus and jobs * self.ranks > len(gpus):
             raise ValueError(
-                f"--jobs={jobs} with {self.ranks} rank(s) each wants {jobs * self.ranks} GPUs, there are {len(gpus)}"
+                f"--jobs={jobs} with {self.ranks} rank(s) each needs {jobs * self.ranks} GPUs, but there are {len(gpus)}"
             )
         threads = str(max(available_cores() // (jobs * self.ranks), 1))
         self._environments: SimpleQueue[dict[str, str]] = SimpleQueue()
@@ -150,16 +150,16 @@ class JobPool:
         self._stopped = False
 
     def call(self, module: str, command: Sequence[str], output: Path) -> None:
-        """Runs `python -m module command` to its end, its output going into a file. Raises CommandFailed."""
+        """Runs `python -m module command` to its end and writes its output to a file. Raises CommandFailed."""
         environment = self._environments.get()
         try:
             with open(output, "w") as file:
                 line = launched(module, self.ranks, command)
                 with self._lock:
                     if self._stopped:
-                        raise CommandFailed("not started: the whole was stopped")
-                    # Out of reach of what is sent to our process group, as Ctrl-C and SLURM's signals are: `stop` passes it on,
-                    # and torchrun that is told twice leaves its ranks before they have saved.
+                        raise CommandFailed("not started: the pool was stopped")
+                    # A new session does not get the signals of our process group (Ctrl-C, SLURM); `stop` sends the signal.
+                    # torchrun that gets a signal twice leaves its ranks before they have saved.
                     streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
                     process = subprocess.Popen(line, env=environment, start_new_session=True, **streams)
                     self._running.add(process)
@@ -170,13 +170,13 @@ class JobPool:
             self._environments.put(environment)
         if status != 0:
             text = output.read_text(errors="replace")
-            # With the lines that belong to it; a progress bar may stand before it.
+            # An error includes its indented lines; a progress bar may precede it on the line.
             errors = re.findall(r"error: .*(?:\n  .*)*", text)
             *_, last = ["it said nothing", *text.strip().splitlines()[-1:], *errors[-1:]]
             raise CommandFailed(f"{module.rpartition('.')[2]} ended with status {status}: {last} (all of it: {output})")
 
     def stop(self) -> None:
-        """Asks what runs to end (training saves first), and starts nothing more."""
+        """Asks running commands to end (training saves first) and starts no more commands."""
         with self._lock:
             self._stopped = True
             for process in self._running:

@@ -1,4 +1,4 @@
-"""A trained model with the latents of a data set, their index and the images that they came from: what is searched."""
+"""A trained model with the latents of a data set, their index, and the images that they were encoded from."""
 
 import logging
 from collections.abc import Sequence
@@ -21,13 +21,13 @@ from eae_dist.training.checkpoint import Checkpoint, evaluation_config, named_ne
 
 log = logging.getLogger("eae_dist")
 
-TUNING = 1_000  # queries that an index is tuned with
+TUNING = 1_000  # queries for tuning an index
 
 
 class EncodedDataset:
-    """Encoded latents with the model and the images that they came from. Call every method on every rank.
+    """Encoded latents with their model and their images. Call every method on every rank.
 
-    Raises ValueError or OSError where they do not belong together.
+    Raises ValueError or OSError if they do not belong together.
     """
 
     def __init__(self, latents: Path, checkpoint: Path | None, assignments: Sequence[str]):
@@ -36,7 +36,7 @@ class EncodedDataset:
         try:
             self.checkpoint: Checkpoint = open_checkpoint(checkpoint or about["checkpoint"])
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"{error}; that is what {latents} was encoded from: give --ckpt if it moved") from error
+            raise FileNotFoundError(f"{error}; {latents} was encoded from this checkpoint: give --ckpt if it moved") from error
         if self.checkpoint.model_sha256 != about["model_sha256"]:
             raise ValueError(
                 f"{latents} holds the latents of other weights than {self.checkpoint.path} "
@@ -47,22 +47,22 @@ class EncodedDataset:
         self.cache = Cache.of(self.config.data)
         index = open_data(self.checkpoint, self.config)
         if index.sha256 != about["index_sha256"]:
-            raise ValueError(f"data.root={self.config.data.root} is not the data set that {latents} was made of; name that one")
+            raise ValueError(f"data.root={self.config.data.root} is not the data set of {latents}; set data.root to that one")
         self.classes = index.classes
         self.device = PartialState().device
         self.model: TrainedModel = trained_model(self.checkpoint, self.device, named_networks(assignments))
         self.split = self.settings.split
 
     def rows_of_this_rank(self, split: str) -> tuple[int, np.ndarray]:
-        """This rank's run of a split's latents, and the number of the first."""
+        """Returns the number of this rank's first latent of a split, and this rank's run of the latents."""
         rows = self.folder.rows(split)
         start, stop = (rows * share // world_size() for share in (rank(), rank() + 1))
         return start, self.folder.read(split, "latents", start, stop)
 
     def index(self) -> LatentIndex:
-        """The index of index.split, the one beside the latents if it was made with these settings.
+        """Returns the index of index.split: the one beside the latents if it was made with these settings, otherwise a new one.
 
-        Raises DamagedIndex if it cannot be read.
+        Raises DamagedIndex if the index cannot be read.
         """
         settings = self.settings
         cache_key = {name: asdict(settings)[name] for name in ("kind", "recall", "memory", "split", "seed")}
@@ -72,7 +72,7 @@ class EncodedDataset:
             if from_rank_zero((path / "index.json").is_file() and index_description(path)["about"] == about):
                 return LatentIndex.load(path)
         except DamagedIndex as error:
-            raise DamagedIndex(f"{error}; remove {path}, and it is made again") from error
+            raise DamagedIndex(f"{error}; remove {path} to make it again") from error
         made = LatentIndex.build(
             self.rows_of_this_rank(self.split)[1],
             settings.kind,
@@ -87,25 +87,25 @@ class EncodedDataset:
             queries = self.rows_of_this_rank(settings.query_split)[1][: -(-TUNING // world_size())]
             share = made.tune(queries, settings.recall)
             if rank() == 0:
-                log.info("it finds %.1f %% of the ten nearest", 100 * share)
+                log.info("the index finds %.1f %% of the ten nearest rows", 100 * share)
         made.save(path)
         return made
 
     def images(self, split: str, numbers: np.ndarray) -> np.ndarray:
-        """uint8 [m, c, h, w] of samples of a split."""
+        """Returns samples of a split, uint8 [m, c, h, w]."""
         return read_samples(self.config.data.root, split, numbers, self.cache).numpy()
 
     def encode(self, images: torch.Tensor) -> np.ndarray:
-        """uint8 [m, c, h, w] -> [m, d], in the blocks in which the latents of the folder were made."""
+        """Encodes uint8 [m, c, h, w] -> [m, d], in blocks of the same size as for the latents of the folder."""
         block = self.folder.about["batch"]
         blocks = [encoded(self.model.autoencoder, part, block, self.device) for part in images.split(block)]
         return torch.cat([torch.zeros(0, self.folder.d, device=self.device), *blocks]).cpu().numpy()
 
     def class_of(self, label: int) -> str | None:
-        """The name of a class, the number where classes have no names, None for -1."""
+        """Returns the name of a class, its number if classes have no names, None for -1."""
         return None if label < 0 else self.classes[label] if label < len(self.classes) else str(label)
 
     def keys(self, numbers: np.ndarray) -> list[str]:
-        """Of rows of index.split."""
+        """Returns the keys of rows of index.split."""
         keys = self.folder.read(self.split, "keys")
         return [keys[number].decode() for number in numbers]

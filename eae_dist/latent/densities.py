@@ -28,7 +28,7 @@ class Density(Protocol):
         """
 
     def sample(self, seeds: Seeds) -> torch.Tensor:
-        """Returns float64 [m, d] for m non-negative integers; row i depends on seeds[i] alone. Raises ValueError for others."""
+        """Returns float64 [m, d] for m non-negative integers; row i depends on seeds[i] alone. ValueError for other seeds."""
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Returns the state from which `load_state_dict` restores the density."""

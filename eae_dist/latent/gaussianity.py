@@ -1,4 +1,7 @@
-"""How far latents are from N(0, I), which says whether decoding draws of it can work. n: rows, d: dimensions, s: directions."""
+"""The distance of latents from N(0, I), which tells whether images decoded from samples of N(0, I) can be good.
+
+n: rows, d: dimensions, s: directions.
+"""
 
 import numpy as np
 import torch
@@ -7,18 +10,18 @@ from eae_dist.distributed import gather_padded, rank, world_size
 from eae_dist.losses.entropy import knn_entropy
 from eae_dist.numerics.keyed_random import derive_key, normal, row_keys
 
-DIRECTIONS, DRAWS = range(2)  # what random numbers are drawn for
+DIRECTIONS, DRAWS = range(2)  # streams of random keys
 
 
 def gaussianity(latents: torch.Tensor, *, directions: int = 512, seed: int = 0) -> dict[str, float | int]:
-    """Two measures of latents [n, d], and of as many draws of N(0, I), since both depend on n.
+    """Returns two measures of latents [n, d], and the same measures of n samples of N(0, I), because both depend on n.
 
-    `sliced_wasserstein`: see below. `entropy`: the nearest-neighbor estimate in nats; of rows that fill N(0, I) less evenly than
-    draws do it is lower. The draws' numbers end in `_of_draws`. Call on every rank with the same latents: the result is the same
-    on any number of ranks, to rounding. Raises ValueError for fewer than 2 rows.
+    `sliced_wasserstein`: see the function below. `entropy`: the nearest-neighbor estimate [nats]; it is lower than for samples if
+    the latents fill N(0, I) less evenly. The measures of the samples end in `_of_draws`. Call it on every rank with the same
+    latents: the result is the same on any number of ranks, up to rounding. Raises ValueError for fewer than 2 rows.
     """
     if latents.ndim != 2 or len(latents) < 2:
-        raise ValueError(f"gaussianity is measured on latents [n, d] of at least 2 rows, got shape {tuple(latents.shape)}")
+        raise ValueError(f"gaussianity needs latents [n, d] with at least 2 rows, got shape {tuple(latents.shape)}")
     latents = latents.detach().double().cpu()
     draws = normal(row_keys(derive_key(seed, DRAWS), np.arange(len(latents))), latents.shape[1])
     measured: dict[str, float | int] = {"images": len(latents)}
@@ -29,10 +32,10 @@ def gaussianity(latents: torch.Tensor, *, directions: int = 512, seed: int = 0) 
 
 
 def sliced_wasserstein(latents: torch.Tensor, *, directions: int = 512, seed: int = 0) -> float:
-    """The sliced 2-Wasserstein distance of the rows [n, d] from N(0, I) (Bonneel et al. 2015).
+    """Returns the sliced 2-Wasserstein distance of the rows [n, d] from N(0, I) (Bonneel et al. 2015).
 
-    Its square is the mean, over random directions u, of (1/n) sum_i (x_(i) - q_i)^2: x_(i) are the rows' coordinates along u in
-    ascending order, q_i the quantiles of N(0, 1) at (i - 1/2)/n.
+    Its square is the mean, over random directions u, of (1/n) sum_i (x_(i) - q_i)^2. The x_(i) are the coordinates of the rows
+    along u in ascending order; the q_i are the quantiles of N(0, 1) at (i - 1/2)/n.
     """
     u = normal(row_keys(derive_key(seed, DIRECTIONS), np.arange(directions)), latents.shape[1])
     u = u / u.norm(dim=1, keepdim=True)
@@ -42,7 +45,9 @@ def sliced_wasserstein(latents: torch.Tensor, *, directions: int = 512, seed: in
 
 
 def entropy(latents: torch.Tensor) -> float:
-    """The nearest-neighbor entropy of rows [n, d] that every rank has, in nats; each rank asks for its part of them."""
+    """Returns the nearest-neighbor entropy of rows [n, d] that every rank has, in nats; each rank computes it for some of the
+    rows.
+    """
     start, stop = (part * len(latents) // world_size() for part in (rank(), rank() + 1))
     share = knn_entropy(latents[start:stop])
     return float(gather_padded(share[None], [1] * world_size()).mean())

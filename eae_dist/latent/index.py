@@ -1,13 +1,14 @@
-"""Nearest neighbors among latents, with FAISS: indexes that lie on all ranks and on their GPUs, and are searched as one.
+"""Nearest neighbors among latents, with FAISS. An index is spread over all ranks and their GPUs, and is searched as one.
 
-    flat      exact; every query is compared with every row
-    ivf_flat  compared with the rows of the nearest cells of a k-means
-    ivf_pq    the same on codes of d/2 bytes a row; the best candidates are compared again with the rows, read from disk
-    hnsw      a graph along which a query walks; slow to build, quickest for single queries
+    flat      exact: compares each query with every row
+    ivf_flat  compares each query with the rows of the nearest cells of a k-means
+    ivf_pq    as ivf_flat, on codes of d/2 bytes per row; compares the best candidates again with the rows, read from disk
+    hnsw      follows the edges of a graph; slow to build, fastest for single queries
 
-Each rank indexes its own rows. Queries go to all ranks, which answer with candidates; the distances of these are computed again
-by direct difference, as the product form in which they are searched cancels for close pairs. So what a search returns is, bit
-for bit, a function of queries and rows wherever they lie, for flat; for the others, of the rows that each rank holds as well.
+Each rank indexes its own rows. Queries go to all ranks, and each rank answers with candidates. FAISS searches in the product form
+of the distance, which loses precision for close pairs, so the distances of the candidates are computed again by direct
+difference. For flat, the result of a search depends only on the queries and the rows, bit for bit, and not on which rank holds a
+row. For the other kinds it also depends on which rows each rank holds.
 n: rows of all ranks, d: dimensions, m: queries.
 """
 
@@ -46,27 +47,30 @@ log = logging.getLogger("eae_dist")
 
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
 KINDS = ("flat", "ivf_flat", "ivf_pq", "hnsw")
-EFFORT = {"ivf_flat": "nprobe", "ivf_pq": "nprobe", "hnsw": "efSearch"}  # what a search can be given more of
-EXACT_UNTIL = 100_000  # rows; exact search of 1,000 queries among so many, d = 64, takes a fifth of a second on one core
-MOST_OF_GPUS = 2_048  # neighbors that FAISS' GPU indexes find of a query
-SPARE = 8  # candidates more than are wanted, with which `_rounding` as a rule is satisfied at once
-GRAPH = 32  # edges of a row in hnsw
-TRAINING = 64  # rows a cell that k-means sees
-FEWEST_FOR_CODES = 9_984  # rows, 39 for each of the 256 values of a byte, below which FAISS warns
-BY_PRODUCTS = 1_000  # queries times dimensions from which these are compared with the rows in matrix products
-BLOCK = 65_536  # rows that are added, or queries that are searched, at once
-CANDIDATES = 2**23  # that are compared at once, in about half a gigabyte
-LONGEST = 2.0**62  # the norm from which on squared distances may not be finite in float32
+EFFORT = {"ivf_flat": "nprobe", "ivf_pq": "nprobe", "hnsw": "efSearch"}  # the FAISS parameter that trades time for recall
+EXACT_UNTIL = 100_000  # rows; an exact search of 1,000 queries, d = 64, takes a fifth of a second on one core
+MOST_OF_GPUS = 2_048  # the most neighbors per query that FAISS' GPU indexes find
+SPARE = 8  # candidates beyond k; with them the first search usually satisfies `_rounding`
+GRAPH = 32  # edges per row in hnsw
+TRAINING = 64  # rows per cell that k-means is trained on
+FEWEST_FOR_CODES = 9_984  # rows, 39 for each of the 256 values of a byte; FAISS warns if there are fewer
+BY_PRODUCTS = 1_000  # queries times dimensions from which FAISS compares in matrix products
+BLOCK = 65_536  # rows added, or queries searched, at once
+CANDIDATES = 2**23  # candidates compared at once; they take about half a gigabyte
+LONGEST = 2.0**62  # the norm from which squared distances may not be finite in float32
 VERSION = 1
 
 
 class DamagedIndex(ValueError):
-    """Files of a saved index that are missing or differ from their checksums."""
+    """Files of a saved index are missing or differ from their checksums."""
 
 
 @dataclass
 class Part:
-    """Rows [start, start + len(rows)) of the whole, float32, and what searches them; no `index`: they are compared one by one."""
+    """Rows [start, start + len(rows)) of the whole index, float32, and the FAISS indexes that search them.
+
+    Without `index`, queries are compared with the rows one by one.
+    """
 
     start: int
     rows: np.ndarray
@@ -80,21 +84,24 @@ class Part:
 
 
 class Choice(NamedTuple):
+    """The kind of an index, and the reason for it."""
+
     kind: str
     reason: str
 
 
 class LatentIndex:
-    """An index of the latents of all ranks; make one with `build` or `load`.
+    """An index of the latents of all ranks. Make one with `build` or `load`.
 
-    `n`, `d`; `kind` and `reason`, why it was chosen; `effort`: nprobe or efSearch, None for flat; `about`: what `build` was told.
+    `n`: rows; `d`: dimensions; `kind`, and `reason`: why it was chosen; `effort`: nprobe or efSearch, None for flat; `about`: the
+    values that `build` was given.
     """
 
     def __init__(self, parts: list[Part], n: int, d: int, choice: Choice, effort: int | None, oversampling: int, about: dict):
         self._parts, self.n, self.d, self.about = parts, n, d, about
         self.kind, self.reason = choice
         self.effort, self.oversampling = effort, oversampling
-        # FAISS 1.15 compares up to 128,000 / d queries one by one, which takes four times as long as products from 16 on.
+        # FAISS 1.15 compares up to 128,000 / d queries one by one. From 16 queries on, products take a quarter of that time.
         faiss.cvar.distance_compute_blas_threshold = min(faiss.cvar.distance_compute_blas_threshold, BY_PRODUCTS)
 
     @classmethod
@@ -108,13 +115,15 @@ class LatentIndex:
         seed: int = 0,
         about: dict | None = None,
     ) -> "LatentIndex":
-        """An index of this rank's rows [b, d], together with those of the other ranks; ids count through them in rank order.
+        """Builds an index of this rank's rows [b, d] together with those of the other ranks. The ids number all rows in rank
+        order.
 
-        kind: one of KINDS, or auto: by rows, dimensions and `memory` (bytes a rank may take; default: half of the machine's, for
-        all its ranks) for a search that finds the share `recall` of the neighbors. seed: of the rows that quantizers are trained
-        on. about: plain values to be kept with the index. Call on every rank; b may differ and be 0.
-        Raises ValueError on every rank for a wrong shape, values that are not finite, rows as long as LONGEST, no rows, an
-        unknown kind, too few rows.
+        kind: one of KINDS, or auto. auto chooses by the rows, the dimensions, `memory` (bytes that a rank may use; default: half
+        of the machine's memory, shared by its ranks) and `recall` (the share of the neighbors that a search must find). seed:
+        chooses the rows that the quantizers are trained on. about: plain values that are stored with the index. Call it on every
+        rank; b may differ and be 0.
+        Raises ValueError on every rank for a wrong shape, values that are not finite, rows with a norm of LONGEST or more, no
+        rows, an unknown kind, or too few rows.
         """
         rows, problem = _float_rows(latents, "latents")
         every = gather_objects((len(rows), rows.shape[1] if rows.ndim == 2 else None, problem))
@@ -127,14 +136,14 @@ class LatentIndex:
                 f"an index needs latents [b, d] of the same d on every rank, got {counts} rows, d of {sorted(widths)}"
             )
         if not 0 < recall <= 1:
-            raise ValueError(f"index.recall={recall} must lie in (0, 1]")
+            raise ValueError(f"recall={recall} must lie in (0, 1]")
         d = widths.pop()
         choice = Choice(kind, "it was asked for") if kind != "auto" else choose(max(counts), d, recall, _memory(memory))
         if choice.kind not in KINDS:
-            raise ValueError(f"index.kind={kind} is unknown; it is auto or one of {', '.join(KINDS)}")
+            raise ValueError(f"kind={kind} is unknown; it is auto or one of {', '.join(KINDS)}")
         fewest = min(count for count in counts if count)
         if choice.kind == "ivf_pq" and fewest < FEWEST_FOR_CODES:
-            raise ValueError(f"index.kind=ivf_pq needs {FEWEST_FOR_CODES:,} latents on a rank, got {fewest:,}; take flat")
+            raise ValueError(f"kind=ivf_pq needs {FEWEST_FOR_CODES:,} latents on a rank, got {fewest:,}; take flat")
         part = Part(sum(counts[: rank()]), rows)
         if len(rows) and choice.kind != "flat":
             part.index = _trained(choice.kind, rows, np.random.default_rng(seed))
@@ -146,11 +155,11 @@ class LatentIndex:
         return index
 
     def search(self, queries: Array, k: int) -> tuple[Array, Array]:
-        """The k nearest rows of each of this rank's queries [m, d]: squared distances float32 and ids int64, two [m, k].
+        """Returns the k nearest rows of each of this rank's queries [m, d]: squared distances float32 and ids int64, two [m, k].
 
-        Nearest first, equally near ones by id; arrays or tensors as the queries are. Call on every rank; m may differ and be 0.
-        Raises ValueError on every rank for a wrong shape, queries that are not finite or as long as LONGEST, and unless
-        1 <= k <= n.
+        The nearest row comes first; equally near rows are ordered by id. The results are arrays or tensors, as the queries are.
+        Call it on every rank; m may differ and be 0. Raises ValueError on every rank for a wrong shape, for queries that are not
+        finite or have a norm of LONGEST or more, and unless 1 <= k <= n.
         """
         asked, problem = _float_rows(queries, "queries", self.d)
         if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k <= self.n:
@@ -169,10 +178,10 @@ class LatentIndex:
         return squared, ids
 
     def tune(self, queries: np.ndarray | torch.Tensor, recall: float = 0.95, k: int = 10) -> float:
-        """Sets the least effort that finds the share `recall` of the k nearest, and returns the share that it does find.
+        """Sets the lowest effort that finds the share `recall` of the k nearest rows, and returns the share that it finds.
 
-        queries: [m, d], of this rank, that are not rows of the index. What is found is compared with an exact search. Call on
-        every rank. Raises ValueError as `search`, and where no rank has queries.
+        queries: [m, d] of this rank, which must not be rows of the index. The share is measured against an exact search. Call it
+        on every rank. Raises ValueError as `search` does, and if no rank has queries.
         """
         k = min(k, self.n)
         exact = LatentIndex([Part(p.start, p.rows) for p in self._parts], self.n, self.d, Choice("flat", ""), None, 1, {})
@@ -193,25 +202,23 @@ class LatentIndex:
                 high = min(2 * high, most)
             if share >= recall or self.kind != "ivf_pq" or self.oversampling >= 64:
                 break
-            self.oversampling *= 4  # the codes are too coarse for so few candidates
-        low = high // 2  # too little, or 0
+            self.oversampling *= 4  # the codes are too coarse for this number of candidates
+        low = high // 2  # an effort that is too low, or 0
         while high - low > max(1, low // 8) and share >= recall:
             middle = (low + high) // 2
             low, high = (low, middle) if found(middle) >= recall else (middle, high)
         share = found(high)
         if share < recall:
-            log.warning(
-                "index.recall=%s is not reached: %s finds %.4f at most; index.kind=flat is exact", recall, self.kind, share
-            )
+            log.warning("recall=%s is not reached: %s finds %.4f at most; kind=flat is exact", recall, self.kind, share)
         return share
 
     def save(self, path: str | Path) -> None:
-        """Writes the folder `path`, which `load` opens on any number of ranks, whole or not at all, in the place of an older one.
+        """Writes the folder `path` atomically and replaces an older one; `load` opens it on any number of ranks.
 
-        Call on every rank. Raises OSError on every rank if it cannot be written.
+        Call it on every rank. Raises OSError on every rank if it cannot be written.
         """
         path = Path(path)
-        # Names of this save alone: another process may be saving the same index.
+        # The names are unique to this save, because another process may save the same index.
         mark = from_rank_zero(secrets.token_hex(8))
         aside, old = (path.with_name(f".{path.name}.{mark}.{what}") for what in ("partial", "old"))
         try:
@@ -235,9 +242,11 @@ class LatentIndex:
 
     @classmethod
     def load(cls, path: str | Path) -> "LatentIndex":
-        """The saved index, its checksums verified, its files mapped rather than read, but for a CPU's codes. Call on every rank.
+        """Opens a saved index and verifies its checksums. Files are memory-mapped, except for the codes of a CPU index. Call it
+        on every rank.
 
-        Raises FileNotFoundError where there is none, DamagedIndex that names the file on its rank, OSError on others.
+        Raises FileNotFoundError if there is no index. Raises DamagedIndex, which names the file, on the rank of a damaged file,
+        and OSError on the other ranks.
         """
         path = Path(path)
         described = index_description(path)
@@ -259,7 +268,7 @@ class LatentIndex:
                         space.set_index_parameter(index, EFFORT[self.kind], self.effort)
 
     def _search_everywhere(self, asked: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """This rank's queries in the parts of all ranks, which answer all ranks' queries together."""
+        """Searches the parts of all ranks for this rank's queries; all ranks answer the queries of all ranks together."""
         device = message_device()
         counts = row_counts(len(asked), device)
         everyone = gather_padded(torch.tensor(asked, device=device), counts).cpu().numpy()
@@ -277,7 +286,7 @@ class LatentIndex:
         return _merged(list(zip(*answers, strict=True)), k, counts[rank()])
 
     def _candidates(self, part: Part, queries: np.ndarray, count: int) -> np.ndarray:
-        """Ids within the part of about so many rows near each query, [m, up to count]; -1 where fewer were found."""
+        """Returns ids within the part of about `count` rows near each query, [m, up to count]; -1 if fewer were found."""
         count = min(count * (self.oversampling if self.kind == "ivf_pq" else 1), len(part.rows))
         searched = part.on_gpus if part.on_gpus is not None and count <= MOST_OF_GPUS else part.index
         if searched is None:
@@ -290,7 +299,7 @@ class LatentIndex:
             np.save(folder / f"{name}.npy", part.rows)
             if part.index is not None:
                 faiss.write_index(part.index, str(folder / f"{name}.faiss"))
-        except (OSError, RuntimeError) as error:  # FAISS has its own words for a full disk
+        except (OSError, RuntimeError) as error:  # FAISS raises RuntimeError if the disk is full
             raise OSError(f"the index in {folder.parent} could not be written: {error}") from error
         files = sorted(path.name for path in folder.glob(f"{name}.*"))
         for file in files:
@@ -299,7 +308,7 @@ class LatentIndex:
 
 
 def index_description(path: Path) -> dict:
-    """What `save` wrote of an index beside its parts. Raises FileNotFoundError where there is none, DamagedIndex."""
+    """Reads the description that `save` wrote. Raises FileNotFoundError if there is none, DamagedIndex if it cannot be read."""
     if not (path / "index.json").is_file():
         raise FileNotFoundError(f"{path} holds no index (index.json); LatentIndex.save writes one")
     try:
@@ -313,13 +322,13 @@ def index_description(path: Path) -> dict:
 
 
 def choose(rows: int, d: int, recall: float, memory: int) -> Choice:
-    """The kind for so many rows on a rank, and why.
+    """Chooses the kind for this many rows per rank, and gives the reason.
 
-    hnsw is never chosen: it takes by far the longest to build.
+    hnsw is never chosen, because it takes by far the longest to build.
     """
     size = f"{rows:,} rows of {d} dimensions a rank"
     if recall == 1:
-        return Choice("flat", "a recall of 1 wants an exact search")
+        return Choice("flat", "a recall of 1 needs an exact search")
     if rows <= EXACT_UNTIL:
         return Choice("flat", f"{size} are few enough to compare with every one, up to {EXACT_UNTIL:,}")
     if (taken := rows * (4 * d + 8)) <= memory:
@@ -328,13 +337,13 @@ def choose(rows: int, d: int, recall: float, memory: int) -> Choice:
 
 
 def _memory(given: int | None) -> int:
-    """Bytes an index may take on each rank: rank 0's answer, so that all choose alike."""
+    """Returns the bytes that an index may use on each rank. It is rank 0's value, so that all ranks choose the same kind."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
     return from_rank_zero(given or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 // ranks)
 
 
 def _trained(kind: str, rows: np.ndarray, generator: np.random.Generator) -> faiss.Index:
-    """An empty index, its quantizers trained on some of the rows."""
+    """Returns an empty index whose quantizers are trained on some of the rows."""
     m, d = rows.shape
     if kind == "hnsw":
         return faiss.index_factory(d, f"HNSW{GRAPH},Flat")
@@ -346,7 +355,10 @@ def _trained(kind: str, rows: np.ndarray, generator: np.random.Generator) -> fai
 
 
 def _coded(d: int, cells: int) -> str:
-    """Half a byte a dimension: a CPU is three times as fast with codes that fit its registers, of which GPUs know nothing."""
+    """Returns the FAISS factory string for codes of half a byte per dimension.
+
+    A CPU is three times as fast with codes that fit into its registers. GPUs do not support these.
+    """
     if not faiss.get_num_gpus():
         return f"IVF{cells},PQ{d}x4fs"
     even = d + d % 2
@@ -354,7 +366,7 @@ def _coded(d: int, cells: int) -> str:
 
 
 def _on_gpus(part: Part) -> Part:
-    """The part with a copy on the GPUs, where FAISS sees any: on this rank's own, or over all of them for a single rank."""
+    """Copies the part to the GPUs if FAISS sees any: to this rank's own GPU, or to all GPUs for a single rank."""
     if not (gpus := faiss.get_num_gpus()) or isinstance(part.index, faiss.IndexHNSW | faiss.IndexIVFPQFastScan):
         return part
     index = part.index
@@ -373,7 +385,7 @@ def _most_effort(index: faiss.Index, kind: str) -> int:
 
 
 def _nearest(part: Part, queries: np.ndarray, k: int, candidates: Callable) -> tuple[np.ndarray, np.ndarray]:
-    """The k nearest rows of a part, [m, k] each, among candidates that are taken more of until none can be missing."""
+    """Returns the k nearest rows of a part, two [m, k]. It takes more candidates until no nearest row can be missing."""
     squared, ids = np.full((len(queries), k), np.inf, np.float32), np.full((len(queries), k), -1, np.int64)
     open_, wanted = np.arange(len(queries)), min(k + SPARE, len(part.rows))
     while len(open_):
@@ -381,11 +393,11 @@ def _nearest(part: Part, queries: np.ndarray, k: int, candidates: Callable) -> t
         for some in (open_[start : start + at_once] for start in range(0, len(open_), at_once)):
             asked = np.ascontiguousarray(queries[some])
             found = candidates(part, asked, wanted)
-            if (few := (found < 0).sum(1) > found.shape[1] - k).any():  # its cells hold fewer than k
+            if (few := (found < 0).sum(1) > found.shape[1] - k).any():  # the searched cells hold fewer than k rows
                 found[few] = faiss.knn(asked[few], part.rows, found.shape[1])[1]
             distances, found = _by_distance(_squared_distances(asked, part.rows, found), found)
             squared[some], ids[some] = distances[:, :k], found[:, :k]
-            # Where the last candidate is as near as the k-th, as far as rounding lets one tell, there may be more of these.
+            # If the last candidate is as near as the k-th, up to rounding, other rows may be as near as well.
             near = distances[:, -1] - distances[:, k - 1] <= _rounding(part, asked)
             cut.append(some[near & (found.shape[1] < len(part.rows))])
         open_, wanted = np.concatenate(cut), min(4 * wanted, len(part.rows))
@@ -394,16 +406,19 @@ def _nearest(part: Part, queries: np.ndarray, k: int, candidates: Callable) -> t
 
 
 def _rounding(part: Part, queries: np.ndarray) -> np.ndarray | float:
-    """By how much a row that an exact search left out may seem further than its last candidate and yet be nearer, [m]."""
+    """Returns the effect of rounding on an exact search, [m].
+
+    A row that the search left out can seem farther than its last candidate by up to this much and still be nearer.
+    """
     if part.index is not None:
         return 0.0
-    # |q|^2 + |x|^2 - 2 q.x is off by at most E = (d + 2) 2^-24 (|q| + |x|)^2, and so is the sum of squared differences.
+    # |q|^2 + |x|^2 - 2 q.x has an error of at most E = (d + 2) 2^-24 (|q| + |x|)^2. So has the sum of squared differences.
     error = (queries.shape[1] + 2) * 2**-24 * (np.linalg.norm(queries, axis=1) + part.longest) ** 2
     return 4 * error
 
 
 def _squared_distances(queries: np.ndarray, rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Of each query to the rows of these ids, by direct difference; infinity for -1: [m, d], [r, d], [m, c] -> [m, c]."""
+    """Returns the distances of queries to rows by direct difference; infinity for id -1: [m, d], [r, d], [m, c] -> [m, c]."""
     out, ids = np.empty(ids.shape, np.float32), np.ascontiguousarray(ids)
     faiss.fvec_L2sqr_by_idx(
         faiss.swig_ptr(out),
@@ -419,32 +434,35 @@ def _squared_distances(queries: np.ndarray, rows: np.ndarray, ids: np.ndarray) -
 
 
 def _by_distance(squared: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each row sorted by distance, equals by id."""
+    """Sorts each row by distance, and equal distances by id."""
     order = np.lexsort((ids, squared), axis=1)
     return np.take_along_axis(squared, order, 1), np.take_along_axis(ids, order, 1)
 
 
 def _merged(found: list[tuple[np.ndarray, np.ndarray]], k: int, queries: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k nearest of several answers; filled up with infinity and -1 if these are fewer."""
+    """Returns the k nearest rows of several answers, filled up with infinity and -1 if there are fewer."""
     nothing = np.full((queries, k), np.inf, np.float32), np.full((queries, k), -1, np.int64)
     squared, ids = _by_distance(*(np.concatenate(parts, 1) for parts in zip(*found, nothing, strict=True)))
     return np.ascontiguousarray(squared[:, :k]), np.ascontiguousarray(ids[:, :k])
 
 
 def _float_rows(x: np.ndarray | torch.Tensor, what: str, d: int | None = None) -> tuple[np.ndarray, str | None]:
-    """As float32 [rows, d], and what is wrong with it: known to one rank, it has to be told to all."""
+    """Returns x as float32 [rows, d], and what is wrong with it, or None.
+
+    An error that one rank sees has to be told to all ranks, so it is returned and not raised.
+    """
     rows = x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
     if rows.ndim != 2 or rows.shape[1] == 0 or (d is not None and rows.shape[1] != d) or rows.dtype.kind not in "fiu":
-        return np.empty((0, d or 0), np.float32), f"wanted {what} [rows, {d or 'dimensions'}], got {rows.dtype} {rows.shape}"
-    if rows.dtype != np.float32 or not rows.flags.c_contiguous:  # else it may stay on the disk
+        return np.empty((0, d or 0), np.float32), f"expected {what} [rows, {d or 'dimensions'}], got {rows.dtype} {rows.shape}"
+    if rows.dtype != np.float32 or not rows.flags.c_contiguous:  # otherwise a memory-mapped array stays on disk
         rows = np.ascontiguousarray(rows, dtype=np.float32)
     blocks = (rows[i : i + BLOCK] for i in range(0, len(rows), BLOCK))
     broken = sum(int((~(np.einsum("nd,nd->n", block, block) < LONGEST**2)).sum()) for block in blocks)
-    return rows, f"{broken} of {len(rows):,} {what} are not finite, or as long as {LONGEST:.2g}" if broken else None
+    return rows, f"{broken} of {len(rows):,} {what} are not finite or have a norm of {LONGEST:.2g} or more" if broken else None
 
 
 def _exchange(new: Path, path: Path, old: Path) -> None:
-    """Puts the folder `new` in the place of `path`, and what was there into `old`; other processes may do so too."""
+    """Renames the folder `new` to `path`, and the folder that was there to `old`; other processes may do so at the same time."""
     while True:
         with suppress(FileNotFoundError):
             path.rename(old)
@@ -456,7 +474,7 @@ def _exchange(new: Path, path: Path, old: Path) -> None:
                 with suppress(OSError):
                     old.rename(path)
                 raise
-            shutil.rmtree(old, ignore_errors=True)  # another has put its own there meanwhile
+            shutil.rmtree(old, ignore_errors=True)  # another process has put its own folder there
 
 
 def _load_part(folder: Path, part: dict, d: int, kind: str) -> Part:
@@ -469,7 +487,7 @@ def _load_part(folder: Path, part: dict, d: int, kind: str) -> Part:
     rows = np.load(names[".npy"], mmap_mode="r", allow_pickle=False)
     if rows.shape != (part["rows"], d) or rows.dtype != np.float32:
         raise DamagedIndex(f"the index {folder} is damaged: {names['.npy'].name} holds {rows.dtype} {rows.shape}")
-    # FAISS has two ways; the older one maps the cells of an index alone, and would read a graph.
+    # FAISS has two ways to map files. The older one maps only the cells of an index, and would read a graph into memory.
     mapped = faiss.IO_FLAG_MMAP_IFC if kind == "hnsw" else faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY
     index = faiss.read_index(str(names[".faiss"]), mapped) if ".faiss" in names else None
     return _on_gpus(Part(part["start"], rows, index))

@@ -1,11 +1,12 @@
-"""Gaussian mixture with full covariances, fitted by expectation maximization to latents that lie on all ranks.
+"""A Gaussian mixture with full covariances, fitted by expectation maximization to the latents of all ranks.
 
     log p(x) = logsumexp_c [ log w_c - (d log 2 pi + log |C_c| + |y_c|^2) / 2 ],   y_c = L_c^-1 (x - mu_c),   C_c = L_c L_c^T
     r_c = p(c | x),   N_c = sum r_c,   new mu_c = mu_c + L_c s_c,   new C_c = L_c (sum r_c y_c y_c^T / N_c - s_c s_c^T) L_c^T
 
-with s_c = sum r_c y_c / N_c. So the whitened rows y of the E-step make the M-step too: one pass over the latents an iteration,
-in tiles that stay in the cache, and nothing of size n x k is kept.
-n: latents of all ranks, d: their dimensions, k: components. From the same start it is scikit-learn's GaussianMixture.
+with s_c = sum r_c y_c / N_c. The M-step needs only sums over the whitened rows y of the E-step. So an iteration is one pass over
+the latents, in tiles that stay in the cache, and nothing of size n x k is stored. From the same start, the result is that of
+scikit-learn's GaussianMixture.
+n: latents of all ranks, d: their dimensions, k: components.
 """
 
 import math
@@ -19,28 +20,29 @@ from eae_dist.latent.gaussian import CHOICE, NOISE, Seeds, check_state, covarian
 from eae_dist.latent.rows import BLOCK, ExactSum, Rows
 from eae_dist.numerics.keyed_random import derive_key, normal, row_keys, uniform
 
-TILE = 1024  # rows: larger ones fall out of the caches, smaller ones call more
+TILE = 1024  # rows; larger tiles do not fit into the caches, smaller tiles need more calls
 LLOYD_ITERATIONS = 20
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """weights [k], means [k, d], covariances [k, d, d], all float64."""
+    """Weights [k], means [k, d] and covariances [k, d, d], all float64."""
 
     weights: torch.Tensor
     means: torch.Tensor
     covariances: torch.Tensor
 
     def to(self, device: torch.device | str) -> "Parameters":
+        """Returns the parameters on that device, in float64."""
         return Parameters(*(x.to(device, torch.float64) for x in (self.weights, self.means, self.covariances)))
 
 
 class Mixture:
-    """The mixture of `components` Gaussians, the most likely of several k-means++ starts.
+    """A mixture of `components` Gaussians: the most likely fit of several k-means++ starts.
 
-    As scikit-learn: `regularization` is added to the variances in each iteration, which end when the mean log-likelihood
-    moves by less than `tolerance` nats, or after `iterations` without having converged. The result does not depend on the
-    number of ranks. `start`, where given, is the only start.
+    As in scikit-learn, `regularization` is added to the variances in each iteration. The iterations end when the mean
+    log-likelihood changes by less than `tolerance` nats, or without convergence after `iterations`. The result does not depend on
+    the number of ranks. If `start` is given, it is the only start.
     """
 
     def __init__(
@@ -50,7 +52,7 @@ class Mixture:
         starts: int = 3,
         regularization: float = 1e-6,
         tolerance: float = 1e-3,
-        iterations: int = 2000,  # as the regularized autoencoders' authors ran it; scikit-learn's default is 100
+        iterations: int = 2000,  # the value of the regularized autoencoders' authors; scikit-learn's default is 100
         seed: int = 0,
         start: Parameters | None = None,
     ):
@@ -62,14 +64,17 @@ class Mixture:
         self.regularization, self.tolerance = regularization, tolerance
 
     def fit(self, latents: torch.Tensor) -> None:
-        """Call on every rank. ValueError for fewer latents than parameters, or if in every start a component collapses."""
+        """Fits the mixture; see `Density.fit`. Call it on every rank.
+
+        Raises ValueError if there are fewer latents than parameters, or if a component collapses in every start.
+        """
         rows = Rows(latents)
         k, d = self.components, rows.d
         wanted = k * (d + d * (d + 1) // 2 + 1)
         if rows.n < wanted:
             raise ValueError(
-                f"a mixture of {k} full covariances in {d} dimensions has {wanted} parameters and needs as many latents, "
-                f"got {rows.n}; use fewer components, more latents, or mvg"
+                f"a mixture of {k} full covariances in {d} dimensions has {wanted} parameters and needs at least as many "
+                f"latents, got {rows.n}; use fewer components, more latents, or mvg"
             )
         moments = Moments(rows)
         climbs = [
@@ -93,7 +98,7 @@ class Mixture:
         if self.start.means.shape != (self.components, moments.rows.d):
             shape = list(self.start.means.shape)
             raise ValueError(
-                f"the start has means {shape}, wanted [components, dimensions] = [{self.components}, {moments.rows.d}]"
+                f"the start has means {shape}, expected [components, dimensions] = [{self.components}, {moments.rows.d}]"
             )
         return self.start.to(moments.rows.local.device)
 
@@ -110,6 +115,7 @@ class Mixture:
         return EMResult(parameters, previous, iteration, converged, collapsed=False, fewest=fewest)
 
     def sample(self, seeds: Seeds) -> torch.Tensor:
+        """Returns samples of the mixture, float64 [m, d]."""
         weights, means = self.parameters.weights, self.parameters.means
         z = normal(sample_keys(seeds, NOISE), means.shape[1])
         u = uniform(sample_keys(seeds, CHOICE), 1)[:, 0]
@@ -121,6 +127,7 @@ class Mixture:
         return out
 
     def state_dict(self) -> dict[str, torch.Tensor]:
+        """Returns the state; see `Density.state_dict`."""
         return {
             "weights": self.parameters.weights,
             "means": self.parameters.means,
@@ -132,6 +139,7 @@ class Mixture:
         }
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Restores the state; see `Density.load_state_dict`."""
         own = ("log_likelihood", "start_log_likelihoods", "iterations", "converged")
         check_state(state, ("weights", "means", "covariances", *own))
         self.parameters = Parameters(state["weights"], state["means"], state["covariances"]).to("cpu")
@@ -139,7 +147,10 @@ class Mixture:
         self.iterations_used, self.converged = int(state["iterations"]), bool(state["converged"])
 
     def report(self) -> dict:
-        """Log-likelihoods are means over the fitted latents, nats; that of a start, before its last step; None: it collapsed."""
+        """Describes the fit. All log-likelihoods are means over the fitted latents [nats].
+
+        The log-likelihood of a start is the one before its last step; it is None if the start collapsed.
+        """
         out = {
             "log_likelihood": self.log_likelihood,
             "converged": self.converged,
@@ -153,9 +164,9 @@ class Mixture:
 
 
 class EMResult(NamedTuple):
-    """Expectation maximization from one start, and the mean log-likelihood [nats] before its last step.
+    """The result of expectation maximization from one start, and its mean log-likelihood [nats] before the last step.
 
-    It ends where a component stands for too few latents, `fewest`, to have a covariance of its own: it has collapsed.
+    The start has collapsed if a component has too few latents, `fewest`, for a covariance of its own.
     """
 
     parameters: Parameters
@@ -168,7 +179,7 @@ class EMResult(NamedTuple):
 
 @dataclass(frozen=True)
 class Expectation:
-    """The mean log-likelihood [nats] of all latents, and their moments as each component sees them, whitened by it.
+    """The mean log-likelihood [nats] of all latents, and their moments, whitened and weighted for each component.
 
     counts N [k]; first = sum r y [k, d]; second = sum r y y^T [k, d, d]; factors L [k, d, d]; means [k, d].
     """
@@ -181,12 +192,15 @@ class Expectation:
     means: torch.Tensor
 
     def maximized(self, regularization: float) -> Parameters:
-        """The M-step."""
+        """Returns the parameters after the M-step."""
         weights = self.counts / self.counts.sum()
         return Parameters(weights, *self._moved(self._covariances(self.counts[:, None, None]), regularization))
 
     def with_pooled_covariance(self, regularization: float) -> Parameters:
-        """As `maximized`, with d latents' worth of the components' mean covariance in each: a start for small ones as well."""
+        """Returns the parameters as `maximized` does, and adds the components' mean covariance with the weight of d latents.
+
+        A small component also gets a usable covariance in this way.
+        """
         counts, d = self.counts[:, None, None], self.means.shape[1]
         own = self._covariances(counts.clamp(min=1))
         pooled = (own * counts).sum(0) / counts.sum()
@@ -207,20 +221,20 @@ class Expectation:
 
 
 class Moments:
-    """What a pass over the latents of all ranks gives: their moments under a mixture."""
+    """Computes the moments of the latents of all ranks under a mixture, in one pass."""
 
     def __init__(self, rows: Rows):
         self.rows, self.center, self.largest = rows, rows.mean(), rows.largest()
 
     def of(self, parameters: Parameters, hard: bool = False) -> Expectation:
-        """The E-step. hard: each latent belongs to its most likely component alone. Call on every rank."""
+        """Returns the E-step. hard: each latent belongs only to its most likely component. Call it on every rank."""
         k, d = parameters.means.shape
         factors, info = torch.linalg.cholesky_ex(parameters.covariances)
-        failed = int(self.rows.over_ranks((info != 0).sum()).max())  # of all ranks, lest one goes on alone
+        failed = int(self.rows.over_ranks((info != 0).sum()).max())  # the same on all ranks, so that all of them raise
         if failed:
             raise ValueError(
                 f"the covariances of {failed} of {k} components are not positive definite in float64; the latents reach "
-                f"{self.largest:.3g}: scale them, or raise regularization"
+                f"{self.largest:.3g}; scale them, or raise regularization"
             )
         whitened = _Whitened(parameters, factors, self.center, hard)
         total = ExactSum(self.rows, whitened.size, whitened.bound(self.largest))
@@ -233,13 +247,13 @@ class Moments:
 
 
 class _Whitened:
-    """The arithmetic of blocks of rows, tile by tile of t rows, in buffers that are kept: fresh memory is slow."""
+    """Computes the sums over a block of rows, in tiles of t rows. It keeps its buffers, because fresh memory is slow."""
 
     def __init__(self, parameters: Parameters, factors: torch.Tensor, center: torch.Tensor, hard: bool):
         self.k, self.d = k, d = parameters.means.shape
         self.means, self.center, self.hard = parameters.means, center, hard
         identity = torch.eye(d, dtype=factors.dtype, device=factors.device)
-        self.whitening = torch.linalg.solve_triangular(factors, identity.expand_as(factors), upper=False).mT  # y = (x - mu) this
+        self.whitening = torch.linalg.solve_triangular(factors, identity.expand_as(factors), upper=False).mT  # y = (x - mu) W
         self.matrix = self.whitening.permute(1, 0, 2).reshape(d, k * d)  # all components side by side, for one product
         self.offset = ((center - parameters.means)[:, None] @ self.whitening).reshape(k * d)
         log_determinant = self.whitening.diagonal(dim1=1, dim2=2).log().sum(1)
@@ -252,14 +266,14 @@ class _Whitened:
         self._weighted = factors.new_empty(k * self.tile * (d + 1))
 
     def bound(self, largest: float) -> float:
-        """What no row exceeds in any of its sums."""
+        """Returns a bound on what one row adds to any of the sums."""
         reach = math.sqrt(self.d) * largest + float(self.means.norm(dim=1).max())
         whitened = reach * float(torch.linalg.matrix_norm(self.whitening).max())
         constants = self.constants[self.constants.isfinite()]
         return 1 + whitened**2 + float(constants.abs().max()) + math.log(self.k)
 
     def sums(self, block: torch.Tensor) -> torch.Tensor:
-        """Of a block [m, d]: its log-likelihood, then for each component sum r (y, 1)^T (y, 1); packed, [size]."""
+        """Returns a block's log-likelihood and, for each component, sum r (y, 1)^T (y, 1); [m, d] -> packed [size]."""
         k, d = self.k, self.d
         out = block.new_zeros(self.size)
         products = out[1:].view(k, d + 1, d + 1)
@@ -274,7 +288,7 @@ class _Whitened:
             if self.hard:
                 roots = torch.zeros_like(joint).scatter_(1, joint.argmax(1, keepdim=True), 1.0)
             else:
-                roots = ((joint - evidence) * 0.5).exp_()  # of the responsibilities: each factor of r y y^T gets one
+                roots = ((joint - evidence) * 0.5).exp_()  # of the responsibilities, one for each y of r y y^T
             weighted = self._weighted[: k * t * (d + 1)].view(k, t, d + 1)
             weighted[:, :, d] = roots.T
             torch.mul(whitened.transpose(0, 1), roots.T[:, :, None], out=weighted[:, :, :d])
@@ -283,16 +297,16 @@ class _Whitened:
 
 
 def add_squares(sums: torch.Tensor, y: torch.Tensor) -> None:
-    """sums[c] += y[c]^T y[c], [k, e, e] and [k, t, e]."""
+    """Adds y[c]^T y[c] to sums[c]; sums: [k, e, e], y: [k, t, e]."""
     if y.device.type == "cpu":
         for total, rows in zip(sums.numpy(), y.numpy(), strict=True):
-            total += rows.T @ rows  # numpy knows that this is symmetric and does half the work
+            total += rows.T @ rows  # numpy sees that this is symmetric and does half the work
     else:
         sums.baddbmm_(y.mT, y)
 
 
 def start_by_k_means(moments: Moments, k: int, key: tuple[int, int], regularization: float) -> Parameters:
-    """The mixture of k-means' clusters, from centers that are drawn by k-means++. Call on every rank."""
+    """Returns the mixture of the k-means clusters, from centers drawn by k-means++. Call it on every rank."""
     rows = moments.rows
     centers = k_means_centers(rows, k_means_seeds(rows, k, key), moments.largest)
     spheres = torch.eye(rows.d, dtype=torch.float64, device=centers.device).repeat(k, 1, 1)
@@ -301,10 +315,10 @@ def start_by_k_means(moments: Moments, k: int, key: tuple[int, int], regularizat
 
 
 def k_means_seeds(rows: Rows, k: int, key: tuple[int, int]) -> torch.Tensor:
-    """k latents, each drawn with probability proportional to the squared distance from those before it, [k, d].
+    """Returns k latents [k, d], each drawn with probability proportional to the squared distance from those before it.
 
-    k-means++ (Arthur & Vassilvitskii 2007), drawn as a race: the row with the smallest E_i / D_i^2 wins, E_i an exponential
-    variate keyed by the row's number, which needs no sums over the rows before it.
+    This is k-means++ (Arthur & Vassilvitskii 2007), drawn as a race: the row with the smallest E_i / D_i^2 wins. E_i is an
+    exponential variate keyed by the row's number, so no sums over preceding rows are needed.
     """
     device = rows.local.device
     squared = [torch.ones(len(block), dtype=torch.float64, device=device) for block in rows.blocks()]
@@ -320,7 +334,7 @@ def k_means_seeds(rows: Rows, k: int, key: tuple[int, int]) -> torch.Tensor:
         everyone = rows.over_ranks(torch.cat([winner.new_tensor([time]), winner]))
         time, *_ = first_to_finish = everyone[everyone[:, 0].argmin()]
         if not time.isfinite():
-            raise ValueError(f"a mixture of {k} components needs as many distinct latents, got {number} among {rows.n}")
+            raise ValueError(f"a mixture of {k} components needs {k} distinct latents, got {number} among {rows.n}")
         seeds.append(first_to_finish[1:].to(device))
         distances = ((block - seeds[-1]).square().sum(1) for block in rows.blocks())
         squared = [d if number == 0 else torch.minimum(s, d) for s, d in zip(squared, distances, strict=True)]
@@ -328,7 +342,7 @@ def k_means_seeds(rows: Rows, k: int, key: tuple[int, int]) -> torch.Tensor:
 
 
 def k_means_centers(rows: Rows, centers: torch.Tensor, largest: float) -> torch.Tensor:
-    """Lloyd's iterations from these centers, [k, d] -> [k, d], at most LLOYD_ITERATIONS; a center without rows stays."""
+    """Runs at most LLOYD_ITERATIONS of Lloyd's algorithm on centers, [k, d] -> [k, d]; a center without rows does not move."""
     k, d = centers.shape
     for _ in range(LLOYD_ITERATIONS):
         total = ExactSum(rows, k * (d + 1), max(largest, 1))

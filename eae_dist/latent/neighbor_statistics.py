@@ -1,4 +1,4 @@
-"""What distances to neighbors say of sets of latents: copies, labels, entropy. n, m: rows, d: dimensions."""
+"""Statistics of the distances to neighbors among latents: copies, labels, entropy. n, m: rows, d: dimensions."""
 
 import math
 
@@ -11,23 +11,25 @@ from eae_dist.losses.entropy import log_unit_ball_volume
 
 
 def nearest_others(index: LatentIndex, rows: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
-    """Squared distance and id of each row's nearest other row, two [b]; these are rows first, first + 1, ... of the index.
+    """Returns the squared distance and the id of each row's nearest other row, two [b].
 
-    Call on every rank. Raises ValueError for an index of a single row.
+    The rows must be rows first, first + 1, ... of the index. Call it on every rank. Raises ValueError for an index of a single
+    row.
     """
     if index.n < 2:
-        raise ValueError(f"a row has a nearest other row from 2 rows on, the index has {index.n}")
+        raise ValueError(f"nearest other rows need an index of at least 2 rows, got {index.n}")
     squared, ids = index.search(rows, 2)
-    own = ids[:, 0] == first + np.arange(len(rows))  # else it has twins before it
+    own = ids[:, 0] == first + np.arange(len(rows))  # otherwise a duplicate of the row comes first
     return np.where(own, squared[:, 1], squared[:, 0]), np.where(own, ids[:, 1], ids[:, 0])
 
 
 def compare_distances(sample: np.ndarray, query: np.ndarray) -> dict[str, float]:
-    """Whether samples [m] lie nearer to the training rows than held-out images [n] do: copies would (Meehan et al. 2020).
+    """Compares the distances to the training rows of samples [m] and of held-out images [n].
 
-    sample_nearer: the share of pairs in which the sample is the nearer one, ties as halves; one half without copying. z: that of
-    the Mann-Whitney test, positive where samples are nearer. ks, ks_p: largest difference of the distribution functions, and how
-    likely as large a one would be by chance.
+    Samples that are copies would be nearer (Meehan et al. 2020). sample_nearer: the share of pairs in which the sample is nearer,
+    with ties as one half; it is one half without copying. z: the statistic of the Mann-Whitney test, positive if samples are
+    nearer. ks, ks_p: the largest difference between the distribution functions, and the probability of at least this difference
+    by chance.
     """
     m, n = len(sample), len(query)
     share = 1 - float(mannwhitneyu(sample, query).statistic) / (m * n)
@@ -46,15 +48,18 @@ def compare_distances(sample: np.ndarray, query: np.ndarray) -> dict[str, float]
 
 
 def vote(labels: np.ndarray) -> np.ndarray:
-    """The commonest label of each row's neighbors, nearest first, [m, k] -> [m]; of equally common ones the nearer."""
+    """Returns the most common label of each row's neighbors, nearest first, [m, k] -> [m]; if several are, the one of the
+    nearest.
+    """
     same = (labels[:, :, None] == labels[:, None, :]).sum(2)
     return np.take_along_axis(labels, same.argmax(1)[:, None], 1)[:, 0]
 
 
 def entropy_of_distances(distance: np.ndarray, d: int) -> dict[str, float | int]:
-    """The Kozachenko-Leonenko entropy of n rows from the distance of each to its nearest other, in nats.
+    """Returns the Kozachenko-Leonenko entropy [nats] of n rows from the distance of each row to its nearest other row.
 
-    Rows with an exact twin have no density, and are left out of the mean: `without`. gaussian: that of N(0, I) itself.
+    Rows with an exact duplicate have no density and are left out of the mean; `without` is their number. `gaussian` is the
+    entropy of N(0, I) itself.
     """
     n, apart = len(distance), distance[distance > 0]
     mean = float(np.log(apart).mean()) if len(apart) else -math.inf

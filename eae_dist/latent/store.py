@@ -1,12 +1,12 @@
 """The latents of a data set on disk, as `python -m eae_dist.encode` writes them:
 
-    manifest.json                whose latents these are, and the sha256 of every file
-    train-000000.latents.npy     float32 [rows, d]: a run of a split's samples, in their order in the shards
-    train-000000.labels.npy      int64 [rows], -1 where a sample has none
+    manifest.json                the checkpoint and data set of the latents, and the sha256 of every file
+    train-000000.latents.npy     float32 [rows, d]: a run of a split's samples, in the order of the shards
+    train-000000.labels.npy      int64 [rows], -1 for a sample without a label
     train-000000.keys.npy        bytes [rows]
 
-A part appears whole, and the manifest when all parts are there. Meanwhile `.encoding.json` says whose latents are being made,
-and a small file beside each finished part, what its checksums are.
+A part is written atomically, and the manifest after all parts. Until then, `.encoding.json` says which latents are being made,
+and a small file beside each finished part has its checksums.
 """
 
 import io
@@ -21,12 +21,12 @@ import numpy as np
 from eae_dist.numerics.atomic_files import replace_file, sha256_of
 
 VERSION = 1
-PART_ROWS = 16_384  # about so many: what a killed encode may lose, and what ranks share out
+PART_ROWS = 16_384  # approximate size of a part; a killed encode loses at most one part per rank, and ranks share out parts
 FILES = ("latents", "labels", "keys")
 
 
 class DamagedLatents(ValueError):
-    """Files of encoded latents that are missing or differ from their checksums."""
+    """Files of encoded latents are missing or differ from their checksums."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,20 @@ class LatentFolder:
 
     root: Path
     about: dict
-    parts: dict[str, list[dict]]  # of each split: {"name", "rows", "sha256": {file: ...}}
+    parts: dict[str, list[dict]]  # for each split: {"name", "rows", "sha256": {file: ...}}
 
     @classmethod
     def open(cls, root: str | Path) -> "LatentFolder":
-        """Raises FileNotFoundError where there are no latents, or not yet all of them, DamagedLatents for a bad manifest."""
+        """Opens a folder of latents.
+
+        Raises FileNotFoundError if there are no latents, or not yet all of them, and DamagedLatents for a bad manifest.
+        """
         root = Path(root)
         if not (root / "manifest.json").is_file():
             how = "python -m eae_dist.encode --ckpt RUN --data SHARDS --out"
-            unfinished = ": encoding it was not finished; the same command goes on" if (root / ".encoding.json").is_file() else ""
+            unfinished = (
+                ": encoding is unfinished; run the same command to continue" if (root / ".encoding.json").is_file() else ""
+            )
             raise FileNotFoundError(f"{root} holds no latents (manifest.json){unfinished or f'; make them with `{how} {root}`'}")
         try:
             manifest = json.loads((root / "manifest.json").read_text())
@@ -51,14 +56,15 @@ class LatentFolder:
                 raise ValueError(f"version {manifest['version']}, this program reads version {VERSION}")
             return cls(root, manifest["about"], manifest["splits"])
         except (ValueError, KeyError, TypeError) as error:
-            raise DamagedLatents(f"{root}/manifest.json cannot be read as that of latents: {error}") from error
+            raise DamagedLatents(f"{root}/manifest.json cannot be read as a manifest of latents: {error}") from error
 
     @property
     def d(self) -> int:
+        """The number of latent dimensions."""
         return self.about["d"]
 
     def rows(self, split: str) -> int:
-        """How many latents a split has. ValueError, which names the splits there are, for another."""
+        """Returns the number of latents of a split. Raises ValueError, which lists the splits, for an unknown split."""
         if split not in self.parts:
             raise ValueError(
                 f"{self.root} holds no latents of a split {split!r}; it has {', '.join(sorted(self.parts))}; "
@@ -67,9 +73,9 @@ class LatentFolder:
         return sum(part["rows"] for part in self.parts[split])
 
     def read(self, split: str, what: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows [start, stop) of a split's latents, labels or keys, mapped from the disk where one part holds them all.
+        """Returns rows [start, stop) of a split's latents, labels or keys; they are memory-mapped if one part holds them all.
 
-        The checksums of the parts are verified. Raises DamagedLatents that names the file.
+        The checksums of the parts are verified. Raises DamagedLatents, which names the file.
         """
         stop, found, first = self.rows(split) if stop is None else stop, [], 0
         for part in self.parts[split]:
@@ -91,16 +97,17 @@ class LatentFolder:
 
 @cache
 def _checksum(path: Path) -> str:
-    """Of a finished part's file, once a process: it is read for the index, for its own neighbors, for a page's keys."""
+    """Returns the sha256 of a part's file. It is computed once per process, because several readers use the same file."""
     return sha256_of(path)
 
 
 def file_name(part: str, what: str) -> str:
+    """Returns the name of a part's file of latents, labels or keys."""
     return f"{part}.{what}.npy"
 
 
 def write_part(root: Path, name: str, latents: np.ndarray, labels: np.ndarray, keys: Sequence[str]) -> None:
-    """Writes a part whole or not at all: without its description it does not count."""
+    """Writes a part atomically: a part without its description does not count."""
     arrays = (latents.astype(np.float32, copy=False), labels.astype(np.int64, copy=False), np.char.encode(list(keys), "utf-8"))
     sha256 = {}
     for what, array in zip(FILES, arrays, strict=True):
@@ -112,7 +119,7 @@ def write_part(root: Path, name: str, latents: np.ndarray, labels: np.ndarray, k
 
 
 def finished_part(root: Path, name: str) -> dict | None:
-    """The description of a part that is there and whole."""
+    """Returns the description of a part, or None if the part is missing or damaged."""
     path = description(root, name)
     if not path.is_file():
         return None
@@ -123,4 +130,5 @@ def finished_part(root: Path, name: str) -> dict | None:
 
 
 def description(root: Path, name: str) -> Path:
+    """Returns the path of a part's description."""
     return root / f".{name}.json"

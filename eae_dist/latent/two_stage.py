@@ -32,7 +32,7 @@ PATIENCE, FACTOR, IMPROVEMENT = 3, 0.5, 1e-4  # the learning rate is halved at t
 
 
 class SecondStage(nn.Module):
-    """Encoder d -> (mu, log sigma) and decoder d -> d, each with two hidden layers and Glorot's initial weights from the seed."""
+    """Encoder d -> (mu, log sigma) and decoder d -> d, with two hidden layers each and Glorot's initial weights."""
 
     def __init__(self, d: int, width: int, seed: int = 0):
         super().__init__()

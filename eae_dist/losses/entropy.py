@@ -3,33 +3,36 @@
     H(z) = (d/n) sum_i log R_i + log V_d + psi(n) - psi(k)          [nats]
 
 R_i: distance from row i to its k-th nearest other row, V_d: volume of the unit d-ball (Kozachenko & Leonenko 1987; for k > 1
-Goria et al. 2005). n rows over all W ranks, b here, d dimensions.
+Goria et al. 2005). n: rows on all W ranks, b: rows on this rank, d: dimensions.
+A *share* is the value of one rank; the mean of the shares over ranks is the value of the global batch.
+A *floored pair* is a row and a neighbor at a distance below sqrt(eps2), where eps2 dominates the logarithm.
 
-The neighbors are searched without gradient in matrix-product form, in tiles that stay in the cache; the distances of the
-chosen pairs are then computed again by direct difference, because the product form cancels for close pairs. The whole
-gradient, of both ends of every pair and across ranks, is built in forward, so that backward communicates nothing.
+The neighbor search uses matrix products without gradient, in tiles that fit into the cache. The distances of the chosen pairs
+are then computed again by direct difference, because the product form cancels for close pairs. The forward pass builds the
+whole gradient, for both rows of every pair and across ranks, so that the backward pass needs no communication.
 """
 
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from eae_dist.distributed import gather_padded, rank, row_counts, world_size
 from eae_dist.numerics.precision import full_precision
 
-CPU_TILE, GPU_TILE = 512, 2048  # sides of tiles: 1 MiB of float32 stays in a core's own cache; a GPU wants fewer, larger calls
+CPU_TILE, GPU_TILE = 512, 2048  # tile sides: 1 MiB of float32 fits into a core's cache; a GPU needs fewer, larger calls
 
 
 class EntropyTerms(NamedTuple):
-    """`entropy`: this rank's share in nats. `floored`: how many of its pairs lie closer than sqrt(eps2), int64."""
+    """`entropy`: this rank's share in nats. `floored`: its number of floored pairs, int64."""
 
     entropy: torch.Tensor
     floored: torch.Tensor
 
 
 def knn_entropy(
-    latents: torch.Tensor,
+    latents: torch.Tensor | np.ndarray,
     *,
     k: int = 1,
     average_k: bool = False,
@@ -37,21 +40,23 @@ def knn_entropy(
     valid: torch.Tensor | None = None,
     group=None,
 ) -> torch.Tensor:
-    """Entropy of the rows of all ranks, [b, d] -> scalar nats: this rank's share, whose mean over ranks is H.
+    """Returns this rank's share of the entropy of all ranks' rows in nats, [b, d] -> scalar; the mean over ranks is H.
 
-    k: which neighbor; average_k takes the mean of log R over the first k, which halves the gradient's variance at k = 5.
+    k: the k-th nearest neighbor is used. average_k: use the mean of log R over the first k, which halves the variance of the
+        gradient at k = 5.
     eps2: added to squared distances inside the log, so that a pair of duplicates has gradient 0 and every gradient is bounded;
-        meant for latents of unit variance. valid: bool [b]; rows that are False are left out on both sides.
-    The gradient is right where every rank backpropagates the same upstream factor, as losses averaged by DDP do. Of neighbors
-    that are equally far it takes one; which one depends on the number of ranks.
-    Computed in float32 (float64 stays float64) whatever autocast and TF32's switches say.
+        it is meant for latents of unit variance.
+    valid: bool [b]; rows that are False are neither queries nor neighbors.
+    The gradient is correct if every rank backpropagates the same upstream factor, as with losses averaged by DDP. Among equally
+    distant neighbors it uses one; the choice depends on the number of ranks.
+    The computation is in float32 (float64 stays float64), regardless of autocast and TF32.
     Raises ValueError unless k >= 1 and more than k rows are valid over all ranks.
     """
     return entropy_terms(latents, k=k, average_k=average_k, eps2=eps2, valid=valid, group=group).entropy
 
 
 def entropy_terms(
-    latents: torch.Tensor,
+    latents: torch.Tensor | np.ndarray,
     *,
     k: int = 1,
     average_k: bool = False,
@@ -59,30 +64,32 @@ def entropy_terms(
     valid: torch.Tensor | None = None,
     group=None,
 ) -> EntropyTerms:
-    """As `knn_entropy`, with what the log shows beside it."""
+    """Returns `knn_entropy` and the number of floored pairs, for the same arguments."""
+    latents = torch.as_tensor(latents)
     if latents.ndim != 2:
-        raise ValueError(f"knn_entropy wants latents [rows, dimensions], got shape {tuple(latents.shape)}")
+        raise ValueError(f"knn_entropy needs latents [rows, dimensions], got shape {tuple(latents.shape)}")
     rows = latents if valid is None else latents[valid]
     return EntropyTerms(*_KnnEntropy.apply(rows, k, average_k, eps2, group))
 
 
 def log_unit_ball_volume(d: int) -> float:
-    """log V_d of the unit ball in d dimensions."""
+    """Returns log V_d of the unit ball in d dimensions."""
     return 0.5 * d * math.log(math.pi) - math.lgamma(0.5 * d + 1)
 
 
 def gaussian_reference(
     n: int, d: int, *, k: int, average_k: bool, eps2: float, seed: int, draws: int = 4, device: torch.device | str = "cpu"
 ) -> float:
-    """The estimate for n draws of N(0, I_d), batch-normed: what H of a batch is to be compared with, in nats.
+    """Returns the entropy estimate in nats for n batch-normed draws of N(0, I_d), to compare H of a batch with.
 
-    A reference, not a ceiling: the estimator is biased, and a batch that repels itself lies above it. Call on every rank.
+    The value is a reference, not an upper bound: the estimator is biased, and a batch whose rows repel each other can exceed it.
+    Call on every rank.
     """
     generator = torch.Generator().manual_seed(seed)
     start, stop = rank() * n // world_size(), (rank() + 1) * n // world_size()
     shares = []
     for _ in range(draws):
-        z = torch.randn(n, d, generator=generator).to(device)  # drawn on the CPU: the same on every device
+        z = torch.randn(n, d, generator=generator).to(device)  # drawn on the CPU, so that the values are the same on every device
         z = (z - z.mean(0)) / z.std(0, correction=0)
         shares.append(knn_entropy(z[start:stop], k=k, average_k=average_k, eps2=eps2))
     return float(gather_padded(torch.stack(shares).mean()[None], [1] * world_size()).mean())
@@ -91,17 +98,15 @@ def gaussian_reference(
 class _KnnEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, latents, k, average_k, eps2, group):
-        # Autocast stays on inside forward, and would take the products to bfloat16; TF32 gives 1 row in 1,000 a wrong neighbor.
+        # Autocast stays on inside forward and would use bfloat16 for the products; TF32 gives 1 row in 1,000 a wrong neighbor.
         with full_precision(latents.device):
             local = latents.detach().to(torch.promote_types(latents.dtype, torch.float32)).contiguous()
             counts = row_counts(len(local), local.device, group)
             n, d, world = sum(counts), local.shape[1], world_size(group)
-            if not 1 <= k < n:
-                compared = "a global batch" if group is None else "groups (objective.group)"
-                raise ValueError(
-                    f"objective.k={k} needs {compared} of more than {max(k, 1)} distinct rows, got {n}; "
-                    f"lower objective.k (at least 1) or raise train.global_batch"
-                )
+            if k < 1:
+                raise ValueError(f"k={k} must be at least 1")
+            if k >= n:
+                raise ValueError(f"k={k} needs more than {k} distinct rows, got {n}")
             keys = gather_padded(local, counts, group)
             offset = sum(counts[: rank(group)])
             neighbors = nearest_neighbors(keys, k, offset, len(local))
@@ -118,10 +123,10 @@ class _KnnEntropy(torch.autograd.Function):
             share = log_distance.sum() * (d * world / (n * m)) + constant
 
             if ctx.needs_input_grad[0]:
-                # W dH/dz of the local rows, which DDP's mean over ranks turns into dH/dz: as the row that asks ...
+                # W dH/dz of the local rows; DDP's mean over ranks turns it into dH/dz. First, the local rows as queries.
                 pull = difference.mul_((d * world / (n * m)) / (squared + eps2)[..., None])
                 gradient = pull.sum(1)
-                # ... and as the neighbor, of rows on any rank. Only ids travel; the pulls of far rows are computed again.
+                # Second, the local rows as neighbors of queries on any rank. Only ids are sent; pulls are computed again.
                 asking = torch.arange(offset, offset + len(local), device=local.device)[:, None].expand_as(neighbors)
                 if world == 1:
                     gradient.index_add_(0, neighbors.flatten(), pull.flatten(0, 1), alpha=-1)
@@ -147,33 +152,34 @@ class _KnnEntropy(torch.autograd.Function):
 
 @torch.no_grad()
 def nearest_neighbors(keys: torch.Tensor, k: int, offset: int, b: int) -> torch.Tensor:
-    """Ids of the k nearest other keys of the b queries, which are the keys from offset on: [n, d] -> int64 [b, k], nearest first.
+    """Returns the ids of the k nearest other keys of each query: keys [n, d] -> int64 [b, k], nearest first.
 
-    Half squared distances are made tile by tile, and of a tile only the minima over blocks of keys are kept: a query's k nearest
-    lie in the k blocks with the smallest minima, and only the distances to these blocks' keys are made again. For k = 1 a tile
-    between two parts of the queries serves both, its rows' neighbors along it and its columns' neighbors down it, and the tiles
-    below the diagonal are left out. Call under `full_precision`.
+    The queries are the b keys that start at offset. Half squared distances are computed in tiles, and only the minimum over each
+    block of keys in a tile is kept: the k nearest keys of a query lie in the k blocks with the smallest minima, and only the
+    distances to the keys of these blocks are computed again. For k = 1 a tile between two parts of the queries is used in both
+    directions: its row minima give the neighbors of its rows, its column minima those of its columns. The tiles below the
+    diagonal are then not computed. Call under `full_precision`.
     """
     n, device = len(keys), keys.device
-    symmetric = k == 1  # for more neighbors, merging the two directions costs more than the products that it saves
-    members = 16 if symmetric else 4  # keys of a block: many leave few minima, few leave few distances to make again
+    symmetric = k == 1  # for k > 1, merging the two directions costs more than the saved products
+    members = 16 if symmetric else 4  # keys per block: large blocks give few minima, small blocks few distances to recompute
     largest_side = CPU_TILE if device.type == "cpu" else GPU_TILE
-    blocks = -(-n // (members * -(-n // largest_side)))  # of a tile: the fewest tiles, all of one size
+    blocks = -(-n // (members * -(-n // largest_side)))  # per tile: as few tiles as possible, all of the same size
     side = members * blocks
     tiles, parts = -(-n // side), -(-b // side)
 
-    keys = keys.roll(-offset, 0)  # the queries first
-    keys = keys - keys.mean(0)  # far from the origin the products would cancel
-    # (|q|^2 + |k|^2)/2 - q.k as one product, [-q, 1, |q|^2/2] with [k, |k|^2/2, 1]; what fills the last tile is infinitely far.
+    keys = keys.roll(-offset, 0)  # puts the queries first
+    keys = keys - keys.mean(0)  # the products would cancel for keys far from the origin
+    # (|q|^2 + |k|^2)/2 - q.k as one product of [-q, 1, |q|^2/2] and [k, |k|^2/2, 1]. Padding has an infinite distance.
     half_norm, one = keys.square().sum(1, keepdim=True).mul_(0.5), keys.new_ones(n, 1)
     queries = torch.cat([-keys, one, half_norm], 1)[:b]
     keys = torch.nn.functional.pad(torch.cat([keys, half_norm, one], 1), (0, 0, 0, tiles * side - n))
     keys[n:, -2] = math.inf
     key_tiles = keys.view(tiles, side, -1).mT.unbind()
 
-    # Member i of block j of tile t is the key t side + i blocks + j, so that minima are taken along whole vectors.
+    # Member i of block j of tile t is the key t side + i blocks + j, so that minima are over contiguous vectors.
     spread = torch.arange(0, side, blocks, device=device)
-    buffer = keys.new_empty(max(largest_side**2, k * members * keys.shape[1]))  # a tile, then the keys that are looked at again
+    buffer = keys.new_empty(max(largest_side**2, k * members * keys.shape[1]))  # a tile, then the candidates' keys
     along, down = keys.new_empty(tiles, side, blocks), keys.new_empty(tiles if symmetric else 0, blocks, side)
     best, best_block = keys.new_full((b,), math.inf), torch.zeros(b, dtype=torch.int64, device=device)
     ids = torch.empty(b, k, dtype=torch.int64, device=device)
@@ -186,7 +192,7 @@ def nearest_neighbors(keys: torch.Tensor, k: int, offset: int, b: int) -> torch.
         for column, least in enumerate(minima, first):
             torch.mm(query, key_tiles[column], out=tile)
             if column == part:
-                tile.diagonal().fill_(math.inf)  # each query is infinitely far from itself
+                tile.diagonal().fill_(math.inf)  # a query is not its own neighbor
             torch.amin(rows, 1, out=least)
             if symmetric and part < column < parts:
                 torch.amin(tile.view(members, blocks, side), 0, out=down[column])
@@ -195,7 +201,7 @@ def nearest_neighbors(keys: torch.Tensor, k: int, offset: int, b: int) -> torch.
         block += first * blocks
         if symmetric:
             block = torch.where(best[start:stop, None] < smallest, best_block[start:stop, None], block)
-            # The queries below this part, by the minima down its tiles.
+            # The queries after this part use the column minima of its tiles.
             nearest = down[part + 1 : parts].amin(1).flatten()[: b - stop]
             improved = (nearest < best[stop:]).nonzero()[:, 0]
             column, place = part + 1 + improved // side, improved % side
@@ -207,9 +213,10 @@ def nearest_neighbors(keys: torch.Tensor, k: int, offset: int, b: int) -> torch.
 
 
 def _smallest_of_tiles(minima: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each row's k smallest, ascending, and their blocks' numbers over all tiles: [tiles, rows, blocks] -> [rows, up to k] x 2.
+    """Returns the k smallest minima of each row, ascending, and their blocks: [tiles, rows, blocks] -> [rows, up to k] x 2.
 
-    They lie at the k places within a tile whose smallest minima, over the tiles, are smallest.
+    Block numbers count over all tiles. For each place in a tile the minimum over tiles is taken; the k smallest minima lie at the
+    k places where it is smallest.
     """
     tiles, _, blocks = minima.shape
     place = _smallest(minima.amin(0), min(k, blocks))[1]
@@ -221,9 +228,9 @@ def _smallest_of_tiles(minima: torch.Tensor, k: int) -> tuple[torch.Tensor, torc
 def _nearest_of(
     candidates: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, k: int, start: int, buffer: torch.Tensor
 ) -> torch.Tensor:
-    """The k nearest of each query's candidates, ids [rows, m] -> [rows, k]; query i itself is key start + i.
+    """Returns the k nearest candidates of each query, ids [rows, m] -> [rows, k]; query i itself is key start + i.
 
-    queries and keys: as the products take them. buffer: where the candidates' keys are put.
+    queries, keys: the extended factors of the products. buffer: memory for the keys of the candidates.
     """
     nearest = []
     m, width = candidates.shape[1], keys.shape[1]
@@ -239,5 +246,5 @@ def _nearest_of(
 
 
 def _smallest(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k smallest of each row, ascending, and where: [b, m] -> two of [b, k]."""
+    """Returns the k smallest entries of each row, ascending, and their columns: [b, m] -> [b, k] x 2."""
     return x.min(1, keepdim=True) if k == 1 else x.topk(k, 1, largest=False, sorted=True)

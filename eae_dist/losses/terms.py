@@ -1,4 +1,6 @@
-"""Pure loss terms on this rank's rows; every term returns a *share*, and the mean of the shares over ranks is the global term.
+"""Loss terms as pure functions of this rank's rows.
+
+Every term returns a *share*: the mean of the shares over ranks is the term of the global batch.
 
 b: this rank's rows, n: all rows, d: latent dimensions, W: ranks.
 """
@@ -14,28 +16,35 @@ ROWS = 1024
 
 
 def squared_error(reconstruction: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """Sum of squares per image, [b, c, h, w] x 2 -> [b], in float32 or better. Raises ValueError for unequal shapes."""
+    """Returns the squared error per image, [b, c, h, w] x 2 -> [b], in float32 or better.
+
+    Raises ValueError for unequal shapes.
+    """
     if reconstruction.shape != images.shape:
-        raise ValueError(f"the decoder (model.decoder) made {tuple(reconstruction.shape)} of images {tuple(images.shape)}")
+        raise ValueError(f"the decoder (model.decoder) returned {tuple(reconstruction.shape)} for images {tuple(images.shape)}")
     difference = reconstruction.to(images.dtype) - images
     return difference.square().flatten(1).sum(1)
 
 
 def mean_share(per_row: torch.Tensor, rows: int) -> torch.Tensor:
-    """This rank's share W/n * sum of a mean over n = rows of all ranks, [b] -> scalar; ranks may hold unequal numbers."""
+    """Returns this rank's share W/n * sum of the mean over n = `rows` rows on all ranks, [b] -> scalar.
+
+    Ranks may hold different numbers of rows.
+    """
     return per_row.sum() * (world_size() / rows)
 
 
 def gaussian_divergence(mean: torch.Tensor, log_sigma: torch.Tensor) -> torch.Tensor:
-    """KL(N(mean, sigma^2) || N(0, I)) per row in nats, [b, d] x 2 -> [b]."""
+    """Returns KL(N(mean, sigma^2) || N(0, I)) per row in nats, [b, d] x 2 -> [b]."""
     return 0.5 * (mean.square() + (2 * log_sigma).exp() - 1 - 2 * log_sigma).sum(1)
 
 
 def kernel_discrepancy(latents: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
-    """MMD^2 between the latents of all ranks and as many prior draws, [b, d] x 2 -> scalar share; can be negative.
+    """Returns MMD^2 between the latents of all ranks and as many prior draws, [b, d] x 2 -> scalar share; it can be negative.
 
-    Inverse multiquadratic kernels sum_s C_s / (C_s + |x - y|^2), C_s = 2 d s; unbiased within each set, 2/n^2 across (Tolstikhin
-    et al. 2018, with the constants of the official RAE code). Each rank compares its rows with everyone's.
+    The kernel is inverse multiquadratic, sum_s C_s / (C_s + |x - y|^2) with C_s = 2 d s. The estimate is unbiased within each set
+    and has the factor 2/n^2 across the sets (Tolstikhin et al. 2018, with the constants of the official RAE code). Each rank
+    compares its rows with the rows of all ranks.
     """
     counts = row_counts(len(latents), latents.device)
     n, start = sum(counts), sum(counts[: rank()])
@@ -46,13 +55,13 @@ def kernel_discrepancy(latents: torch.Tensor, prior: torch.Tensor) -> torch.Tens
 
 
 def imq_kernel(x: torch.Tensor, y: torch.Tensor, offset: int | None = None) -> torch.Tensor:
-    """Sum of the kernels over all pairs, [b, d] x [n, d] -> scalar; with an offset, row i of x is row offset + i of y.
+    """Returns the sum of the kernel over all pairs of rows, [b, d] x [n, d] -> scalar.
 
-    A row is not paired with itself.
+    offset: row i of x is row offset + i of y, and a row is not paired with itself. None: x and y are different sets.
     """
     total = x.new_zeros(())
     place = torch.arange(len(y), device=x.device)
-    for start, rows in zip(range(0, len(x), ROWS), x.split(ROWS), strict=False):  # a whole split may be compared
+    for start, rows in zip(range(0, len(x), ROWS), x.split(ROWS), strict=False):  # x may be a whole split
         squared = rows.square().sum(1)[:, None] + y.square().sum(1) - 2 * rows @ y.T
         if offset is not None:
             itself = place[start : start + len(rows), None] + offset == place
@@ -63,5 +72,5 @@ def imq_kernel(x: torch.Tensor, y: torch.Tensor, offset: int | None = None) -> t
 
 
 def sum_of_squares(weights: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Sum of the squares of all entries."""
+    """Returns the sum of the squares of all entries."""
     return sum(weight.square().sum() for weight in weights)

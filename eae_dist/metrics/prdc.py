@@ -1,11 +1,11 @@
-"""How well two sets of features cover each other, by balls around each row that reach to its k-th nearest other row.
+"""How well two sets of features cover each other, measured with balls around each row that reach to its k-th nearest other row.
 
-Precision and recall: Kynkaanniemi et al. 2019; density and coverage: Naeem et al. 2020. A point on a ball's surface is in it:
-every comparison is <=, as in the first paper, where some programs take <.
+Precision and recall: Kynkaanniemi et al. 2019; density and coverage: Naeem et al. 2020. A point on the surface of a ball is in
+the ball: every comparison is <=, as in the first paper; some programs use <.
 
-Features are rounded to a power-of-two grid, 2^-24 of the longest row or finer, so that squared distances
-are integers below 2^53, exact in float64 also as matrix products: duplicates and ties are what they are, and counts don't
-depend on tiles or ranks. n: real rows, m: generated rows, f: features.
+Features are rounded to a power-of-two grid, 2^-24 of the longest row or finer. Squared distances are then integers below 2^53,
+which are exact in float64, also in matrix products. So duplicates and ties stay exact, and counts do not depend on tiles or
+ranks. n: real rows, m: generated rows, f: features.
 """
 
 import math
@@ -16,13 +16,16 @@ import torch
 
 from eae_dist.distributed import gather_rows, rank, sum_over_ranks, world_size
 
-TILE = 2**22  # distances at once: 32 MiB
+TILE = 2**22  # distances computed at once: 32 MiB
 
 
 class PRDC(NamedTuple):
-    """`precision`: share of generated rows in the ball of a real one. `recall`: share of real rows in the ball of a generated
-    one. `density`: balls of real rows that a generated row lies in, over k; may exceed 1. `coverage`: share of real rows whose
-    ball has a generated row in it."""
+    """The scores of a generated set.
+
+    `precision`: share of generated rows in the ball of a real row. `recall`: share of real rows in the ball of a generated row.
+    `density`: number of real rows' balls that a generated row is in, divided by k; may exceed 1. `coverage`: share of real rows
+    whose ball has a generated row in it.
+    """
 
     precision: float
     recall: float
@@ -32,16 +35,16 @@ class PRDC(NamedTuple):
 
 @torch.no_grad()
 def precision_recall_density_coverage(real: torch.Tensor, generated: torch.Tensor, *, k: int = 3, k_density: int = 5) -> PRDC:
-    """The scores of generated [m, f] against real [n, f] rows; the same bits on any number of ranks.
+    """Returns the scores of generated [m, f] against real [n, f] rows; the same bits on any number of ranks.
 
-    Both are all ranks' rows, in the same order on every rank (gather_rows). Call on every rank: each takes some rows against
-    all others. k: of precision and recall; k_density: of density and coverage. Scores depend on n and m: compare them at equal
-    numbers. Raises ValueError for sets of k or fewer rows.
+    Both are all ranks' rows, in the same order on every rank (gather_rows). Call it on every rank: each compares some rows with
+    all others. k: for precision and recall; k_density: for density and coverage. The scores depend on n and m, so compare them
+    only at equal numbers. Raises ValueError for sets of k or fewer rows.
     """
     k_most = max(k, k_density)
     if min(k, k_density) < 1 or len(real) <= k_most or len(generated) <= k:
         raise ValueError(
-            f"balls to the neighbors k={k} and k_density={k_density} need more real and generated rows than that, got "
+            f"the neighbors k={k} and k_density={k_density} need more real and generated rows than that, got "
             f"{len(real)} and {len(generated)}"
         )
     real, generated = _on_grid(real, generated)
@@ -69,21 +72,21 @@ def precision_recall_density_coverage(real: torch.Tensor, generated: torch.Tenso
 
 
 def _on_grid(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both in units of one power-of-two grid, as integers in float64, around the middle of x."""
+    """Returns both sets relative to the middle of x, as integers in float64, in units of one power-of-two grid."""
     if x.ndim != 2 or x.shape[1:] != y.shape[1:] or not (x.isfinite().all() and y.isfinite().all()):
-        raise ValueError(f"wanted finite features [n, f] and [m, f], got {tuple(x.shape)} and {tuple(y.shape)}")
+        raise ValueError(f"expected finite features [n, f] and [m, f], got {tuple(x.shape)} and {tuple(y.shape)}")
     x, y = x.double(), y.double()
     middle = (x.amin(0) + x.amax(0)) / 2
     x, y = x - middle, y - middle
     longest = max(x.square().sum(1).max().item(), y.square().sum(1).max().item())
-    # |x - y|^2, and every partial sum of it as |x|^2 + |y|^2 - 2 x.y, is at most 4 |longest|^2: below 2^53 with some room
-    # for the rounding.
+    # |x - y|^2, and every partial sum of it as |x|^2 + |y|^2 - 2 x.y, is at most 4 |longest|^2. The unit keeps this below
+    # 2^53, with some room for the rounding.
     unit = 2.0 ** math.floor((50 - math.log2(longest)) / 2) if longest > 0 else 1.0
     return (x * unit).round_(), (y * unit).round_()
 
 
 def _nearest_others(x: torch.Tensor, k: int) -> torch.Tensor:
-    """Squared distances of every row to its k nearest other rows, ascending, [n, f] -> [n, k]."""
+    """Returns the squared distances of every row to its k nearest other rows, ascending, [n, f] -> [n, k]."""
     near = [x.new_zeros(0, k)]
     for rows, distances in _tiles(x, x):
         distances.diagonal(rows.start).fill_(torch.inf)
@@ -92,7 +95,7 @@ def _nearest_others(x: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def _tiles(queries: torch.Tensor, keys: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """This rank's run of the queries, as slices, and their squared distances to all keys, [rows, keys]."""
+    """Yields slices of this rank's run of the queries, and their squared distances to all keys, [rows, keys]."""
     first, stop = (part * len(queries) // world_size() for part in (rank(), rank() + 1))
     norms, height = keys.square().sum(1), max(1, TILE // len(keys))
     for start in range(first, stop, height):

@@ -1,4 +1,4 @@
-"""The autoencoder: encoder, latent norm where the objective has one, decoder."""
+"""The autoencoder: encoder, decoder and, for objectives that need it, a latent norm."""
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -12,15 +12,15 @@ from eae_dist.model.networks import NETWORKS, ConvDecoder, ConvEncoder, Family, 
 from eae_dist.model.norm import GlobalBatchNorm
 from eae_dist.numerics.precision import full_precision
 
-LATENT_EPS = 1e-5  # small, so that the latent's variance is 1 and not 1 - eps
+LATENT_EPS = 1e-5  # small, so that the variance of the latent is close to 1
 LOG_SIGMA_LIMIT = 5  # as in the official RAE code: log sigma = 5 tanh(.)
 
 
 class Autoencoder(nn.Module):
-    """encode: images [b, c, h, w] in [0, 1] -> latents [b, d]; decode: latents [b, d] -> images [b, c, h, w] in [0, 1].
+    """An encoder and a decoder: images [b, c, h, w] in [0, 1] <-> latents [b, d].
 
-    With a latent norm the latent is batch-normed over all ranks' rows, without scale or shift: mean 0 and variance 1. With
-    variational the encoder has a second head, the deviations of a variational posterior, and `encode` gives its means.
+    latent_norm: the latent is batch-normed over the rows of all ranks, without scale or shift, to mean 0 and variance 1.
+    variational: the encoder has a second head for the deviations of the posterior, and `encode` returns the means.
     """
 
     def __init__(
@@ -34,22 +34,26 @@ class Autoencoder(nn.Module):
         variational: bool = False,
     ):
         super().__init__()
-        self.encoder, self.latent_norm, self.decoder = encoder, latent_norm, decoder  # as images pass them
+        self.encoder, self.latent_norm, self.decoder = encoder, latent_norm, decoder  # in the order of the data flow
         self.image_shape, self.latent_dim, self.variational = tuple(image_shape), latent_dim, variational
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Returns latents (posterior means if variational), [b, c, h, w] -> [b, d]."""
         return self.latents(self.encoder_output(images))[0]
 
     def encoder_output(self, images: torch.Tensor) -> torch.Tensor:
-        """What the encoder makes of images, before the latent norm: [b, c, h, w] -> [b, heads d], in float32 or better."""
+        """Returns the encoder output before the latent norm, [b, c, h, w] -> [b, heads d], in float32 or better.
+
+        Raises ValueError if the encoder returns another shape.
+        """
         h = self.encoder(images)
         if h.shape != (wanted := (len(images), self.latent_dim * (2 if self.variational else 1))):
-            raise ValueError(f"the encoder (model.encoder) made {tuple(h.shape)} of {len(images)} images; wanted {wanted}")
+            raise ValueError(f"the encoder (model.encoder) returned {tuple(h.shape)} for {len(images)} images; expected {wanted}")
         return h.to(torch.promote_types(h.dtype, torch.float32))
 
     def latents(self, encoder_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Latents [b, d] and, with variational, the logarithms of their standard deviations, [b, d] in [-5, 5]; else None."""
-        # Statistics and entropy in float32, whatever the convolutions ran in.
+        """Returns latents [b, d] and, if variational, the logarithms of their deviations, [b, d] in [-5, 5]; else None."""
+        # Statistics and entropy are in float32, whatever the precision of the convolutions.
         with full_precision(encoder_output.device):
             if self.variational:
                 mean, raw = encoder_output.chunk(2, 1)
@@ -57,13 +61,14 @@ class Autoencoder(nn.Module):
             return (encoder_output if self.latent_norm is None else self.latent_norm(encoder_output)), None
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Returns images in [0, 1], [b, d] -> [b, c, h, w]."""
         return self.decoder(latents)
 
 
 def resolve_model(config: ModelConfig, image_shape: Sequence[int], *, latent_norm: bool = False) -> ModelConfig:
-    """The configuration with the network's own width and latent size filled in.
+    """Returns the configuration with the default width and latent size of the network filled in.
 
-    Raises ValueError where it does not fit, and for a setting of norms that there are not.
+    Raises ValueError if the images do not fit the network, and for a setting of batch norms that the model does not have.
     """
     channels, height, width = image_shape
     family = _family(config.network)
@@ -72,8 +77,8 @@ def resolve_model(config: ModelConfig, image_shape: Sequence[int], *, latent_nor
         sizes = [step * m for m in sorted({max(1, height // step), height // step + 1})]
         raise ValueError(
             f"model.network={config.network} takes images whose sides are multiples of {step}, got {height}x{width}; "
-            f"pack them with --size {' or --size '.join(map(str, sizes))}, or name a network of your own in model.encoder "
-            f"and model.decoder"
+            f"pack them with --size {' or --size '.join(map(str, sizes))}, or set model.encoder "
+            f"and model.decoder to your own networks"
         )
     if config.norm not in ("batch", "none"):
         raise ValueError(f"model.norm={config.norm} is unknown; it is batch or none")
@@ -83,7 +88,7 @@ def resolve_model(config: ModelConfig, image_shape: Sequence[int], *, latent_nor
     for setting in fields(ModelConfig):
         value = getattr(config, setting.name)
         if unread.get(setting.name) and value != setting.default:
-            raise ValueError(f"model.{setting.name}={value} means nothing to a model without batch norms of ours; leave it out")
+            raise ValueError(f"model.{setting.name}={value} has no effect on a model without built-in batch norms; leave it out")
     latent_dim = config.latent_dim or family.latent_dim.get(channels, family.latent_dim[3])
     return replace(config, width=config.width or family.width, latent_dim=latent_dim)
 
@@ -96,13 +101,13 @@ def build_autoencoder(
     variational: bool = False,
     spectral: bool = False,
 ) -> Autoencoder:
-    """An initialized autoencoder from a configuration that `resolve_model` has filled in.
+    """Builds an initialized autoencoder from a configuration that `resolve_model` has filled in.
 
     variational: the encoder has a second head. spectral: every kernel is divided by its largest singular value.
     """
     family, shape, heads = _family(config.network), tuple(image_shape), 2 if variational else 1
     norm = {"eps": config.norm_eps, "momentum": config.norm_momentum} if config.norm == "batch" else None
-    bias = not latent_norm  # the head's would be removed by the latent norm
+    bias = not latent_norm  # the latent norm would remove the bias of the head
     if config.encoder is None:
         encoder = ConvEncoder(family, shape, config.latent_dim, config.width, heads=heads, bias=bias, norm=norm)
     else:
@@ -130,16 +135,16 @@ def _family(name: str) -> Family:
 
 @torch.no_grad()
 def encoded(autoencoder: Autoencoder, images: torch.Tensor, block: int, device: torch.device) -> torch.Tensor:
-    """uint8 images [b, c, h, w], at most `block` -> latents [b, d], as those of a whole block: the same bits for any b."""
+    """Encodes uint8 images [b, c, h, w], b <= block, padded to a full block -> latents [b, d]: the same bits for any b."""
     return autoencoder.encode(filled(to_unit(images, device), block))[: len(images)]
 
 
 def to_unit(images: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """uint8 images of any memory format -> contiguous floating point in [0, 1] on the device."""
+    """Converts uint8 images of any memory format to contiguous floating point in [0, 1] on the device."""
     images = images.to(device, non_blocking=True)
     return images.to(torch.get_default_dtype(), memory_format=torch.contiguous_format).div_(255)
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Floating point in [0, 1] -> uint8, rounded."""
+    """Converts floating point in [0, 1] to uint8, with rounding."""
     return images.clamp(0, 1).mul(255).round().to(torch.uint8)

@@ -73,7 +73,7 @@ def pictures(model: "TrainedModel", name: str, images: torch.Tensor, seed: int) 
 
 
 def figure(rows: list[tuple[str, list[torch.Tensor]]], framed: dict[str, Collection[str]]) -> Image.Image:
-    """Draws the rows under the headings of their kinds and enlarges small images; framed: the kinds with a frame, by row."""
+    """Draws the rows under the headings of their kinds, small images enlarged; framed: the kinds with a frame, by row."""
     height, width = rows[0][1][0].shape[2:]
     scale = max(1, 64 // height)
     step, down = scale * width * COLUMNS + GAP, scale * height + 2 * FRAME

@@ -1,5 +1,7 @@
-"""The paper's Table 1 from the metrics of many runs: as markdown, CSV and LaTeX, with the paper's own numbers where they are of
-the same data set."""
+"""The paper's Table 1 from the metrics of many runs, as markdown, CSV and LaTeX.
+
+The table shows the paper's own numbers too, if they are for the same data set.
+"""
 
 import csv
 import io
@@ -24,7 +26,7 @@ MODELS = {
     "eae": "EAE",
     "eae_linear": "EAE, linear map",
 }
-# Which models the paper prints for which density.
+# The models that the paper prints for each density.
 BLOCKS = {
     "isotropic": ("vae", "cv_vae", "wae", "two_stage_vae", "eae", "eae_linear"),
     "mvg": ("rae", "rae_l2", "rae_gp", "rae_sn", "ae", "ae_l2", "eae", "eae_linear"),
@@ -42,20 +44,20 @@ TITLES = {
 
 
 class Results:
-    """The metrics of evaluations, each with its row's name in OBJECTIVES; several of a row are its seeds.
+    """The metrics of evaluations, each with its row's name in OBJECTIVES; several evaluations of a row are its seeds.
 
-    Raises ValueError if they compare with other images, by other features or under other settings.
+    Raises ValueError if the evaluations used different images, features or settings.
     """
 
     def __init__(self, evaluations: Sequence[tuple[str, dict]]):
         first = evaluations[0][1]
         for key in ("data", "index_sha256", "reference", "reference_images", "features", "headline", "split", "images"):
             if other := next((row for row, metrics in evaluations if metrics[key] != first[key]), None):
-                raise ValueError(f"{key} differs between evaluations ({evaluations[0][0]}, {other}); they do not compare")
+                raise ValueError(f"{key} differs between evaluations ({evaluations[0][0]}, {other}); they cannot be compared")
         for key in ("frechet", "components", "neighbor_images", "seed"):
             if other := next((row for row, metrics in evaluations if metrics["settings"][key] != first["settings"][key]), None):
                 raise ValueError(
-                    f"evaluate.{key} differs between evaluations ({evaluations[0][0]}, {other}); they do not compare"
+                    f"evaluate.{key} differs between evaluations ({evaluations[0][0]}, {other}); they cannot be compared"
                 )
         self.evaluations, self.first = list(evaluations), first
         self.metric, self.data = first["headline"], first["data"]
@@ -63,14 +65,17 @@ class Results:
         self.seeds = max(sum(name == row for name, _ in evaluations) for row in self.rows)
 
     def values(self, row: str, images: str, measure: str | None = None) -> list[float]:
-        """A measure (default: the one to read first) of a row's set of images, one number a seed; none where it was not taken."""
+        """Returns a measure of a row's set of images, one number per seed; a seed without this measure is left out.
+
+        measure: default: the one to read first.
+        """
         sets = [metrics["sets"].get(images, {}) for name, metrics in self.evaluations if name == row]
         return [numbers[measure or self.metric] for numbers in sets if (measure or self.metric) in numbers]
 
     def cells(self, images: dict[str, str | None]) -> dict[str, str]:
-        """The distances of a set of images for each row, as text, the lowest mean in **; N/A for None.
+        """Returns the distances of a set of images for each row, as text, with the lowest mean in **; N/A for None.
 
-        One seed: 85.26; several: 85.26 ± 1.30, with their number where other rows have more; - for none.
+        One seed: 85.26. Several seeds: 85.26 ± 1.30, with their number if other rows have more. No seed: -.
         """
         digits = 3 if self.metric == self.first["features"]["kernel_metric"] else 2
         values = {row: [] if name is None else self.values(row, name) for row, name in images.items()}
@@ -80,13 +85,14 @@ class Results:
         return {row: f"**{text}**" if row == best else text for row, text in texts.items()}
 
     def as_text(self, values: Sequence[float], digits: int = 2) -> str:
+        """Returns the mean, and the standard deviation of several values, as text."""
         if not values:
             return "-"
         fewer = f" ({len(values)} of {self.seeds} seeds)" if len(values) < self.seeds else ""
         return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "") + fewer
 
     def described(self) -> str:
-        """What the numbers are, in a sentence."""
+        """Returns a sentence that says what the numbers are."""
         first, references = self.first, f"{self.first['reference_images']:,}"
         spread = f"; mean ± standard deviation over {self.seeds} seeds" if self.seeds > 1 else ""
         return (
@@ -97,7 +103,7 @@ class Results:
 
 
 def published(data: str) -> dict[tuple[str, str, str], float]:
-    """The paper's numbers of a data set, (density, model, "fid" or "reconstruction") -> FID; none for data it has no table of."""
+    """Returns the paper's numbers for a data set, (density, model, "fid" or "reconstruction") -> FID; empty if it has none."""
     numbers = {}
     for line in csv.DictReader((files("eae_dist.report") / "paper_table1.csv").read_text().splitlines()):
         for column in ("fid", "reconstruction"):
@@ -109,14 +115,17 @@ def published(data: str) -> dict[tuple[str, str, str], float]:
 
 
 def set_of_cell(row: str, density: str) -> str | None:
-    """The set of images that the paper's table means: a row with a second stage draws that for N(0, I), and nothing else."""
+    """Returns the set of images that the paper's table means.
+
+    For N(0, I), a row with a second stage samples that stage; it has no other samples.
+    """
     if second_stage := OBJECTIVES[row].second_stage:
         return {"isotropic": second_stage, "reconstruction": "reconstruction"}.get(density)
     return density
 
 
 def table_blocks(results: Results) -> dict[str, list[list[str]]]:
-    """The paper's table: for each density a line a model, the cells as text; the lowest of a block in **."""
+    """Returns the paper's table: for each density a line per model, the cells as text, the lowest of a block in **."""
     paper, blocks = published(results.data), {}
     for density, rows in BLOCKS.items():
         rows = [row for row in rows if row in results.rows]
@@ -137,14 +146,14 @@ def table_blocks(results: Results) -> dict[str, list[list[str]]]:
 
 
 def block_header(results: Results, density: str) -> list[str]:
-    """The heads of a block's columns."""
+    """Returns the headings of a block's columns."""
     if published(results.data):
         return [TITLES[density], results.metric, "FID in the paper", "reconstruction", "in the paper"]
     return [TITLES[density], results.metric, "reconstruction"]
 
 
 def as_markdown(results: Results) -> str:
-    """Every model with every set of images, N(0, I) first, and the paper's table."""
+    """Returns every model with every set of images, N(0, I) first, and then the paper's table."""
     parts = [f"# The table on {results.data}", "", results.described() + ".", ""]
     columns = {images: results.cells(dict.fromkeys(results.rows, images)) for images in TITLES}
     shown = [images for images, cells in columns.items() if set(cells.values()) != {"-"}]
@@ -162,7 +171,7 @@ def as_markdown(results: Results) -> str:
 
 
 def warnings_of(results: Results) -> list[str]:
-    """Every warning once, with the models that it is about."""
+    """Returns every warning once, with the models that it is about."""
     about: dict[str, list[str]] = {}
     for row in results.rows:
         for text in dict.fromkeys(text for name, metrics in results.evaluations if name == row for text in metrics["warnings"]):
@@ -171,12 +180,13 @@ def warnings_of(results: Results) -> list[str]:
 
 
 def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    """Returns the lines of a markdown table."""
     rows = [header, ["---"] * len(header), *lines]
     return ["| " + " | ".join(row) + " |" for row in rows]
 
 
 def as_csv(results: Results) -> str:
-    """Every measure of every set of images, with the paper's FID where it has one, and the network that made it."""
+    """Returns every measure of every set of images, with the paper's FID if there is one, and the network of the features."""
     paper, file = published(results.data), io.StringIO()
     frechet = results.first["features"]["metric"]
     writer = csv.writer(file, lineterminator="\n")
@@ -198,7 +208,7 @@ def as_csv(results: Results) -> str:
 
 
 def as_latex(results: Results) -> str:
-    """The paper's table for LaTeX, with booktabs, and below it what its numbers are."""
+    """Returns the paper's table for LaTeX, with booktabs, and a note below it on what its numbers are."""
     blocks, columns = table_blocks(results), len(block_header(results, "gmm"))
     lines = [r"\begin{tabular}{l" + "r" * (columns - 1) + "}"]
     for place, (density, rows) in enumerate(blocks.items()):
@@ -211,6 +221,7 @@ def as_latex(results: Results) -> str:
 
 
 def latex(cell: str) -> str:
+    """Returns a cell for LaTeX."""
     if cell.startswith("**"):
         return r"\textbf{" + latex(cell.strip("*")) + "}"
     return re.sub(r"([%&#$_{}])", r"\\\1", cell).replace("^", r"\^{}").replace(" ± ", r" $\pm$ ")

@@ -1,14 +1,14 @@
-"""The gradient of a batch that does not fit into memory, exactly: `train.accumulate` micro-batches with one latent batch.
+"""The exact gradient of a batch that does not fit into memory: `train.accumulate` micro-batches with one batch of latents.
 
-The latent norm, the entropy and the mmd are those of all n rows of the batch, over all ranks; only the networks go
-through it in parts. Three stages (the two passes are those of Gao et al. 2021, GradCache):
+The latent norm, the entropy and the MMD are those of all n rows of the batch, over all ranks; only the networks process it in
+parts. There are three stages (the two encoder passes are those of GradCache, Gao et al. 2021):
 
-    1. encode every micro-batch without gradient, and keep the encoder's outputs h                        [b, d] a rank
-    2. z = norm(h); decode every micro-batch and keep dL/dz; add the gradient of what the whole batch's latents are
-       penalized by; pull both back to dL/dh
-    3. encode every micro-batch again, with gradient, and continue dL/dh into the encoder
+    1. Encode every micro-batch without gradient, and keep the encoder outputs h, [b, d] per rank.
+    2. Compute z = norm(h). Decode every micro-batch and keep dL/dz. Add the gradient of the penalties on the latents of the
+       whole batch. Backpropagate both to dL/dh.
+    3. Encode every micro-batch again with gradient, and backpropagate dL/dh into the encoder.
 
-Micro-batch a has the rows of the global batch whose numbers are a modulo A, wherever they are: the same on any number of ranks.
+Micro-batch a of A has the rows of the global batch whose numbers are a modulo A, so it is the same on any number of ranks.
 Batch norms inside the networks see one micro-batch over all ranks. Gradients are averaged over ranks once, at the end.
 """
 
@@ -26,21 +26,21 @@ from eae_dist.objectives import Latents, Objective
 def accumulate(
     accelerator: Accelerator, objective: Objective, batch: dict, global_batch: int, row_ids: np.ndarray, key: int, parts: int
 ) -> dict[str, torch.Tensor]:
-    """Adds the gradient of one batch to the parameters, averaged over ranks; the named terms, as `Objective.forward` gives them.
+    """Adds the gradient of one batch, averaged over ranks, to the parameters; returns the terms as `Objective.forward` does.
 
-    batch: this rank's rows; global_batch: n; row_ids: which rows of the global batch these are, int64 [b]; key: of all draws of
-    the batch; parts: micro-batches, at most b. Call on every rank, with the objective that accelerate has not wrapped.
+    batch: this rank's rows. global_batch: n. row_ids: numbers of these rows in the global batch, int64 [b]. key: key of all
+    random draws of the batch. parts: number of micro-batches, at most b. Call on every rank, with the unwrapped objective.
     """
     device, autoencoder = accelerator.device, objective.autoencoder
     ids_of = [row_ids[row_ids % parts == part] for part in range(parts)]
     split = [len(here) for here in ids_of]
-    order = torch.from_numpy(np.argsort(row_ids % parts, kind="stable"))  # one micro-batch after the other
+    order = torch.from_numpy(np.argsort(row_ids % parts, kind="stable"))  # sorts rows by micro-batch
     images, is_first_copy, row_ids = batch["image"][order].split(split), batch["first"][order], np.concatenate(ids_of)
     scaled = (lambda loss: loss) if accelerator.scaler is None else accelerator.scaler.scale
 
     def encoder_output(part: int) -> torch.Tensor:
-        torch.manual_seed(derive_key(key, rank(), part))  # random layers of a user's own draw the same in both passes
-        with accelerator.autocast():  # each time anew: what it keeps of a pass without gradient has none
+        torch.manual_seed(derive_key(key, rank(), part))  # random layers of the user draw the same in both passes
+        with accelerator.autocast():  # a new context per pass: its cache from a pass without gradient has no gradient
             return objective.encoder_output(to_unit(images[part], device), ids_of[part], key)
 
     def decoded(part: int, latents: Latents) -> dict[str, torch.Tensor]:
@@ -48,11 +48,11 @@ def accumulate(
             return objective.decoded(latents, to_unit(images[part], device), ids_of[part], key)
 
     with one_power_iteration(autoencoder):
-        # 1. The outputs of all rows.
+        # 1. The encoder outputs of all rows.
         with torch.no_grad():
             outputs = torch.cat([encoder_output(part) for part in range(parts)])
 
-        # 2. Latents of the whole batch; what they lose through the decoder, a micro-batch at a time; what all of them lose.
+        # 2. The latents of the whole batch, their gradient through the decoder per micro-batch, and that of batch penalties.
         outputs.requires_grad_()
         latents = objective.latents(outputs)
         leaves = [None if x is None else x.detach().requires_grad_() for x in latents]
@@ -66,7 +66,7 @@ def accumulate(
         pulled = sum((x * leaf.grad).sum() for x, leaf in zip(latents, leaves, strict=True) if x is not None)
         (pulled + scaled(terms["loss"])).backward()
 
-        # 3. The encoder's part of the gradient.
+        # 3. The gradient of the encoder.
         with frozen_statistics(autoencoder.encoder):
             for part, gradient in enumerate(outputs.grad.split(split)):
                 (encoder_output(part) * gradient).sum().backward()

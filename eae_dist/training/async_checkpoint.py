@@ -1,6 +1,6 @@
-"""Checkpoints that a thread writes while training goes on, which waits only while its state is copied in memory.
+"""Checkpoints are written in the background; training pauses only for the copy in memory.
 
-What is written is the state of the step in which it was copied. The writing is that of `checkpoint.save`: whole or not at all.
+A checkpoint has the state of the step in which it was copied. `checkpoint.save` writes it atomically.
 """
 
 import logging
@@ -17,9 +17,9 @@ log = logging.getLogger("eae_dist")
 
 
 class AsyncCheckpoints:
-    """Writes a run's checkpoints one after the other, on one rank; a context, whose end waits for what is being written.
+    """Writes the checkpoints of a run one after the other, on one rank. At its end, the context waits for the last one.
 
-    A failure is kept until `wait` or `raise_failure` raises it: the OSError of `checkpoint.save`.
+    An OSError of `checkpoint.save` is stored until `wait` or `raise_failure` raises it.
     """
 
     def __init__(self, run: Path, config: Config):
@@ -34,14 +34,14 @@ class AsyncCheckpoints:
     def __exit__(self, _, error: BaseException | None, __) -> None:
         self._thread.shutdown()
         failure = None if self._writing is None else self._writing.exception()
-        if failure not in (None, error):  # or it would be lost behind the error that ends the run
+        if failure not in (None, error):  # otherwise the error that ends the run would hide it
             log.error("error: %s", failure)
 
     def start(self, model_state: dict, optimizer_state: dict, state: dict, *, copied: bool = False) -> None:
-        """Takes the arguments of `checkpoint.save`, which may change afterwards; `best` goes to state["best_step"].
+        """Starts `checkpoint.save` with copies of its arguments, and then links `best` to state["best_step"].
 
-        Waits for the checkpoint before, and raises its failure: there is one copy in memory, on the CPU. copied: the
-        optimizer's state is nobody else's.
+        Waits for the previous checkpoint and raises its failure, because there is only one copy in memory, on the CPU.
+        copied: the optimizer state is already a copy.
         """
         self.wait()
         model_state, state = self._copy(model_state, ("model",)), self._copy(state)
@@ -52,17 +52,17 @@ class AsyncCheckpoints:
         self._writing = self._thread.submit(self._write, model_state, optimizer_state, state)
 
     def wait(self) -> None:
-        """Returns when the last checkpoint is on the disk. Raises OSError if it could not be written."""
+        """Waits until the last checkpoint is on the disk. Raises OSError if it could not be written."""
         if self._writing is not None:
             self._writing.result()
 
     def raise_failure(self) -> None:
-        """Raises OSError if the last checkpoint is already known not to have been written; waits for nothing."""
+        """Raises OSError if writing the last checkpoint has already failed; does not wait."""
         if self._writing is not None and self._writing.done():
             self._writing.result()
 
     def last(self) -> Path | None:
-        """The newest checkpoint on the disk, after the one that this rank may be writing has ended, well or not."""
+        """Waits until this rank writes no checkpoint; returns the newest checkpoint on the disk, or None."""
         if self._writing is not None:
             wait_for([self._writing])
         return checkpoints.latest(self._run)
@@ -73,7 +73,7 @@ class AsyncCheckpoints:
         checkpoints.prune(self._run, self._config.train.keep)
 
     def _copy(self, value, place: tuple = ()):
-        """Copies dicts, lists and tensors; these into memory that is kept, since a copy into new memory takes twice the time."""
+        """Copies dicts, lists and tensors. Tensor memory is reused, because a copy into new memory takes twice the time."""
         if isinstance(value, dict):
             return {key: self._copy(item, (*place, key)) for key, item in value.items()}
         if isinstance(value, list):

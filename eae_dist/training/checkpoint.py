@@ -1,4 +1,4 @@
-"""State on disk: a checkpoint appears whole or not at all, and is checked before it is used.
+"""Checkpoints on disk. A checkpoint is written atomically and verified before it is used.
 
     checkpoints/step-00000120/   model.safetensors   weights and buffers
                                  optimizer.pt        the optimizer's state, loadable with weights_only=True
@@ -7,7 +7,7 @@
                                  manifest.json       the sha256 of each of these
     checkpoints/latest, best     links to the newest and to the one with the lowest validation loss
 
-A folder is written aside, fsynced and renamed. Nothing in it is ever unpickled into code.
+A checkpoint is written to a temporary folder, fsynced and renamed. Unpickling never runs code from it.
 """
 
 import fcntl
@@ -41,12 +41,12 @@ FILES = ("model.safetensors", "optimizer.pt", "state.json", "config.yaml")
 
 
 class DamagedCheckpoint(ValueError):
-    """A checkpoint whose files are missing or differ from their checksums."""
+    """Files of a checkpoint are missing or differ from their checksums."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint folder; `state` holds "step", "images" and what else `save` was given."""
+    """A verified checkpoint folder. state: "step", "images" and the other entries that `save` received."""
 
     path: Path
     config: Config
@@ -54,14 +54,14 @@ class Checkpoint:
     model_sha256: str
 
     def model_state(self) -> dict[str, torch.Tensor]:
-        """Weights and buffers by name. Raises DamagedCheckpoint for anything else."""
+        """Returns weights and buffers by name. Raises DamagedCheckpoint for a file without tensors."""
         try:
             return load_file(self.path / "model.safetensors")
         except SafetensorError as error:
             raise DamagedCheckpoint(f"{self.path}: model.safetensors holds something else than tensors ({error})") from error
 
     def optimizer_state(self) -> dict:
-        """What the optimizer's load_state_dict takes. Raises DamagedCheckpoint for a file that would run code."""
+        """Returns the state for load_state_dict of the optimizer. Raises DamagedCheckpoint for a file that would run code."""
         try:
             return torch.load(self.path / "optimizer.pt", map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
@@ -72,9 +72,9 @@ class Checkpoint:
 
 
 def save(run: Path, config: Config, model_state: dict, optimizer_state: dict, state: dict) -> Path:
-    """Writes run/checkpoints/step-<step, eight digits> and links `latest` to it; call on one rank.
+    """Writes run/checkpoints/step-<step, eight digits> and links `latest` to it; returns its path. Call on one rank.
 
-    A failure (OSError, a full disk) leaves every earlier checkpoint and `latest` as they were.
+    Raises OSError, for example for a full disk; earlier checkpoints and `latest` then remain unchanged.
     """
     folder = run / "checkpoints"
     target = folder / f"step-{state['step']:08d}"
@@ -91,7 +91,7 @@ def save(run: Path, config: Config, model_state: dict, optimizer_state: dict, st
         (aside / "manifest.json").write_text(json.dumps(manifest, indent=2))
         for path in [*aside.iterdir(), aside]:
             fsync(path)
-        if target.exists():  # the same step again, after a resume from an earlier one
+        if target.exists():  # after a resume from an earlier step, the same step is saved again
             target.rename(old)
         aside.rename(target)
         shutil.rmtree(old, ignore_errors=True)
@@ -99,7 +99,7 @@ def save(run: Path, config: Config, model_state: dict, optimizer_state: dict, st
         free = shutil.disk_usage(folder).free
         shutil.rmtree(aside, ignore_errors=True)
         if isinstance(error, OSError | RuntimeError | SafetensorError):
-            # torch and safetensors have their own words for a full disk, which do not say so.
+            # torch and safetensors do not name a full disk in their messages.
             raise OSError(
                 f"checkpoint {target} could not be written: {error}; {free:,} bytes were left on the disk; "
                 f"earlier checkpoints are intact"
@@ -111,19 +111,19 @@ def save(run: Path, config: Config, model_state: dict, optimizer_state: dict, st
 
 
 def latest(run: Path) -> Path | None:
-    """The checkpoint that was written last, if there is one."""
+    """Returns the checkpoint that was written last, or None."""
     link = run / "checkpoints" / "latest"
     return link.resolve() if link.exists() else None
 
 
 def mark_best(run: Path, step: int) -> None:
-    """Links `best` to the checkpoint of that step, if it is there."""
+    """Links `best` to the checkpoint of that step if it exists."""
     if (run / "checkpoints" / f"step-{step:08d}").is_dir():
         _link(run / "checkpoints" / "best", f"step-{step:08d}")
 
 
 def prune(run: Path, keep: int) -> None:
-    """Removes all but the last `keep` checkpoints and the best."""
+    """Removes all checkpoints except the last `keep` and the best."""
     folder = run / "checkpoints"
     best = (folder / "best").resolve().name
     for path in _folders(run)[keep:]:
@@ -132,9 +132,9 @@ def prune(run: Path, keep: int) -> None:
 
 
 def open_checkpoint(directory: str | Path) -> Checkpoint:
-    """The checkpoint in a folder, or the latest of a run folder, with every checksum verified.
+    """Opens the checkpoint in a folder, or the latest checkpoint of a run folder, and verifies every checksum.
 
-    Raises FileNotFoundError where there is none and DamagedCheckpoint that names the file.
+    Raises FileNotFoundError if there is none, and DamagedCheckpoint that names a damaged file.
     """
     path = Path(directory)
     if not (path / "manifest.json").is_file() and (path / "checkpoints").is_dir():
@@ -157,7 +157,7 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
 
 
 def newest_intact(run: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint of a run that verifies, or None, and what was wrong with newer ones."""
+    """Returns the newest intact checkpoint of a run, or None, and error messages for newer, damaged ones."""
     damage = []
     for path in _folders(run):
         try:
@@ -168,7 +168,7 @@ def newest_intact(run: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def set_aside_after(run: Path, step: int) -> None:
-    """Sets aside what is newer than `step`, damaged checkpoints as a rule, and removes what an interrupted save left."""
+    """Renames checkpoints newer than `step`, which are usually damaged, and removes files of an interrupted save."""
     for path in (run / "checkpoints").glob(".*.partial"):
         shutil.rmtree(path)
     for path in _folders(run):
@@ -176,18 +176,18 @@ def set_aside_after(run: Path, step: int) -> None:
             aside = path.with_name(f"{path.name}.damaged")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
-            log.warning("%s is kept as %s", path, aside.name)
+            log.warning("%s was renamed to %s", path, aside.name)
     _link(run / "checkpoints" / "latest", f"step-{step:08d}")
     best = run / "checkpoints" / "best"
-    if best.is_symlink() and not best.exists():  # it was among those; the next better validation links it again
+    if best.is_symlink() and not best.exists():  # it was renamed; the next better validation links it again
         best.unlink()
 
 
 def load_objective(checkpoint: Checkpoint, allow: Collection[str] = ()) -> Objective:
-    """The trained objective on the CPU, in eval mode.
+    """Returns the trained objective on the CPU, in eval mode.
 
-    A checkpoint may come from anyone, so a network class that it names (model.encoder, model.decoder) is imported only if it
-    stands in `allow`; otherwise ValueError.
+    A checkpoint may have an untrusted origin, so a network class that it names (model.encoder, model.decoder) is imported only
+    if it is in `allow`. Raises ValueError otherwise.
     """
     config = checkpoint.config
     for key, name in (("model.encoder", config.model.encoder), ("model.decoder", config.model.decoder)):
@@ -202,43 +202,46 @@ def load_objective(checkpoint: Checkpoint, allow: Collection[str] = ()) -> Objec
 
 
 def named_networks(assignments: Sequence[str]) -> list[str]:
-    """The network classes that a command line names, and so allows."""
+    """Returns the network classes that a command line names and so allows."""
     return [text.split("=", 1)[1] for text in assignments if text.startswith(("model.encoder=", "model.decoder="))]
 
 
 def evaluation_config(checkpoint: Checkpoint, assignments: Sequence[str]) -> Config:
-    """The checkpoint's configuration with evaluate.*, index.* and what says where the data lies changed; else a ValueError."""
+    """Returns the checkpoint's configuration with changed evaluate.*, index.* and location of the data.
+
+    Raises ValueError for a change of any other setting.
+    """
     config = override(checkpoint.config, assignments)
     data = replace(checkpoint.config.data, **{key: getattr(config.data, key) for key in WHERE_DATA_LIES})
     judged = replace(checkpoint.config, evaluate=config.evaluate, index=config.index, data=data)
     changed = changed_keys(judged, config, changeable=False) + changed_keys(judged, config, changeable=True)
     if changed:
         raise ValueError(
-            f"only evaluate.*, index.* and data.root can be set beside the checkpoint {checkpoint.path}, and how a remote "
-            "data.root is read; the rest is its own:\n  " + "\n  ".join(changed)
+            f"only evaluate.*, index.* and data.root can be set for the checkpoint {checkpoint.path}, and how a remote "
+            "data.root is read; the checkpoint fixes all other settings:\n  " + "\n  ".join(changed)
         )
     return config
 
 
 def open_data(checkpoint: Checkpoint, config: Config) -> ShardIndex:
-    """The index of data.root. Raises ValueError for images of another shape than the model's, and as `ShardIndex.load`."""
+    """Opens the index of data.root. Raises ValueError for images of another shape than those of the model."""
     index = ShardIndex.load(config.data.root, Cache.of(config.data))
     if index.image_shape != tuple(checkpoint.state["image_shape"]):
         raise ValueError(
-            f"data.root={config.data.root} holds images of shape {index.image_shape} (c, h, w), the checkpoint was trained on "
-            f"{tuple(checkpoint.state['image_shape'])}"
+            f"data.root={config.data.root} holds images of shape {index.image_shape} (c, h, w), but the checkpoint was trained "
+            f"on {tuple(checkpoint.state['image_shape'])}"
         )
     return index
 
 
 def evaluation_folder(checkpoint: Checkpoint) -> Path:
-    """RUN/evaluation for a checkpoint in RUN/checkpoints, else a folder inside the checkpoint's parent."""
+    """Returns RUN/evaluation for a checkpoint in RUN/checkpoints, else the folder evaluation beside the checkpoint."""
     folder = checkpoint.path.parent
     return (folder.parent if folder.name == "checkpoints" else folder) / "evaluation"
 
 
 def lock(run: Path) -> IO | None:
-    """Makes the run folder and keeps other jobs out of it until the returned file is closed or the process ends.
+    """Creates the run folder and locks it against other jobs until the returned file is closed or the process ends.
 
     Call on every rank; rank 0 holds the lock. Raises OSError if the folder cannot be written or is in use.
     """
@@ -255,7 +258,7 @@ def lock(run: Path) -> IO | None:
             except (BlockingIOError, PermissionError) as error:
                 held.seek(0)
                 holder = f"another job ({held.read()})"
-                raise OSError(f"train.output={run} is in use by {holder}; wait for it or take another folder") from error
+                raise OSError(f"train.output={run} is in use by {holder}; wait for it or choose another folder") from error
             except OSError as error:  # some network file systems have no locks
                 log.warning("train.output=%s cannot be locked (%s); keep other jobs out of it", run, error)
             else:
@@ -266,9 +269,9 @@ def lock(run: Path) -> IO | None:
 
 
 def open_run_folder(run: Path, config: Config, data_identity: dict) -> Checkpoint | None:
-    """Makes or continues the run folder: the newest checkpoint that is intact, the same on every rank, or None for a new run.
+    """Creates or continues the run folder; returns the newest intact checkpoint on every rank, or None for a new run.
 
-    Raises ValueError if a setting that must not change did, or the data did; OSError if the folder cannot be written.
+    Raises ValueError if the data or a setting that must not change has changed, and OSError if the folder cannot be written.
     """
     path = None
     with on_rank_zero() as is_rank_zero:
@@ -278,11 +281,11 @@ def open_run_folder(run: Path, config: Config, data_identity: dict) -> Checkpoin
             found, damage = newest_intact(run)
             for line in damage:
                 log.warning("%s; going back to the checkpoint before it", line)
-            if found is not None:  # else there is nothing yet that other settings would spoil
+            if found is not None:  # without a checkpoint, settings may still change
                 before = read_config(settings) if settings.is_file() else found.config
                 if changed := changed_keys(before, config, changeable=False):
                     raise ValueError(
-                        f"train.output={run} holds a run with other settings; take another folder, or the old values:\n  "
+                        f"train.output={run} holds a run with other settings; choose another folder or the old values:\n  "
                         + "\n  ".join(changed)
                     )
                 for line in changed_keys(before, config, changeable=True):
@@ -292,23 +295,23 @@ def open_run_folder(run: Path, config: Config, data_identity: dict) -> Checkpoin
                 mark_best(run, found.state["best_step"])
                 path = found.path
             elif damage:
-                raise ValueError(f"no checkpoint of {run} is intact; move the folder away to start anew")
+                raise ValueError(f"no checkpoint of {run} is intact; move the folder away to start a new run")
     path = from_rank_zero(path)
     return None if path is None else open_checkpoint(path)
 
 
 def check_same_data(before: dict, now: dict, run: Path) -> None:
-    """Raises ValueError if the batches of this stream would not continue those of the run."""
+    """Raises ValueError if this stream does not continue the batches of the run."""
     changed = [f"{key}: {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
     if changed:
         raise ValueError(
-            f"{run} was trained on other data or in another order; restore data.root or take another train.output:\n  "
+            f"{run} was trained on other data or in another order; restore data.root or choose another train.output:\n  "
             + "\n  ".join(changed)
         )
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a result can depend on."""
+    """Returns the versions of packages on which a result can depend."""
     found = {"eae_dist": eae_dist.__version__, "python": platform.python_version()}
     for package in ("torch", "torchvision", "accelerate", "deepspeed", "numpy"):
         try:
@@ -319,9 +322,11 @@ def versions() -> dict[str, str]:
 
 
 def _folders(run: Path) -> list[Path]:
-    """The run's checkpoint folders, newest first."""
+    """Returns the checkpoint folders of a run, newest first."""
     found = (path for path in (run / "checkpoints").glob("step-*") if path.is_dir())
-    return sorted((path for path in found if path.name.removeprefix("step-").isdecimal()), reverse=True)  # a copy is the user's
+    return sorted(
+        (path for path in found if path.name.removeprefix("step-").isdecimal()), reverse=True
+    )  # other names are copies by the user
 
 
 def _link(link: Path, target: str) -> None:

@@ -1,6 +1,6 @@
-"""How the networks are run: in which layout, compiled or not, with which activations kept.
+"""How the networks are executed: memory layout, compilation, and checkpointing of activations.
 
-It changes how long a step takes and how much memory, not what is learned; checkpoints are the same, and a run may switch.
+These options change the time and memory of a step, but not the result. Checkpoints are the same, so a run may change them.
 """
 
 import torch
@@ -12,9 +12,9 @@ from eae_dist.objectives import Objective
 
 
 def set_execution(objective: Objective, config: TrainConfig, device: torch.device) -> None:
-    """Sets up the networks as the configuration says. Raises ValueError where that is not possible, or would do nothing."""
+    """Applies the options of the configuration to the networks. Raises ValueError if one is not possible or has no effect."""
     autoencoder = objective.autoencoder
-    if config.channels_last is False:  # they are built channels last
+    if config.channels_last is False:  # the networks are built with channels_last
         autoencoder.to(memory_format=torch.contiguous_format)
     if config.checkpoint_activations:
         checkpoint_activations(autoencoder)
@@ -24,29 +24,29 @@ def set_execution(objective: Objective, config: TrainConfig, device: torch.devic
 
 
 def compile_networks(objective: Objective, **options) -> None:
-    """Compiles encoder and decoder, in place: the names of the weights stay. options: of torch.compile."""
+    """Compiles encoder and decoder in place; the names of the weights do not change. options: passed to torch.compile."""
     autoencoder = objective.autoencoder
     autoencoder.encoder.compile(**options)
-    if not objective.twice_differentiated:  # which torch.compile cannot
+    if not objective.twice_differentiated:  # torch.compile cannot do that
         autoencoder.decoder.compile(**options)
 
 
 def checkpoint_activations(network: nn.Module) -> None:
-    """Lets all Layers in the network keep one activation of a block. Raises ValueError if there is nothing to gain."""
+    """Makes all Layers in the network keep one activation per block. Raises ValueError if that saves nothing."""
     layers = [module for module in network.modules() if isinstance(module, Layers)]
     if not any(block.has_inner_activations() for module in layers for block in module.blocks()):
         raise ValueError(
-            "train.checkpoint_activations=true computes batch norms again, but no network has them in its "
-            "eae_dist.model.networks.Layers, which are nn.Sequential; set train.checkpoint_activations=false"
+            "train.checkpoint_activations=true recomputes batch norms, but no network has them in its "
+            "eae_dist.model.networks.Layers, a kind of nn.Sequential; set train.checkpoint_activations=false"
         )
     for module in layers:
         module.checkpointed = True
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raises ValueError if torch.compile cannot work here, for want of a C++ compiler as a rule."""
+    """Raises ValueError if torch.compile does not work here, usually because there is no C++ compiler."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
-    except Exception as error:  # of many kinds, from all that takes part
+    except Exception as error:  # torch.compile raises many types
         said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(f"train.compile=true needs what torch.compile needs on {device.type}: {said}") from error

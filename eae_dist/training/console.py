@@ -1,4 +1,4 @@
-"""What a run says to its user: one line at a time, from rank 0, and a progress bar."""
+"""Messages of a run to the user: lines from rank 0, and a progress bar."""
 
 import logging
 import sys
@@ -15,13 +15,13 @@ log = logging.getLogger("eae_dist")
 
 
 def say(text: str) -> None:
-    """One line for the user, from rank 0."""
+    """Logs one line on rank 0."""
     if rank() == 0:
         log.info(text)
 
 
 def describe(config: Config, objective: Objective, stream: ShardStream, step: int, end: int) -> None:
-    """Says what is about to run and what the settings mean."""
+    """Logs what will run and what the settings mean."""
     batch, parameters = config.train.global_batch, sum(p.numel() for p in objective.parameters())
     shape = "x".join(map(str, stream.index.image_shape))
     say(
@@ -32,18 +32,18 @@ def describe(config: Config, objective: Objective, stream: ShardStream, step: in
     say(f"loss = {objective.formula()}")
     if (ranks := ranks_of_group(config.objective.group)) < world_size():
         groups = world_size() // ranks
-        say(f"objective.group={config.objective.group}: the entropy is the mean of those of {groups} groups of {ranks} ranks")
+        say(f"objective.group={config.objective.group}: the entropy is the mean over {groups} groups of {ranks} ranks")
     if (parts := config.train.accumulate) > 1:
         say(
             f"train.accumulate={parts}: latent norm, entropy and MMD are those of all {batch} images; batch norms inside "
             f"the networks see {batch // parts} to {-(-batch // parts)} at a time"
         )
     if world_size() == 1 and not torch.cuda.is_available():
-        say("one CPU rank; for two: accelerate launch --config_file launch/cpu.yaml -m eae_dist.train")
+        say("this run uses one CPU rank; for two ranks: accelerate launch --config_file launch/cpu.yaml -m eae_dist.train")
 
 
 def progress_bar(images: int, total: int) -> tqdm:
-    """A bar on rank 0 over the images of the run, of which `images` are done."""
+    """Returns a progress bar on rank 0 over `total` images, of which `images` are done."""
     return tqdm(
         total=total,
         initial=images,
@@ -55,5 +55,6 @@ def progress_bar(images: int, total: int) -> tqdm:
 
 
 def progress_terms(record: dict[str, float]) -> dict[str, str]:
+    """Returns the terms of a record that the progress bar shows."""
     shown = ("loss", "reconstruction", "entropy", "validation_loss")
     return {name: f"{record[name]:.4g}" for name in shown if name in record}

@@ -1,4 +1,4 @@
-"""What is said, and kept in the run folder, when a rank fails at something that no setting explains."""
+"""Reports of unexpected failures of a rank, on stderr and in the run folder."""
 
 import platform
 import sys
@@ -19,10 +19,10 @@ def reported_crashes(
     timeout: float,
     *known: type[Exception],
 ) -> Iterator[None]:
-    """Reports any exception but the `known`, which say themselves what is wrong, and passes it on.
+    """Reports any exception except the `known` types, whose message is enough, and raises it again.
 
-    The report names rank, host, step, last checkpoint and the ranks that do not answer within a tenth of the timeout, in
-    seconds, at most 10; it goes to stderr and, with the traceback, into run/crashes/rank-R.txt.
+    The report names rank, host, step, last checkpoint and the ranks that do not answer within a tenth of the timeout, at most
+    10 seconds. It is printed to stderr and written with the traceback to run/crashes/rank-R.txt. timeout: in seconds.
     """
     try:
         yield
@@ -34,16 +34,16 @@ def reported_crashes(
         patience = min(timeout / 10, 10.0)
         if world_size() > 1 and (silent := silent_ranks(patience)):
             said += f"\nrank {', '.join(map(str, silent))} ended or hangs: no answer within {patience:g} seconds"
-        last = last_checkpoint()  # which may have to wait for it: the other ranks are answered before
+        last = last_checkpoint()  # may wait for a checkpoint, so it comes after the answer to the other ranks
         if last is None:
-            said += "\nno checkpoint was saved yet; the same command starts anew"
+            said += "\nno checkpoint was saved yet; run the same command to start again"
         else:
-            said += f"\nthe last checkpoint is {last}; the same command goes on from there"
+            said += f"\nthe last checkpoint is {last}; run the same command to continue from it"
         print(said, file=sys.stderr, flush=True)
         try:
             (run / "crashes").mkdir(exist_ok=True)
             text = f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n{said}\n\n{traceback.format_exc()}"
             (run / "crashes" / f"rank-{rank()}.txt").write_text(text)
-        except OSError as unwritten:  # the disk may be what failed
+        except OSError as unwritten:  # the failure may be the disk
             print(f"{run}/crashes cannot be written: {unwritten}", file=sys.stderr, flush=True)
         raise

@@ -1,11 +1,11 @@
-"""What differs between the engines that a launch can ask for; everything else is the same code for both.
+"""The engines that a launch can select. Only the code in this module differs between them.
 
     PyTorch     one process, or DDP over several                    launch/cpu.yaml, torchrun, srun, accelerate launch alone
     DeepSpeed   ZeRO-1 (optimizer state split over the ranks)       launch/deepspeed_zero1.yaml
                 or ZeRO-2 (gradients as well)                       launch/deepspeed_zero2.yaml
 
-Both average gradients over ranks, so that the mean of the ranks' losses is what is minimized, and both keep weights and Adam's
-state in float32. Checkpoints are those of PyTorch under either: whole weights, and the state of every parameter by its number.
+Both average gradients over ranks, so that they minimize the mean loss over ranks. Both keep weights and the state of Adam in
+float32. Both write the same checkpoints in the format of PyTorch: whole weights, and the state of every parameter by number.
 """
 
 import os
@@ -23,64 +23,67 @@ from torch.nn.parallel import DistributedDataParallel
 from eae_dist.config import Config, TrainConfig
 from eae_dist.distributed import world_size
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, an entry each per weight
+MOMENTS = ("exp_avg", "exp_avg_sq")  # state of Adam: one entry per weight each
 
 
 def accelerator_options(config: TrainConfig, cpu: bool) -> dict:
-    """How accelerate is to be started for the engine that the launch asks for. Raises ValueError where that one cannot work."""
+    """Returns the arguments of Accelerator for the engine of the launch. Raises ValueError if that engine cannot work."""
     timeout = timedelta(seconds=config.timeout)
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         if missing := [name for name in ("deepspeed", "transformers") if find_spec(name) is None]:  # accelerate imports both
             raise ValueError(f"the launch asks for DeepSpeed, but {missing} are not installed: pip install -e '.[deepspeed]'")
         if cpu and torch.cuda.is_available():
-            raise ValueError("train.device=cpu: DeepSpeed takes the GPUs it sees; hide them with CUDA_VISIBLE_DEVICES=")
+            raise ValueError("train.device=cpu: DeepSpeed uses all visible GPUs; hide them with CUDA_VISIBLE_DEVICES=")
         # torch 2.14 renames a function that DeepSpeed calls.
         warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning)
         if cpu:
             import deepspeed
 
-            # An operator for inference on CPUs, which otherwise every first start compiles, for a minute and with a compiler.
+            # Without this, the first start compiles an operator for CPU inference, which takes a minute and a compiler.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # cpu=True would mean DDP, and without the name of a backend every CPU rank would be a run of its own.
+        # cpu=True would select DDP; without a backend name every CPU rank would be a separate run.
         backend = InitProcessGroupKwargs(backend="gloo" if cpu else None, timeout=timeout)
-        return {"mixed_precision": "no", "kwargs_handlers": [backend]}  # precision: see DeepSpeed.prepare
-    # GlobalBatchNorm keeps its buffers equal by itself.
+        return {"mixed_precision": "no", "kwargs_handlers": [backend]}  # DeepSpeed.prepare sets the precision
+    # The buffers of GlobalBatchNorm are already equal on all ranks.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     handlers = [ddp, InitProcessGroupKwargs(timeout=timeout)]
-    # Without cpu=True accelerate makes W separate runs of one rank, without a word.
+    # Without cpu=True accelerate silently makes W separate runs of one rank.
     return {"cpu": cpu, "mixed_precision": "no" if config.precision == "fp32" else config.precision, "kwargs_handlers": handlers}
 
 
 def engine_of(accelerator: Accelerator) -> "PyTorch | DeepSpeed":
+    """Returns the engine of an accelerator."""
     deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     return DeepSpeed(accelerator) if deepspeed else PyTorch(accelerator)
 
 
 class PyTorch:
-    """One process, or DDP."""
+    """PyTorch without DeepSpeed: one process, or DDP."""
 
     name = "PyTorch"
-    needs_ddp_warmup = True  # DDP's first backward pass is not like the later ones
-    optimizer_state_is_copy = False  # its optimizer's state is the tensors that the next step changes
+    needs_ddp_warmup = True  # the first backward pass of DDP differs from the later ones
+    optimizer_state_is_copy = False  # the next step changes the tensors of its optimizer state
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
 
     def prepare(self, objective: nn.Module, optimizer: torch.optim.Adam, config: Config, lanes: int):
-        """The model and the optimizer that a step is taken with. Raises ValueError if ranks would train models of their own."""
+        """Returns the wrapped model and optimizer for a step. Raises ValueError if ranks would train separate models."""
         model, prepared_optimizer = self.accelerator.prepare(objective, optimizer)
         if world_size() > 1 and not isinstance(model, DistributedDataParallel):
             raise ValueError(f"accelerate did not wrap the model for {world_size()} ranks; check the file given to --config_file")
         return model, prepared_optimizer
 
     def autocast(self) -> AbstractContextManager:
-        """The precision of a step, for a forward pass outside of one."""
+        """Returns a context with the precision of a step, for a forward pass outside of a step."""
         return self.accelerator.autocast()
 
     def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, clip_norm: float | None) -> torch.Tensor:
-        """One step along the gradient, scaled down to clip_norm where it is longer; its norm before that."""
+        """Takes one step with the gradient, clipped to clip_norm; returns the norm of the gradient before clipping."""
         self.accelerator.unscale_gradients(optimizer)
-        parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]  # a user's may be frozen
+        parameters = [
+            parameter for parameter in model.parameters() if parameter.grad is not None
+        ]  # parameters of the user's network may be frozen
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         if clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
@@ -88,28 +91,28 @@ class PyTorch:
         return norm
 
     def optimizer_state(self, objective: nn.Module, optimizer: torch.optim.Adam) -> dict:
-        """The whole optimizer's state, as `load` takes it under any engine. Call on every rank."""
+        """Returns the whole state of the optimizer, which `load` accepts under both engines. Call on every rank."""
         return optimizer.state_dict()
 
     def load(self, objective: nn.Module, optimizer: torch.optim.Adam, weights: dict, state: dict) -> None:
-        """Puts back weights and buffers, and the optimizer's state. Call on every rank, after `prepare`."""
+        """Loads weights, buffers and the state of the optimizer. Call on every rank, after `prepare`."""
         objective.load_state_dict(weights)
         optimizer.load_state_dict(state)
 
 
 class DeepSpeed:
-    """ZeRO stage 1 or 2. Every figure that it takes from a configuration of its own is ours."""
+    """DeepSpeed with ZeRO stage 1 or 2. Its batch and clipping settings come from our configuration."""
 
     needs_ddp_warmup = False
-    optimizer_state_is_copy = True  # its optimizer's state is a copy, made of all ranks'
+    optimizer_state_is_copy = True  # its optimizer state is a copy, gathered from all ranks
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
-        self.settings: dict = accelerator.deepspeed_plugin.deepspeed_config  # what the engine is built from
+        self.settings: dict = accelerator.deepspeed_plugin.deepspeed_config  # the settings from which the engine is built
         self.name = f"DeepSpeed ZeRO-{self.settings['zero_optimization']['stage']}"
 
     def prepare(self, objective: nn.Module, optimizer: torch.optim.Adam, config: Config, lanes: int):
-        """The engine and its optimizer. Raises ValueError for settings that it cannot keep (see refuse)."""
+        """Returns the engine and its optimizer. Raises ValueError for settings that it does not support (see refuse)."""
         self.refuse(config, lanes)
         batch = config.train.global_batch
         figures = {
@@ -119,11 +122,11 @@ class DeepSpeed:
             "gradient_clipping": config.train.clip_norm or 0.0,
         }
         self.settings |= figures
-        # Not its own bf16, which rounds the weights, but not the buffers. No modules are named whose gradients it would average
-        # in less than float32.
+        # torch_autocast is used, because DeepSpeed's own bf16 rounds the weights but not the buffers. The list of modules is
+        # empty, so that all gradients are averaged in float32.
         bf16 = config.train.precision == "bf16"
         self.settings["torch_autocast"] = {"enabled": bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []}
-        objective.to(memory_format=torch.contiguous_format)  # its flat tensors have no channels_last
+        objective.to(memory_format=torch.contiguous_format)  # the flat tensors of DeepSpeed have no channels_last format
         engine, prepared_optimizer = self.accelerator.prepare(objective, optimizer)
         taken = {
             "train_batch_size": engine.train_batch_size(),
@@ -136,12 +139,12 @@ class DeepSpeed:
         return engine, prepared_optimizer
 
     def refuse(self, config: Config, lanes: int) -> None:
-        """Raises ValueError for what cannot work, or would not mean what it does under DDP."""
+        """Raises ValueError for settings that do not work, or that do not have the same meaning as under DDP."""
         train, zero = config.train, self.settings["zero_optimization"]
         ddp = "or launch without DeepSpeed"
         if train.accumulate > 1:
             raise ValueError(
-                f"train.accumulate={train.accumulate} needs gradients that stay whole on every rank, DeepSpeed's ZeRO splits "
+                f"train.accumulate={train.accumulate} needs whole gradients on every rank, but DeepSpeed's ZeRO splits "
                 f"them; set train.accumulate=1, {ddp}"
             )
         if lanes % world_size():
@@ -151,11 +154,13 @@ class DeepSpeed:
             )
         if train.precision == "fp16":
             raise ValueError(
-                f"train.precision=fp16: DeepSpeed would clip the scaled gradient, and not lower the scale after an overflow; "
+                f"train.precision=fp16: DeepSpeed would clip the scaled gradient and not lower the scale after an overflow; "
                 f"take train.precision=bf16, {ddp}"
             )
         if train.channels_last:
-            raise ValueError(f"train.channels_last=true: DeepSpeed's flat tensors have no such layout; leave it out, {ddp}")
+            raise ValueError(
+                f"train.channels_last=true: DeepSpeed's flat tensors do not support this layout; leave it out, {ddp}"
+            )
         if zero.get("stage") not in (1, 2):
             raise ValueError(f"zero_optimization.stage={zero.get('stage')} of DeepSpeed's settings: take 1 or 2, {ddp}")
         own = [name for name in ("fp16", "bf16") if self.settings.get(name, {}).get("enabled")]
@@ -168,19 +173,19 @@ class DeepSpeed:
             )
 
     def autocast(self) -> AbstractContextManager:
-        """The precision of a step, for a forward pass outside of one."""
+        """Returns a context with the precision of a step, for a forward pass outside of a step."""
         enabled = self.settings["torch_autocast"]["enabled"]
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=enabled)
 
     def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, clip_norm: float | None) -> torch.Tensor:
-        """The norm of the gradient, before it was clipped: accelerator.backward has taken the step already."""
+        """Returns the norm of the gradient before clipping; accelerator.backward has already taken the step."""
         return torch.as_tensor(model.get_global_grad_norm(), device=self.accelerator.device)
 
     def optimizer_state(self, objective: nn.Module, optimizer: torch.optim.Adam) -> dict:
-        """The whole optimizer's state, as `load` takes it under any engine. Call on every rank."""
+        """Returns the whole state of the optimizer, which `load` accepts under both engines. Call on every rank."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        (local,) = optimizer.state.values()  # ZeRO gives the optimizer one flat tensor: this rank's part of all weights
+        (local,) = optimizer.state.values()  # ZeRO gives the optimizer one flat tensor with this rank's part of all weights
         parameters = list(objective.parameters())
         state = {
             number: {"step": local["step"].clone()}
@@ -192,7 +197,7 @@ class DeepSpeed:
         return {"state": state, "param_groups": [group]}
 
     def load(self, objective: nn.Module, optimizer: torch.optim.Adam, weights: dict, state: dict) -> None:
-        """Puts back weights and buffers, and the optimizer's state. Call on every rank, after `prepare`."""
+        """Loads weights, buffers and the state of the optimizer. Call on every rank, after `prepare`."""
         from deepspeed.utils import (
             lazy_init_hp_params_optimizer_state,
             safe_set_full_fp32_param,
@@ -203,12 +208,12 @@ class DeepSpeed:
         trained = [(number, parameter) for number, parameter in enumerate(objective.parameters()) if parameter.requires_grad]
         (group,), (saved,) = optimizer.param_groups, state["param_groups"]
         group |= {name: value for name, value in saved.items() if name != "params"}
-        # Adam makes its state in the first step, and DeepSpeed finds the parameters' parts of it only then.
+        # Adam creates its state in the first step; only then can DeepSpeed map it to parameters. It is created here instead.
         (split,) = group["params"]
         step = next(iter(state["state"].values()))["step"]
         optimizer.state[split] = {"step": step.clone()} | {name: torch.zeros_like(split) for name in MOMENTS}
         lazy_init_hp_params_optimizer_state([parameter for _, parameter in trained], split, optimizer.state)
         for number, parameter in trained:
-            safe_set_full_fp32_param(parameter, parameter.data)  # the float32 copy that the optimizer works on
+            safe_set_full_fp32_param(parameter, parameter.data)  # the float32 copy that the optimizer updates
             for name in MOMENTS:
                 safe_set_full_optimizer_state(parameter, state["state"][number][name].to(parameter.device), name)

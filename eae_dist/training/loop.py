@@ -1,6 +1,6 @@
-"""The training loop: a run is made or continued, steps are taken, and after a step comes what is due.
+"""The training loop: it creates or continues a run, takes steps, and does validation, logging and saving when they are due.
 
-B: images a step, over all ranks.
+B: images per step, over all ranks.
 """
 
 import time
@@ -28,13 +28,13 @@ from eae_dist.training.run import Run
 from eae_dist.training.setup import check_micro_batches, check_neighbors, last_step, open_stream, start_accelerator
 from eae_dist.training.step_times import StepTimes, traced
 
-EXPECTED_ERRORS = (TrainingDiverged, RankZeroFailed, ValueError, OSError)  # errors whose own words are enough
+EXPECTED_ERRORS = (TrainingDiverged, RankZeroFailed, ValueError, OSError)  # errors whose message is enough, without a report
 
 
 def train(config: Config) -> None:
-    """Trains to config.train.epochs, continuing the run folder's latest checkpoint if there is one. Call on every rank.
+    """Trains to config.train.epochs, from the latest checkpoint of the run folder if there is one. Call on every rank.
 
-    Raises ValueError or OSError for what a user can set right, TrainingDiverged for a loss that is not finite.
+    Raises ValueError or OSError for an error that the user can correct, and TrainingDiverged for a loss that is not finite.
     """
     # The ranks, the data, the run folder.
     accelerator = start_accelerator(config.train)
@@ -45,7 +45,7 @@ def train(config: Config) -> None:
     _lock = checkpoints.lock(folder)  # held until this function returns
     checkpoint = checkpoints.open_run_folder(folder, config, stream.identity())
 
-    # The model with its loss and the optimizer; DDP's buckets; where the last checkpoint left them.
+    # The model with its loss, the optimizer, the buckets of DDP, and the state of the last checkpoint.
     run = Run(config, accelerator, stream)
     check_micro_batches(stream, config.train.accumulate, accelerator.device)
     if "entropy" in run.objective.penalties:
@@ -75,19 +75,19 @@ def train(config: Config) -> None:
         measured_waits() as waits,
         traced(config.train.profile, folder / "profile") as profiler,
     ):
-        # What the last start left to this one.
+        # Work that the last start left unfinished.
         unfinished, state.unfinished = state.unfinished, None
         stopping = unfinished is not None and not run.after_step(**unfinished, stop=stop)
         if stopping:
             run.save(unfinished)
 
-        window: list[torch.Tensor] = []  # the terms of every step since the last line of the log
+        window: list[torch.Tensor] = []  # terms of every step since the last line of the log
         times, started = StepTimes(stream.rows, waits, run.model), time.perf_counter()
         while state.step < end and not stopping:
             # One step on B images.
             stop.start_asking()
             run.schedule_learning_rate()
-            torch.manual_seed(derive_key(config.train.seed, state.step, rank()))  # of random layers in a user's own network
+            torch.manual_seed(derive_key(config.train.seed, state.step, rank()))  # for random layers in a network of the user
             key = derive_key(config.train.seed, state.step)
             with times.step():
                 with times.reading():
@@ -108,22 +108,22 @@ def train(config: Config) -> None:
             # The log: means over the steps and ranks since the last line. A loss that is not finite stops here.
             record = run.record(names, window, time.perf_counter() - started) | times.record() | run.reference
             window.clear()
-            # A preempted job has little time: validation and samples are left to the next start.
+            # A preempted job has little time: leave validation and samples to the next start.
             if (stopping and due & {"validate", "sample"}) or not run.after_step(record, due, stop):
                 run.save(unfinished={"record": record, "due": sorted(due | {"save"})})
                 stopping = True
             progress.set_postfix(progress_terms(run.last_record), refresh=False)
             started = time.perf_counter()
-        with on_rank_zero():  # here a second signal does not end the process yet
+        with on_rank_zero():  # StopRequest is still active, so a second signal does not end the process
             run.saves.wait()
 
-    # The end, or a stop that was asked for.
+    # The run has ended or was stopped.
     for tracker in accelerator.trackers:
         tracker.finish()
     if stopping:
         say(
             f"stopped by a signal, or with its launcher, at step {state.step} of {end}; "
-            f"saved in {folder}/checkpoints/latest, the same command goes on"
+            f"saved in {folder}/checkpoints/latest; run the same command to continue"
         )
     else:
         say(
@@ -141,11 +141,11 @@ def training_step(
     key: int,
     config: TrainConfig,
 ) -> tuple[list[str], torch.Tensor]:
-    """One optimizer step; the terms' names and this rank's shares of them, float64 [terms], gradient norm last.
+    """Takes one optimizer step; returns the names of the terms and this rank's shares of them, float64 [terms].
 
-    Before it stands what `finite_norms` says, from which `averaged` names the ranks where a loss that is not finite began.
-
-    row_ids: which rows of the global batch this rank holds, int64 [b]; key: of all draws of this step.
+    The last entry is the gradient norm. The entry before it is `finite_norms`, from which `averaged` finds the ranks on which a
+    non-finite loss started. A share is the value of one rank; the mean over ranks is the term of the global batch.
+    row_ids: numbers of this rank's rows in the global batch, int64 [b]. key: key of all random draws of this step.
     """
     optimizer.zero_grad()
     device = accelerator.device
@@ -161,15 +161,15 @@ def training_step(
 
 
 def warm_up_ddp_buckets(accelerator: Accelerator, model: torch.nn.Module, stream: ShardStream) -> None:
-    """One backward pass that is thrown away, on a new and on a continued run alike.
+    """Runs two backward passes and discards the gradients, in a new and in a continued run.
 
-    DDP rebuilds its buckets after its first backward pass, and sums of three ranks or more then round differently: without
-    this, the first step after a resume would not have the bits of the same step in an uninterrupted run.
+    DDP rebuilds its buckets after its first backward pass, and sums over three or more ranks then round differently. Without
+    the warm-up, the first step after a resume would differ in its bits from the same step in an uninterrupted run.
     """
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     images = torch.zeros(stream.rows, *stream.index.image_shape, device=accelerator.device)
     first = torch.ones(stream.rows, dtype=torch.bool, device=accelerator.device)
-    for _ in range(2):  # the buckets are rebuilt at the start of the second
+    for _ in range(2):  # DDP rebuilds the buckets at the start of the second pass
         accelerator.backward(model(images, first, stream.order.global_batch, stream.row_ids, 0)["loss"])
     model.zero_grad()
     for name, buffer in model.named_buffers():

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line, one line a step that was logged; the same numbers go to accelerate's trackers."""
+"""metrics.jsonl: one line with a JSON object per logged step. The trackers of accelerate get the same numbers."""
 
 import json
 import logging
@@ -14,17 +14,17 @@ from eae_dist.numerics.atomic_files import replace_file
 
 log = logging.getLogger("eae_dist")
 
-FINITE_NORMS = "finite_norms"  # beside the terms: how many batch norms have seen finite rows of a rank
+FINITE_NORMS = "finite_norms"  # logged with the terms: number of batch norms with finite input on a rank
 
 
 class TrainingDiverged(RuntimeError):
-    """A loss or gradient that is not a finite number."""
+    """A loss or gradient is not a finite number."""
 
 
 class MetricsLog:
-    """Appends records; on a continued run everything after `step` is cut away first, so that no step stands twice.
+    """Appends records; in a continued run, lines after `step` are removed first, so that no step occurs twice.
 
-    Make it on every rank; only rank 0 writes, and starts the trackers.
+    Create it on every rank; only rank 0 writes and starts the trackers.
     """
 
     def __init__(self, run: Path, accelerator: Accelerator, step: int, settings: dict):
@@ -34,11 +34,11 @@ class MetricsLog:
         # TensorBoard hides what an interrupted run wrote after the checkpoint.
         accelerator.init_trackers("run", init_kwargs={"tensorboard": {"purge_step": step + 1}})
         for tracker in accelerator.trackers:
-            if tracker.name != "tensorboard":  # there, settings become a second run on the page
+            if tracker.name != "tensorboard":  # TensorBoard would show settings as a second run
                 tracker.store_init_configuration({key: str(value) for key, value in settings.items()})
 
     def write(self, record: dict[str, float]) -> None:
-        """Appends one record with "step" and "images"; floats are finite. Raises OSError, on rank 0, if that fails."""
+        """Appends one record with "step", "images" and finite floats. Raises OSError on rank 0 if writing fails."""
         if self.accelerator.is_main_process:
             try:
                 with open(self.path, "a") as file:
@@ -52,14 +52,14 @@ class MetricsLog:
 
 
 def lines_up_to(path: Path, step: int) -> list[str]:
-    """The complete lines of a metrics file whose step is at most `step`; a last line that a kill cut short is dropped."""
+    """Returns the complete lines of a metrics file whose step is at most `step`; an incomplete last line is dropped."""
     kept = []
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
-            log.warning("%s: left out a line that is no record: %.80s", path, line)
+            log.warning("%s: left out a line that is not a record: %.80s", path, line)
     return kept
 
 
@@ -71,12 +71,12 @@ def averaged(
     *,
     ignore_gradient: bool,
 ) -> dict[str, float]:
-    """Means over ranks and over the steps of the window that ends with `step`; raises TrainingDiverged if one is not finite.
+    """Returns means over ranks and over the steps of the window that ends with `step`.
 
-    The ranks that it names are those with the fewest FINITE_NORMS, where it began.
+    Raises TrainingDiverged if a value is not finite; it names the ranks with the fewest FINITE_NORMS, where the error started.
     """
     shares = gather_rows(torch.stack(window)[None]).cpu()  # [W, steps, terms]
-    if ignore_gradient:  # fp16's loss scaling skips steps whose gradient overflows
+    if ignore_gradient:  # the loss scaling of fp16 skips steps whose gradient overflows
         shares[:, :, -1] = shares[:, :, -1].nan_to_num(posinf=0.0)
     bad = (~shares.isfinite()).nonzero()
     if len(bad):
@@ -95,7 +95,7 @@ def averaged(
 def require_finite(
     terms: dict[str, float], step: int, last_checkpoint: Callable[[], Path | None], ranks: Sequence[int] = ()
 ) -> None:
-    """Raises TrainingDiverged that names the term, the step, the ranks and the last good checkpoint."""
+    """Raises TrainingDiverged if a term is not finite; it names the term, the step, the ranks and the last checkpoint."""
     if bad := [name for name, value in terms.items() if not math.isfinite(value)]:
         name, last = first_cause(bad), last_checkpoint()
         good = "no checkpoint was saved before" if last is None else f"the last good checkpoint is {last}"
@@ -106,5 +106,5 @@ def require_finite(
 
 
 def first_cause(names: Sequence[str]) -> str:
-    """The term that makes the others bad: the loss is the sum of terms, the gradient follows from the loss."""
+    """Returns the term that explains the others: the loss is a sum of terms, and the gradient follows from the loss."""
     return min(names, key=lambda name: (name == "gradient_norm", name.endswith("loss")))

@@ -1,4 +1,4 @@
-"""A run: its model, optimizer, schedule and state, what a step is followed by, and what is saved."""
+"""A run: its model, optimizer, schedule and state; the actions after a step; and saving."""
 
 import resource
 import sys
@@ -28,14 +28,14 @@ from eae_dist.training.validation import validate
 
 
 class Run:
-    """The objects of one training run and its state. Call every method on every rank.
+    """The objects and the state of one training run. Call every method on every rank.
 
-    objective: the model with its loss; `model` is the same as DDP or DeepSpeed wraps it, `prepared_optimizer` the optimizer that
-    takes its steps.
+    objective: the model with its loss. model: the objective wrapped by DDP or DeepSpeed. prepared_optimizer: the optimizer that
+    takes the steps.
     """
 
     def __init__(self, config: Config, accelerator: Accelerator, stream: ShardStream):
-        """Makes a new run; the configuration is one that `objectives.resolve` has filled in."""
+        """Creates a new run from a configuration that `objectives.resolve` has filled in."""
         self.config, self.accelerator, self.stream = config, accelerator, stream
         self.folder, self.state = Path(config.train.output), TrainingState()
         self.objective = build_objective(config.model, config.objective, stream.index.image_shape, config.train.seed)
@@ -47,30 +47,31 @@ class Run:
         self.plateau = ReduceLROnPlateau(
             self.optimizer,
             factor=config.train.plateau_factor,
-            patience=config.train.plateau_patience - 1,  # of PyTorch: how many it lets pass before the one at which it acts
-            threshold_mode="abs",  # relative to a negative loss, standing still would count as better
+            patience=config.train.plateau_patience - 1,  # PyTorch acts after this many validations plus one
+            threshold_mode="abs",  # with a relative threshold, an equal negative loss would count as better
         )
         self.saves = AsyncCheckpoints(self.folder, config)
-        self.every = {  # images between two of each
+        self.every = {  # number of images between two actions of a kind
             "log": config.train.log_every or 10 * config.train.global_batch,
             "validate": config.train.validate_every or stream.samples,
             "sample": config.train.sample_every or stream.samples,
             "save": config.train.save_every or stream.samples,
         }
-        self.reference: dict[str, float] = {}  # what the log compares the entropy with
+        self.reference: dict[str, float] = {}  # logged for comparison with the entropy
         self.last_record: dict = {}
 
     @property
     def images(self) -> int:
-        """Images seen, the clock of everything."""
+        """Number of images seen; all intervals are measured in images."""
         return self.state.step * self.config.train.global_batch
 
     @property
     def ran_on(self) -> dict:
+        """Engine, number of ranks and device type."""
         return {"engine": self.engine.name, "ranks": world_size(), "device": self.accelerator.device.type}
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Goes on from a checkpoint; says what is not as it was before."""
+        """Continues from a checkpoint and logs changes of engine, ranks and device."""
         self.state = TrainingState.from_dict(checkpoint.state)
         self.engine.load(self.objective, self.optimizer, checkpoint.model_state(), checkpoint.optimizer_state())
         self.plateau.load_state_dict(self.state.plateau)
@@ -82,7 +83,7 @@ class Run:
         self.stream.start_step = self.state.step
 
     def open_log(self) -> None:
-        """Opens metrics.jsonl and the trackers, and fixes what every grid of samples is made from."""
+        """Opens metrics.jsonl and the trackers, and fixes the inputs of all sample grids."""
         config, device = self.config, self.accelerator.device
         self.metrics = metrics_log.MetricsLog(self.folder, self.accelerator, self.state.step, flatten(config))
         if "entropy" in self.objective.penalties:
@@ -95,7 +96,7 @@ class Run:
                 self.grid_inputs = grid_inputs(to_unit(images, device), config.model.latent_dim, config.train.seed)
 
     def schedule_learning_rate(self) -> None:
-        """Sets the rate of the exponential schedule; the plateau schedule sets it after validation."""
+        """Sets the learning rate of the exponential schedule; the plateau schedule changes it after validation."""
         train = self.config.train
         if train.schedule == "exponential":
             epochs_done = self.images // self.stream.samples
@@ -103,12 +104,12 @@ class Run:
                 group["lr"] = train.learning_rate * train.decay**epochs_done
 
     def due(self, end: int) -> set[str]:
-        """What follows the last step: log, validate, sample, save; all of it at the end."""
+        """Returns the actions due after the last step: log, validate, sample, save; all of them at the end of the run."""
         before, now = self.images - self.config.train.global_batch, self.images
         return {what for what, images in self.every.items() if self.state.step == end or now // images > before // images}
 
     def record(self, names: list[str], window: list[torch.Tensor], seconds: float) -> dict[str, float]:
-        """The line of the log for the steps of the window, which took so long. Raises TrainingDiverged."""
+        """Returns the record of the log for the steps of the window, which took `seconds`. Raises TrainingDiverged."""
         step, ignore_gradient = self.state.step, self.accelerator.scaler is not None
         return {
             "step": step,
@@ -121,7 +122,7 @@ class Run:
         }
 
     def after_step(self, record: dict[str, float], due: Collection[str], stop: StopRequest) -> bool:
-        """What is due: validation, pictures, the line of the log, a checkpoint. False if a stop breaks the validation off."""
+        """Does the due actions: validation, samples, log record, checkpoint. Returns False if a stop ends the validation."""
         state, improved = self.state, False
         if "validate" in due and self.config.data.validation:
             terms = validate(self.accelerator, self.objective, self.config, stop)
@@ -135,7 +136,7 @@ class Run:
                 state.best_validation_loss, state.best_step = record["validation_loss"], state.step
             if self.config.train.schedule == "plateau":
                 self.plateau.step(record["validation_loss"])
-        with on_rank_zero() as is_rank_zero:  # a disk may be full, also because a checkpoint is being written
+        with on_rank_zero() as is_rank_zero:  # the disk may be full, also because of a checkpoint that is being written
             self.saves.raise_failure()
             if is_rank_zero and "sample" in due:
                 grids = draw_grids(self.objective.autoencoder.eval(), self.grid_inputs)
@@ -148,10 +149,10 @@ class Run:
         return True
 
     def save(self, unfinished: dict | None = None) -> None:
-        """Starts to write a checkpoint. unfinished: the arguments of `after_step` that the next start is to go on with."""
+        """Starts to write a checkpoint. unfinished: arguments of `after_step` with which the next start continues."""
         state, scaler = self.state, self.accelerator.scaler
         state.plateau, state.grad_scaler = self.plateau.state_dict(), None if scaler is None else scaler.state_dict()
-        with on_rank_zero():  # before an engine gathers a second copy
+        with on_rank_zero():  # wait before the engine gathers a second copy
             self.saves.wait()
         optimizer_state = self.engine.optimizer_state(self.objective, self.optimizer)
         if rank() == 0:
@@ -168,7 +169,7 @@ class Run:
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """The most memory this rank has held: allocated on its GPU, or resident in the process, MiB."""
+    """Returns the peak memory of this rank in MiB: allocated on its GPU, or resident in the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -1,4 +1,4 @@
-"""What a run starts from: accelerate, the data, and the checks of what would end it later."""
+"""Setup of a run: accelerate, the data, and early checks for errors that would end the run later."""
 
 import logging
 import math
@@ -26,7 +26,7 @@ log = logging.getLogger("eae_dist")
 
 
 def start_accelerator(config: TrainConfig) -> Accelerator:
-    """accelerate's view of this rank: device, precision, trackers. Raises ValueError where it misses the launcher's ranks."""
+    """Starts accelerate on this rank: device, precision, trackers. Raises ValueError if it does not see all launched ranks."""
     cpu = config.device == "cpu" or not torch.cuda.is_available()
     if cpu and config.precision == "fp16":
         raise ValueError("train.precision=fp16 needs a GPU; take train.precision=bf16 or fp32")
@@ -37,10 +37,10 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     available = {str(tracker) for tracker in get_available_trackers()}
     if missing := sorted(set(config.trackers) - available):
         raise ValueError(
-            f"train.trackers={missing} are unknown to accelerate or not installed; here are: {', '.join(sorted(available))}"
+            f"train.trackers={missing} are unknown to accelerate or not installed; available: {', '.join(sorted(available))}"
         )
     if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it for deterministic results
         torch.use_deterministic_algorithms(True)
     # torch 2.14 renames DDP's broadcast_buffers; accelerate still passes the old name.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
@@ -62,19 +62,19 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def check_restarts(env: Mapping[str, str]) -> None:
-    """Raises ValueError where torchrun would start ranks again in a store that still has the addresses of those before.
+    """Raises ValueError if torchrun would restart ranks with a store that still has the addresses of the previous ranks.
 
-    A rank that reads one of these before its peer has written the new one waits for a process that is gone.
+    A rank that reads an old address before its peer has written the new one would wait for a process that has ended.
     """
     if int(env.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         raise ValueError(
-            "torchrun --max-restarts keeps its store from one start to the next, in which ranks can find each other's old "
-            "addresses; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, or leave --max-restarts out"
+            "torchrun --max-restarts keeps its store after a restart, so ranks can find old addresses of each other "
+            "there; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, or leave --max-restarts out"
         )
 
 
 def open_stream(config: Config) -> ShardStream:
-    """The training data; raises ValueError or FileNotFoundError, also for a validation split that is not there or too small."""
+    """Opens the training data. Raises ValueError or FileNotFoundError, also for a missing or too small validation split."""
     stream = ShardStream(
         config.data.root,
         config.data.split,
@@ -99,18 +99,18 @@ def open_stream(config: Config) -> ShardStream:
 
 
 def check_micro_batches(stream: ShardStream, accumulate: int, device: torch.device) -> None:
-    """Raises ValueError if a rank has too few rows to share out."""
+    """Raises ValueError if a rank has fewer rows than micro-batches."""
     if (fewest := min(row_counts(stream.rows, device))) < accumulate:
         raise ValueError(
-            f"train.accumulate={accumulate} needs as many images per rank, the smallest has {fewest}; "
+            f"train.accumulate={accumulate} needs as many images on every rank, but one rank has {fewest}; "
             f"lower train.accumulate or raise train.global_batch"
         )
 
 
 def check_neighbors(stream: ShardStream, config: Config) -> None:
-    """Raises ValueError if a batch of the run, one in which two passes meet, has too few different images for the entropy's k."""
+    """Raises ValueError if a batch in which two passes meet has too few different images for objective.k."""
     k, batch, passes = config.objective.k, config.train.global_batch, math.ceil(config.train.epochs)
-    if 2 * k < batch:  # at most half of a batch are in it twice
+    if 2 * k < batch:  # at most half of the images of a batch occur twice
         return
     meeting = {number * stream.samples // batch for number in range(1, passes) if number * stream.samples % batch}
     fewest = min((int(stream.order.first(step).sum()) for step in meeting), default=batch)
@@ -122,11 +122,12 @@ def check_neighbors(stream: ShardStream, config: Config) -> None:
 
 
 def last_step(config: Config, index: ShardIndex) -> int:
-    """The step with which a run ends."""
+    """Returns the last step of a run."""
     return math.ceil(config.train.epochs * index.split(config.data.split).samples / config.train.global_batch)
 
 
 def entropy_reference(config: Config, device: torch.device) -> float:
+    """Returns the entropy of a Gaussian batch in nats, for comparison with the entropy of a training batch."""
     objective, seed = config.objective, config.train.seed
     rows = config.train.global_batch * ranks_of_group(objective.group) // world_size()
     options = {"k": objective.k, "average_k": objective.average_k, "eps2": objective.eps2, "seed": seed, "device": device}

@@ -1,4 +1,4 @@
-"""Where a run stands: what a checkpoint holds beside weights and the optimizer's state."""
+"""The state of a run in a checkpoint, apart from weights and optimizer state."""
 
 import math
 from dataclasses import asdict, dataclass, fields
@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass, fields
 
 @dataclass
 class TrainingState:
-    """step: steps that were taken. best_step: the step with the lowest validation loss, 0 before the first validation.
+    """The progress of a run.
 
-    plateau, grad_scaler: states of the plateau schedule and of fp16's loss scaling. unfinished: the record and the actions
-    (`after_step`) of a step after which a signal stopped the run; the next start finishes them first.
+    step: number of steps taken. best_step: the step with the lowest validation loss, 0 before the first validation.
+    plateau, grad_scaler: state of the plateau schedule and of the loss scaling of fp16. unfinished: the arguments of
+    `Run.after_step` for a step after which a signal stopped the run; the next start does this work first.
     """
 
     step: int = 0
@@ -20,9 +21,10 @@ class TrainingState:
     unfinished: dict | None = None
 
     def to_dict(self) -> dict:
+        """Returns the state for state.json."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, state: dict) -> "TrainingState":
-        """The state in a checkpoint's state.json, which holds more beside it."""
+        """Reads the state from a checkpoint's state.json and ignores its other entries."""
         return cls(**{entry.name: state[entry.name] for entry in fields(cls) if entry.name in state})

@@ -1,4 +1,4 @@
-"""Where the time of a step goes on every rank: reading, waiting for other ranks, work of its own; and traces of single steps."""
+"""Timing of steps on every rank (reading, waiting for other ranks, own work), and profiler traces of single steps."""
 
 import time
 from collections.abc import Iterator
@@ -13,18 +13,18 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from eae_dist.distributed import gather_rows, message_device, rank
 from eae_dist.distributed.collectives import Stopwatch
 
-SKIPPED = 3  # steps before a trace: the first allocate, and the last of them warms the profiler up
+SKIPPED = 3  # steps before a trace: the first ones allocate memory, the last one warms up the profiler
 
 
 class StepTimes:
-    """Sums over the steps since the last line of the log; each step: `with times.step(): with times.reading(): ...`.
+    """Sums of times over the steps since the last line of the log; use `with times.step(): with times.reading(): ...`.
 
-    waits: of the collectives (`measured_waits`). What a model wrapped by DDP waits for its gradients on CPUs is counted too. On
-    GPUs, which do not wait on the host, look at a trace.
+    waits: stopwatch of the collectives (`measured_waits`). On CPUs the wait of DDP for gradients is counted as well. On GPUs
+    the host does not wait; use a trace.
     """
 
     def __init__(self, rows: int, waits: Stopwatch, model: torch.nn.Module):
-        """rows: this rank's rows of a batch."""
+        """rows: number of this rank's rows in a batch."""
         self.rows, self.steps, self._waits = rows, 0, waits
         self._step, self._reading, self._gradients = Stopwatch(), Stopwatch(), Stopwatch()
         self.reading = self._reading.running
@@ -33,14 +33,15 @@ class StepTimes:
 
     @contextmanager
     def step(self) -> Iterator[None]:
+        """Measures one step."""
         if self.steps == 0:
-            self._waits.taken()  # of validation, or of what else came between the steps
+            self._waits.taken()  # drops the waits of validation and other work between steps
         with self._step.running():
             yield
         self.steps += 1
 
     def _reduced(self, _, bucket: torch.distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
-        """DDP's own mean over ranks. The last bucket leaves when this rank is done with its part, and from then on it waits."""
+        """Computes the default mean of DDP; this rank waits from the start of the last bucket, when its gradients are done."""
         start = time.perf_counter()
 
         def arrived(future):
@@ -51,10 +52,10 @@ class StepTimes:
         return allreduce_hook(None, bucket).then(arrived)
 
     def record(self) -> dict[str, float | list[float]]:
-        """The last steps' times for the log, and starts anew: a list has a number for each rank. Call on every rank.
+        """Returns the times since the last call, for the log; a list has one number per rank. Call on every rank.
 
-        rank_images_per_second: its rows over the seconds of its own work. rank_data_wait, rank_communication_wait: seconds a
-        step. straggler_spread: by how much of the mean the longest own work of a rank exceeds the shortest.
+        rank_images_per_second: rows of a rank over the seconds of its own work. rank_data_wait, rank_communication_wait: seconds
+        per step. straggler_spread: (longest - shortest own work of a rank) / mean.
         """
         steps, rows = max(self.steps, 1), self.rows * self.steps
         reading, waits = self._reading.taken(), self._waits.taken() + self._gradients.taken()
@@ -71,7 +72,10 @@ class StepTimes:
 
 
 def traced(steps: int, folder: Path):
-    """A profiler whose `step()` is called after each step, or None for 0 steps; it writes folder/rank-R.json after the last."""
+    """Returns a context that yields a profiler, or None for 0 steps. Call its `step()` after each step.
+
+    After the last profiled step it writes folder/rank-R.json.
+    """
     if not steps:
         return nullcontext()
 

@@ -1,4 +1,4 @@
-"""The loss on the validation split, the same on any number of ranks."""
+"""The loss on the validation split; it is the same on any number of ranks."""
 
 import numpy as np
 import torch
@@ -16,9 +16,10 @@ from eae_dist.training.engines import engine_of
 
 @torch.no_grad()
 def validate(accelerator: Accelerator, objective: Objective, config: Config, stop: StopRequest) -> dict[str, float] | None:
-    """The objective's terms over the validation split (at most train.validation_images), the same on any number of ranks.
+    """Returns the terms of the objective on at most train.validation_images of the split; None after a stop request.
 
-    Noise is that of the images' numbers, the same each time, so that checkpoints compare. None where a stop was asked for.
+    The result is the same on any number of ranks. Noise depends on the image numbers and is the same in every validation, so that
+    checkpoints can be compared.
     """
     objective.eval()
     key = derive_key(config.train.seed)
@@ -35,7 +36,7 @@ def validate(accelerator: Accelerator, objective: Objective, config: Config, sto
         objective.train()
         return None
     numbers = np.concatenate(numbers)
-    if not blocks:  # more ranks than blocks: no rows, but the same terms
+    if not blocks:  # more ranks than blocks: this rank has no rows, but the same terms
         image = torch.zeros(1, *objective.autoencoder.image_shape, device=accelerator.device)
         blocks.append({name: rows[:0] for name, rows in objective.per_row(image, np.zeros(1), key).items()})
     per_row = {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}

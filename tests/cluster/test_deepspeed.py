@@ -258,7 +258,7 @@ def settings_of(stage: int, **more) -> dict:
 @pytest.mark.parametrize(
     "settings, changed, ranks, said",
     [
-        ({}, {"accumulate": 2}, 2, "train.accumulate=2 needs gradients that stay whole"),
+        ({}, {"accumulate": 2}, 2, "train.accumulate=2 needs whole gradients"),
         ({}, {}, 4, "4 ranks do not divide the 26 lanes"),
         ({}, {"precision": "fp16"}, 2, "take train.precision=bf16"),
         ({}, {"channels_last": True}, 2, "train.channels_last=true"),

@@ -354,7 +354,7 @@ def test_default_lanes_are_as_many_as_the_cache_has_two_shards_for(serve, even, 
 
 def test_cache_too_small_for_the_lanes_is_an_error_with_the_numbers(serve, even, cache):
     address = serve(even).address
-    with pytest.raises(ValueError, match=r"data.cache_bytes=5000 holds less than an open and a next shard.*1 lane"):
+    with pytest.raises(ValueError, match=r"data.cache_bytes=5000 cannot hold the open and the next shard.*1 lane"):
         ShardStream(address, "train", 4, cache=smaller(cache, bytes=5000))
     with pytest.raises(ValueError, match=r"data.cache_bytes=70000 .*: 4 lane.* or lower data.lanes"):
         ShardStream(address, "train", 4, lanes=4, cache=smaller(cache, bytes=70_000))
@@ -413,7 +413,7 @@ def test_pack_fetches_as_it_is_told(server, tmp_path, capsys):
     assert main([*index, *once]) == 0
     with pytest.raises(SystemExit):
         main(["--index", str(tmp_path), *once])
-    assert "--set goes with --index ADDRESS or --verify" in capsys.readouterr().err
+    assert "--set needs --index ADDRESS or --verify" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -421,9 +421,9 @@ def test_pack_fetches_as_it_is_told(server, tmp_path, capsys):
     [
         (["--index", "http://127.0.0.1:9/data", "--out", "OUT"], "a web server has no list of its files; name them"),
         (["--index", "http://127.0.0.1:9/train-{0..1.tar", "--out", "OUT"], "the braces do not match"),
-        (["--index", "http://127.0.0.1:9/train-000000.tar"], "--out DIR goes with --index and an address"),
-        (["--index", "DIR", "--out", "OUT"], "--out DIR goes with --index and an address"),
-        (["--index", "pipe:cat train-000000.tar", "--out", "OUT"], "wanted http://, https:// or s3://"),
+        (["--index", "http://127.0.0.1:9/train-000000.tar"], "--out DIR is needed with --index ADDRESS"),
+        (["--index", "DIR", "--out", "OUT"], "--out DIR is needed with --index ADDRESS"),
+        (["--index", "pipe:cat train-000000.tar", "--out", "OUT"], "expected http://, https:// or s3://"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, words, tmp_path, capsys, monkeypatch):

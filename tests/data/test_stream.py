@@ -234,7 +234,7 @@ def test_more_ranks_than_lanes_is_an_error_with_the_numbers(shards):
 @pytest.mark.parametrize("wrong", [{"rank": 2, "world": 2}, {"rank": -1, "world": 2}, {"start_step": -1}])
 def test_place_that_no_rank_or_step_has_is_refused(shards, wrong):
     name, value = list(wrong.items())[0]
-    with pytest.raises(ValueError, match=f"wants 0 <= rank < world and start_step >= 0, got .*{name}={value}"):
+    with pytest.raises(ValueError, match=f"needs 0 <= rank < world and start_step >= 0, got .*{name}={value}"):
         ShardStream(shards, "train", 26, **wrong)
 
 

@@ -114,4 +114,4 @@ def test_wrong_input_is_one_line(run, tmp_path, options, message):  # noqa: F811
 def test_one_folder_is_wanted(tmp_path, capsys, folders, got):
     with pytest.raises(SystemExit, match="2"):
         main(["--ckpt", str(tmp_path), *folders])
-    assert f"wanted is one folder OUT for the images, got {got}\n" in capsys.readouterr().err
+    assert f"expected one output folder OUT, got {got}\n" in capsys.readouterr().err

@@ -370,7 +370,7 @@ BAD_IMAGES = {
     "a truncated PNG": (WHOLE[:-40], "truncated"),
     "a damaged PNG": (WHOLE[:60] + bytes(8) + WHOLE[68:], "not usable"),
     "a header alone": (WHOLE[:33], "not usable"),
-    "another size": (png(np.zeros((16, 8), np.uint8)), "8x16; wanted a file of 16x16 pixels"),
+    "another size": (png(np.zeros((16, 8), np.uint8)), "8x16; expected a file of 16x16 pixels"),
     "16 bits": (png(np.zeros((16, 16), np.uint16)), "more than 8 bits a channel"),
     "text": (b"GIF89a is what this is not", "not usable"),
     "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n", "not an image"),
@@ -405,8 +405,8 @@ def test_bad_image_is_422_with_its_reason(app, data, reason):
         ("/decode", b'{"latents": [[0, 0, 0, 0, 1e999]]}', 422, "latents.0.4: Input should be a finite number"),
         ("/decode", b'{"latents": [[0, 0, 0, 0, ' + b"9" * 5000 + b"]]}", 400, "body"),
         ("/decode", b'{"latents": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", 400, "body"),
-        ("/decode", b"{", 422, "the body is no JSON"),
-        ("/decode", b"\xff\xfe", 422, "the body is no JSON"),
+        ("/decode", b"{", 422, "the body is not JSON"),
+        ("/decode", b"\xff\xfe", 422, "the body is not JSON"),
         ("/sample", {"density": "gnn"}, 422, "density: Input should be 'isotropic', 'mvg', 'gmm' or 'two_stage'"),
         ("/sample", {"density": "gmm"}, 409, "the density gmm was not fitted to these weights; run `python -m eae_dist.evaluate"),
         ("/sample", {"count": 0}, 422, "count: Input should be greater than or equal to 1"),
@@ -416,8 +416,8 @@ def test_bad_image_is_422_with_its_reason(app, data, reason):
         ("/search", {"latent": [0] * D, "k": 0}, 422, "k: Input should be greater"),
         ("/search", {"latent": [0] * D, "k": 101}, 422, "k: Input should be less"),
         ("/search", {"latent": [3e38] * D}, 422, "the latent is so long that distances from it are not finite"),
-        ("/search", {"k": 3}, 422, "wanted is one of image, latent and key"),
-        ("/search", {"key": "000001", "latent": [0] * D}, 422, "wanted is one of image, latent and key"),
+        ("/search", {"k": 3}, 422, "expected exactly one of image, latent and key"),
+        ("/search", {"key": "000001", "latent": [0] * D}, 422, "expected exactly one of image, latent and key"),
         ("/search", {"key": "../../etc/passwd"}, 404, "there is no image with the key '../../etc/passwd' in shards, split train"),
         ("/search", b'{"key": "\\ud800"}', 422, "key"),
         ("/interpolate", {"start": {"key": "000001"}, "end": {"key": "x"}}, 404, "there is no image with the key 'x'"),
@@ -464,7 +464,7 @@ def test_without_latents_everything_else_works(world):
     app = create_app(served, batcher)
     assert get(app, "/model").json()["index"] is None
     for answer in answers(app, ("POST", "/search", {"latent": [0] * D}), ("GET", "/keys"), ("GET", "/image?key=000001")):
-        assert answer.status_code == 404 and "started without an index; give it --latents DIR" in answer.json()["detail"]
+        assert answer.status_code == 404 and "has no index; start it with --latents DIR" in answer.json()["detail"]
     assert len(pixels_of(post(app, "/sample", {"count": 2}))) == 2
     batcher.close()
 
@@ -484,7 +484,7 @@ def test_a_large_request_is_413_before_it_is_read(app, served, batcher):
 
     scope = {"type": "http", "method": "POST", "path": "/decode", "headers": [(b"content-type", b"application/json")]}
     asyncio.run(small(scope, receive, send))
-    assert "a request may have 1,000 bytes" in json.loads(body)["detail"]
+    assert "a request may have at most 1,000 bytes" in json.loads(body)["detail"]
     answered = happened.index("http.response.body")
     assert happened[:answered].count("bytes") < 10 and happened.count("bytes") > 90  # the rest is taken in, and not kept
     assert post(small, "/decode", {"latents": [[0] * D]}).status_code == 200
@@ -500,7 +500,7 @@ def test_a_request_that_does_not_come_is_408(app, monkeypatch):
 
     scope = {"type": "http", "method": "POST", "path": "/decode", "headers": []}
     asyncio.run(app(scope, asyncio.Event().wait, send))
-    assert sent[0]["status"] == 408 and b"did not come within" in sent[1]["body"]
+    assert sent[0]["status"] == 408 and b"did not arrive within" in sent[1]["body"]
 
 
 def test_description_names_every_status_of_an_answer(app):
@@ -616,7 +616,7 @@ def test_command_serves_until_it_is_told_to_end(world, tmp_path):
                 header = b"POST /decode HTTP/1.1\r\nhost: localhost\r\ncontent-length: 50000000\r\n\r\n"
                 large.sendall(header + bytes(50_000_000))  # to the end, before it listens
                 answer = b"".join(iter(lambda: large.recv(10_000), b""))
-                assert answer.startswith(b"HTTP/1.1 413 ") and b"a request may have 8,388,608 bytes" in answer
+                assert answer.startswith(b"HTTP/1.1 413 ") and b"a request may have at most 8,388,608 bytes" in answer
             with pytest.raises(SystemExit, match=f"error: --host=127.0.0.1 --port={match[2]} cannot be bound: "):
                 main(["--ckpt", str(world[0]), "--port", match[2]])
             process.send_signal(number)

@@ -43,14 +43,14 @@ def test_a_density_of_a_saved_state_draws_the_same_bits_and_reports_the_same(den
 
 @pytest.mark.parametrize("name", DENSITIES)
 def test_a_state_of_another_density_is_refused(densities, name):
-    with pytest.raises(ValueError, match="the state of this density has .*; got other"):
+    with pytest.raises(ValueError, match="expected a density state with .*; got other"):
         DENSITIES[name]().load_state_dict({"other": torch.zeros(1)})
 
 
 @pytest.mark.parametrize("name", DENSITIES)
 @pytest.mark.parametrize("seeds", [[-1], [0.5], [[1, 2]]])
 def test_seeds_that_are_no_row_of_integers_are_refused(densities, name, seeds):
-    with pytest.raises(ValueError, match="one non-negative integer a sample"):
+    with pytest.raises(ValueError, match="one non-negative integer per sample"):
         densities[name].sample(seeds)
 
 

@@ -105,7 +105,7 @@ def test_what_is_wrong_on_one_rank_is_said_on_all(world, ranks):
     said = world(ranks)["search_errors"]
     for name, words in {
         "queries": "queries are not finite",
-        "dimensions": "wanted queries [rows, 6], got float32 (50, 4)",
+        "dimensions": "expected queries [rows, 6], got float32 (50, 4)",
         "k": f"k={ROWS + 1} must be a whole number" if ranks == 1 else "",
         "rows": "900 of 900 latents are not finite",
         "unwritable": "/proc/nowhere",
@@ -152,7 +152,7 @@ def test_recall_that_cannot_be_reached_is_said(clustered, caplog, monkeypatch):
     index = LatentIndex.build(rows, "ivf_flat")
     monkeypatch.setattr(index, "_set_effort", lambda effort: LatentIndex._set_effort(index, 1))
     assert index.tune(asked, 1.0) < 1
-    assert "index.recall=1.0 is not reached: ivf_flat finds 0." in caplog.text
+    assert "recall=1.0 is not reached: ivf_flat finds 0." in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -178,23 +178,23 @@ def test_index_of_small_sets_is_exact_by_itself():
     ("make", "words"),
     [
         (lambda: LatentIndex.build(latents()[:0]), "an index needs latents"),
-        (lambda: LatentIndex.build(latents()[0]), r"wanted latents \[rows, dimensions\], got float32 \(6,\)"),
+        (lambda: LatentIndex.build(latents()[0]), r"expected latents \[rows, dimensions\], got float32 \(6,\)"),
         (lambda: LatentIndex.build(latents() * np.nan), "900 of 900 latents are not finite"),
         (
             lambda: LatentIndex.build(latents(), "lsh"),
-            "index.kind=lsh is unknown; it is auto or one of flat, ivf_flat, ivf_pq, hnsw",
+            "kind=lsh is unknown; it is auto or one of flat, ivf_flat, ivf_pq, hnsw",
         ),
-        (lambda: LatentIndex.build(latents(), "ivf_pq"), "index.kind=ivf_pq needs 9,984 latents on a rank, got 900; take flat"),
-        (lambda: LatentIndex.build(latents(), recall=0), r"index.recall=0 must lie in \(0, 1\]"),
-        (lambda: LatentIndex.build(latents() * np.float32(1e20)), "900 of 900 latents are not finite, or as long as 4.6e\\+18"),
-        (lambda: LatentIndex.build(latents()).search(queries() + np.float32(2e18), 1), "50 of 50 queries are not finite, or as"),
+        (lambda: LatentIndex.build(latents(), "ivf_pq"), "kind=ivf_pq needs 9,984 latents on a rank, got 900; take flat"),
+        (lambda: LatentIndex.build(latents(), recall=0), r"recall=0 must lie in \(0, 1\]"),
+        (lambda: LatentIndex.build(latents() * np.float32(1e20)), "900 of 900 latents are not finite or have .* 4.6e\\+18"),
+        (lambda: LatentIndex.build(latents()).search(queries() + np.float32(2e18), 1), "50 of 50 queries are not finite or have"),
         (lambda: LatentIndex.build(latents()).search(queries(), 0), "k=0 must be a whole number from 1 to the 900 rows"),
         (lambda: LatentIndex.build(latents()).search(queries(), 901), "k=901 must be"),
         (lambda: LatentIndex.build(latents()).search(queries(), True), "k=True must be"),
-        (lambda: LatentIndex.build(latents()).search(queries()[:, :5], 1), r"wanted queries \[rows, 6\], got float32 \(50, 5\)"),
-        (lambda: LatentIndex.build(latents()).search(queries().astype(str), 1), "wanted queries"),
+        (lambda: LatentIndex.build(latents()).search(queries()[:, :5], 1), r"expected queries \[rows, 6\], got .* \(50, 5\)"),
+        (lambda: LatentIndex.build(latents()).search(queries().astype(str), 1), "expected queries"),
         (lambda: LatentIndex.build(latents()).tune(queries()[:0]), "needs queries"),
-        (lambda: nearest_others(LatentIndex.build(latents()[:1]), latents()[:1], 0), "from 2 rows on"),
+        (lambda: nearest_others(LatentIndex.build(latents()[:1]), latents()[:1], 0), "at least 2 rows"),
     ],
 )
 def test_wrong_input_is_refused_with_what_was_wanted(make, words):

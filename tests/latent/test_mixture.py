@@ -86,7 +86,7 @@ def test_fewer_latents_than_parameters_are_refused_with_their_numbers():
 
 
 def test_fewer_distinct_latents_than_components_are_refused():
-    with pytest.raises(ValueError, match="3 components needs as many distinct latents, got 2 among 1000"):
+    with pytest.raises(ValueError, match="3 components needs 3 distinct latents, got 2 among 1000"):
         Mixture(3).fit(latents()[:2].repeat(500, 1))
 
 
@@ -106,7 +106,7 @@ def test_a_covariance_that_float64_cannot_hold_is_an_error_with_the_latents_size
 
 
 def test_a_start_of_another_size_is_refused():
-    with pytest.raises(ValueError, match=r"means \[2, 5\], wanted \[components, dimensions\] = \[3, 5\]"):
+    with pytest.raises(ValueError, match=r"means \[2, 5\], expected \[components, dimensions\] = \[3, 5\]"):
         Mixture(3, start=a_start(latents(), 2)).fit(latents())
 
 

@@ -70,7 +70,7 @@ def test_color_networks_see_gray_as_three_equal_channels():
 def test_damaged_weights_are_refused(monkeypatch):
     built("efflite0")  # or skips
     monkeypatch.setattr(features, "LITE0_SHA256", 64 * "0")
-    with pytest.raises(ValueError, match="is damaged: its sha256 is .*, wanted 0000"):
+    with pytest.raises(ValueError, match="is damaged: its sha256 is .*, expected 0000"):
         build_features("efflite0")
 
 
@@ -127,7 +127,7 @@ def test_a_function_of_the_users_gives_features_under_its_name():
 
 
 def test_a_function_that_gives_no_tensor_is_refused():
-    with pytest.raises(ValueError, match="got the features as a ndarray, wanted a torch.Tensor"):
+    with pytest.raises(ValueError, match="got the features as a ndarray, expected a torch.Tensor"):
         build_features("test_features:mean_color_in_numpy")(images(0, 3))
 
 
@@ -137,7 +137,7 @@ def test_a_function_that_gives_no_tensor_is_refused():
         ("vgg", {}, "evaluate.features=vgg is unknown; it is one of inception, efflite0, efflite0_64px"),
         ("no_such_module:f", {}, "cannot be imported as package.module:function"),
         ("test_features:no_such", {}, "cannot be imported"),
-        ("test_features:OFFLINE", {}, "is a tuple, wanted a function"),
+        ("test_features:OFFLINE", {}, "is a tuple, expected a function"),
         ("efflite0", {"preprocessing": "clean"}, "options of inception"),
         ("inception", {"preprocessing": "none"}, "one of pytorch-fid, tf1, clean"),
     ],
@@ -220,7 +220,7 @@ def test_only_the_well_known_weights_and_preprocessing_are_called_fid(inception_
     found = build_features("inception", weights=inception_weights)
     assert found.metric == f"fd_inception_{found.sha256[:8]}" and len(found.sha256) == 64
     assert build_features("inception", weights=inception_weights, preprocessing="tf1").metric == f"{found.metric}_tf1"
-    with pytest.raises(ValueError, match=f"its sha256 begins with {found.sha256[:8]}, wanted 6726825d; get it again from https"):
+    with pytest.raises(ValueError, match=f"its sha256 begins with {found.sha256[:8]}, expected 6726825d; get it again"):
         build_features("inception")
     monkeypatch.setattr(features, "sha256_of", lambda path: "6726825d" + 56 * "0")
     assert (build_features("inception").metric, build_features("inception").kernel_metric) == ("fid", "kid")

@@ -201,7 +201,7 @@ def test_moments_of_too_few_rows_are_an_error():
     assert stats.mean.tolist() == [1, 1, 1, 1]
     with pytest.raises(ValueError, match="at least 2 rows, got 1"):
         stats.covariance  # noqa: B018
-    with pytest.raises(ValueError, match="4 and 5 features"):
+    with pytest.raises(ValueError, match="equal numbers of features, got 4 and 5"):
         frechet_distance(stats_of(normal(9, 4)), stats_of(normal(9, 5)))
     with pytest.raises(ValueError, match="is one of svd, sqrtm"):
         frechet_distance(stats_of(normal(9, 4)), stats_of(normal(9, 4)), root="newton")

@@ -268,7 +268,7 @@ def test_setting_of_norms_that_there_are_not_is_refused(settings, latent_norm, r
     if refused is None:
         resolve_model(ModelConfig(**settings), MNIST, latent_norm=latent_norm)
         return
-    with pytest.raises(ValueError, match=rf"model\.{refused}=.* means nothing to a model without batch norms of ours"):
+    with pytest.raises(ValueError, match=rf"model\.{refused}=.* has no effect on a model without built-in batch norms"):
         resolve_model(ModelConfig(**settings), MNIST, latent_norm=latent_norm)
 
 

@@ -298,4 +298,4 @@ def test_crash_before_the_first_checkpoint_says_that_the_run_starts_anew(tmp_pat
     with pytest.raises(KeyError), reported_crashes(tmp_path, lambda: 0, lambda: None, 1.0):
         raise KeyError
     for said in (capsys.readouterr().err, (tmp_path / "crashes" / "rank-0.txt").read_text()):
-        assert "failed in step 1: KeyError" in said and "no checkpoint was saved yet; the same command starts anew" in said
+        assert "failed in step 1: KeyError" in said and "no checkpoint was saved yet; run the same command to start again" in said

@@ -1,6 +1,6 @@
-"""The application: what is asked, checked before anything is computed, and answered.
+"""The HTTP application. It checks every request before anything is computed, and answers it.
 
-Every error is {"detail": reason}: 4xx for what a client can set right, 429 with Retry-After where too much waits.
+Every error is {"detail": reason}: 4xx if the client can correct it, 429 with Retry-After if too many requests wait.
 """
 
 import asyncio
@@ -26,26 +26,29 @@ from eae_dist.latent.index import LONGEST
 
 PAGE = {"/": ("index.html", "text/html"), "/page.css": ("page.css", "text/css"), "/page.js": ("page.js", "text/javascript")}
 PROBLEMS = {
-    400: "a body that is no JSON, or another name for this service",
-    404: "a key, a picture or an index that is not there",
-    408: f"a request that did not come within {REQUEST_SECONDS} s",
-    409: "a density that was not fitted",
-    413: "too many bytes",
-    415: "a body that does not say that it is JSON",
-    422: "a value that is not wanted, and why",
-    429: "too much waits; Retry-After says for how many seconds",
-    500: "a fault of the service, which goes on",
-    503: "the service ends, or has too many connections",
+    400: "the body is not JSON, or the host name is not accepted",
+    404: "the key, picture or index does not exist",
+    408: f"the request did not arrive within {REQUEST_SECONDS} s",
+    409: "the density was not fitted",
+    413: "the request has too many bytes",
+    415: "the content type is not JSON",
+    422: "a value is not valid, and why",
+    429: "too many requests wait; Retry-After gives the seconds to wait",
+    500: "the service failed at this request and continues",
+    503: "the service is stopping, or has too many connections",
 }
 
 
 def create_app(served: ServedModel, batcher: Batcher, hosts: tuple[str, ...] | None = None) -> Guard:
-    """The service of a model; whoever calls it closes the batcher. hosts: names that it may be called by, None for any."""
+    """Returns the service of a model. The caller closes the batcher.
+
+    hosts: host names by which the service may be called, None for any.
+    """
     app = FastAPI(
         title="eae_dist",
         version=eae_dist.__version__,
         description="A trained autoencoder. Images go in and come out as base64 PNG files.",
-        docs_url=None,  # pages that load scripts from elsewhere
+        docs_url=None,  # these pages load scripts from other servers
         redoc_url=None,
         responses={status: {"model": m.Problem, "description": text} for status, text in PROBLEMS.items()},
     )
@@ -63,7 +66,7 @@ def create_app(served: ServedModel, batcher: Batcher, hosts: tuple[str, ...] | N
             raise HTTPException(422, str(error)) from error
 
     async def latents_of(points: Sequence[m.Point]) -> np.ndarray:
-        """Float32 [b, d]; those of images are computed together."""
+        """Returns float32 [b, d]; the latents of all images are computed together."""
         latents = np.empty((len(points), served.latent_dim), np.float32)
         for place, point in enumerate(points):
             if point.key is not None:
@@ -92,22 +95,22 @@ def create_app(served: ServedModel, batcher: Batcher, hosts: tuple[str, ...] | N
 
     def need_index() -> None:
         if served.index is None:
-            raise HTTPException(404, "the service was started without an index; give it --latents DIR, which `encode` writes")
+            raise HTTPException(404, "the service has no index; start it with --latents DIR, a folder that `encode` wrote")
 
     @app.post("/encode")
     async def encode(request: m.EncodeRequest) -> m.Latents:
-        """Latents of images; of variational models the means."""
+        """Returns the latents of images; variational models give the means."""
         (latents,) = await compute("encode", await read_images(request.images))
         return m.Latents(latents=latents.tolist())
 
     @app.post("/decode")
     async def decode_latents(request: m.DecodeRequest) -> m.Images:
-        """Images of latents."""
+        """Returns the images of latents."""
         return m.Images(images=await decode(checked_latents(request.latents, served.latent_dim)))
 
     @app.post("/reconstruct")
     async def reconstruct(request: m.EncodeRequest) -> m.Reconstructions:
-        """Images, encoded and decoded again."""
+        """Returns images that were encoded and decoded again."""
         if served.unreconstructed:
             raise HTTPException(409, served.unreconstructed)
         pixels, errors = await compute("reconstruct", await read_images(request.images))
@@ -115,7 +118,7 @@ def create_app(served: ServedModel, batcher: Batcher, hosts: tuple[str, ...] | N
 
     @app.post("/sample")
     async def sample(request: m.SampleRequest) -> m.ImagesWithLatents:
-        """Decoded draws of a density, those of `generate` and of `model.sample` for this seed."""
+        """Returns decoded samples of a density: those of `generate` and of `model.sample` for this seed."""
         if request.density not in served.densities:
             raise HTTPException(409, served.missing[request.density])
         seeds = sample_seeds(request.seed, np.arange(request.count))
@@ -124,7 +127,7 @@ def create_app(served: ServedModel, batcher: Batcher, hosts: tuple[str, ...] | N
 
     @app.post("/interpolate")
     async def interpolate(request: m.InterpolateRequest) -> m.ImagesWithLatents:
-        """Images along the straight line between two latents."""
+        """Returns images along the straight line between two latents."""
         start, end = await latents_of([request.start, request.end])
         t = np.linspace(0, 1, request.count, dtype=np.float32)[:, None]
         between = start * (1 - t) + end * t
@@ -132,7 +135,7 @@ def create_app(served: ServedModel, batcher: Batcher, hosts: tuple[str, ...] | N
 
     @app.post("/search")
     async def search(request: m.SearchRequest) -> m.Neighbors:
-        """The nearest images of the data set, in the latent space."""
+        """Returns the nearest images of the data set, in the latent space."""
         need_index()
         if request.k > served.index.n:
             raise HTTPException(422, f"k={request.k} must be a whole number from 1 to the {served.index.n:,} rows of the index")
@@ -150,7 +153,7 @@ def create_app(served: ServedModel, batcher: Batcher, hosts: tuple[str, ...] | N
     async def keys(
         count: Annotated[int, Query(ge=1, le=m.LATENTS)] = 16, seed: Annotated[int, Query(ge=0, le=m.SEED)] = 0
     ) -> m.Keys:
-        """Images of the data set at random, by key."""
+        """Returns the keys of random images of the data set."""
         need_index()
         n = served.index.n
         rows = np.random.default_rng(seed).choice(n, min(count, n), replace=False)
@@ -158,24 +161,24 @@ def create_app(served: ServedModel, batcher: Batcher, hosts: tuple[str, ...] | N
 
     @app.get("/image", response_class=Response, responses={200: {"content": {"image/png": {}}}})
     async def image(key: Annotated[str, Query(max_length=1000)]) -> Response:
-        """The PNG of an image of the data set."""
+        """Returns an image of the data set as PNG."""
         row = row_of(key)
         return _png(await run_in_threadpool(lambda: png_of(served.image_of(row))), seconds=3600)
 
     @app.get("/curves")
     async def curves() -> m.Curves:
-        """The numbers of the training run."""
+        """Returns the numbers of the training run."""
         return m.Curves(curves=await run_in_threadpool(run.curves))
 
     @app.get("/grids")
     async def grids() -> m.Grids:
-        """Which pictures the training run made."""
+        """Lists the pictures of the training run."""
         found = await run_in_threadpool(run.grids)
         return m.Grids(grids={kind: list(steps) for kind, steps in found.items()})
 
     @app.get("/grids/{kind}/{step}", response_class=Response, responses={200: {"content": {"image/png": {}}}})
     async def grid(kind: str, step: int) -> Response:
-        """The PNG of one of them."""
+        """Returns a picture of the training run as PNG."""
         path = (await run_in_threadpool(run.grids)).get(kind, {}).get(step)
         if path is None:
             raise HTTPException(404, f"there is no picture of {kind!r} of step {step}; /grids lists them")
@@ -183,7 +186,7 @@ def create_app(served: ServedModel, batcher: Batcher, hosts: tuple[str, ...] | N
 
     @app.get("/model")
     async def model() -> m.Description:
-        """What is served."""
+        """Describes the model that is served."""
         space, limits = served.space, {"images": m.IMAGES, "latents": m.LATENTS, "neighbors": m.NEIGHBORS, "steps": m.STEPS}
         index = space and m.Index(kind=served.index.kind, rows=served.index.n, split=space.split, data=space.folder.about["data"])
         return m.Description(
@@ -200,14 +203,17 @@ def create_app(served: ServedModel, batcher: Batcher, hosts: tuple[str, ...] | N
 
     @app.get("/health")
     async def health() -> m.Health:
-        """Whether the service lives, and how much waits."""
+        """Says that the service works, and how much waits."""
         return m.Health(waiting=batcher.waiting)
 
     return Guard(app, hosts)
 
 
 def checked_latents(rows: Sequence[Sequence[float]], dimensions: int) -> np.ndarray:
-    """Float32 [b, d]. HTTPException 422 that names the row for another length, and for numbers beyond float32."""
+    """Returns float32 [b, d].
+
+    Raises HTTPException 422, which names the row, for a row of another length and for numbers beyond float32.
+    """
     for number, row in enumerate(rows):
         if len(row) != dimensions:
             raise HTTPException(422, f"latent {number} has {len(row)} dimensions, the model has {dimensions}")
@@ -235,7 +241,10 @@ def _serve_page(app: FastAPI) -> None:
 
 
 def _answer_errors(app: FastAPI) -> None:
-    """Reasons as text. FastAPI's own answer repeats what came, which may hold NaN and then is no JSON."""
+    """Answers errors with a reason as text.
+
+    FastAPI's own answer repeats the input, which may hold NaN and then is not JSON.
+    """
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -243,7 +252,7 @@ def _answer_errors(app: FastAPI) -> None:
         if request.method == "POST" and not kind.startswith("application/json"):
             return _problem(415, f"content-type must be application/json, got {kind}")
         if any(problem["type"] == "json_invalid" for problem in error.errors()):
-            return _problem(422, "the body is no JSON")
+            return _problem(422, "the body is not JSON")
         problems = [f"{'.'.join(map(str, problem['loc'][1:])) or 'body'}: {problem['msg']}" for problem in error.errors()]
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         return _problem(422, "; ".join(problems[:5]) + more)

@@ -1,6 +1,6 @@
-"""One thread computes for everyone, and what waits for the same computation becomes one batch.
+"""One thread that computes all requests. Requests that wait for the same computation are joined into one batch.
 
-Nobody is kept waiting so that a batch may grow: whatever came while the batch before was computed is the next one.
+No request waits for a batch to grow: the next batch is what arrived during the previous one.
 """
 
 import logging
@@ -20,7 +20,7 @@ Computation = Callable[..., tuple[np.ndarray, ...]]  # rows [b, ...] and argumen
 
 
 class Busy(RuntimeError):
-    """As many rows wait as may; `seconds`: in about how long to ask again."""
+    """Too many rows wait. `seconds`: about how long to wait before asking again."""
 
     def __init__(self, waiting: int, seconds: int):
         super().__init__(f"the service is busy: {waiting:,} images wait; ask again in {seconds} s")
@@ -28,12 +28,14 @@ class Busy(RuntimeError):
 
 
 class Closed(RuntimeError):
-    """The service ends."""
+    """The service is stopping."""
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    kind: tuple  # the computation's name and arguments; equal ones are joined
+    """The rows of one request, and the future for its answer."""
+
+    kind: tuple  # the computation's name and arguments; jobs of equal kinds are joined
     rows: np.ndarray
     answer: Future = field(default_factory=Future)
 
@@ -41,7 +43,8 @@ class Job:
 class Batcher:
     """Computes what is submitted, in its own thread, until `close`.
 
-    computations: by name. batch: most rows of a call. waiting: most rows that may wait; more are refused.
+    computations: functions by name. batch: the most rows per call. waiting: the most rows that may wait; further rows are
+    refused.
     """
 
     def __init__(self, computations: Mapping[str, Computation], batch: int, waiting: int):
@@ -55,11 +58,11 @@ class Batcher:
         self._thread.start()
 
     def submit(self, name: str, rows: np.ndarray, *arguments) -> "Future[tuple[np.ndarray, ...]]":
-        """The arrays that the computation makes of these rows, once it has. Raises Busy, or Closed."""
+        """Returns a future of the arrays that the computation makes of these rows. Raises Busy or Closed."""
         job = Job((name, *arguments), rows)
         with self._changed:
             if self._closed:
-                raise Closed("the service ends")
+                raise Closed("the service is stopping")
             if self.waiting + len(rows) > self._most:
                 raise Busy(self.waiting, min(max(math.ceil(self.waiting * self._seconds_a_row), 1), 60))
             self.waiting += len(rows)
@@ -68,7 +71,7 @@ class Batcher:
         return job.answer
 
     def close(self) -> None:
-        """Ends the thread after the batch that it is at. What waits gets Closed."""
+        """Stops the thread after its current batch. Requests that wait get Closed."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -84,7 +87,7 @@ class Batcher:
                     for start in range(0, len(rows), self._batch)
                 ]
                 results = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
-            except Exception as error:  # of whatever kind: these requests are told, and the thread lives on
+            except Exception as error:  # any error: it is the answer to these requests, and the thread continues
                 log.exception("%s of %d rows failed", name, len(rows))
                 for job in jobs:
                     job.answer.set_exception(error)
@@ -98,7 +101,10 @@ class Batcher:
             self._seconds_a_row = 0.8 * self._seconds_a_row + 0.2 * seconds_a_row if self._seconds_a_row else seconds_a_row
 
     def _next(self) -> list[Job]:
-        """The job that waits longest, with those like it as far as a batch has room; none when the service ends."""
+        """Returns the job that has waited longest, with jobs of the same kind that fit in the batch.
+
+        The list is empty when the service stops.
+        """
         with self._changed:
             while True:
                 while not self._jobs and not self._closed:
@@ -106,7 +112,7 @@ class Batcher:
                 if self._closed:
                     for job in self._jobs:
                         if job.answer.set_running_or_notify_cancel():
-                            job.answer.set_exception(Closed("the service ends"))
+                            job.answer.set_exception(Closed("the service is stopping"))
                     self._jobs.clear()
                     return []
                 taken, left, rows = [], deque(), 0
@@ -116,7 +122,7 @@ class Batcher:
                         left.append(job)
                         continue
                     self.waiting -= len(job.rows)
-                    if job.answer.set_running_or_notify_cancel():  # else whoever asked has gone
+                    if job.answer.set_running_or_notify_cancel():  # otherwise the client has gone
                         taken.append(job)
                         rows += len(job.rows)
                 self._jobs = left

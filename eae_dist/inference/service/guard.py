@@ -1,4 +1,4 @@
-"""Around the application: how large a request may be, how long it may take to come, and what a browser may do with answers."""
+"""Limits around the application: size of a request, time for it to arrive, and what a browser may do with answers."""
 
 import asyncio
 import json
@@ -6,8 +6,8 @@ from contextlib import suppress
 
 REQUEST_BYTES = 8 << 20
 REQUEST_SECONDS = 30
-UNREAD_SECONDS = 5  # for which the rest of a refused request is taken in
-# Everything the page needs comes from here; a browser would refuse all else.
+UNREAD_SECONDS = 5  # how long the rest of a refused request is read
+# The page needs only this service, so browsers shall refuse all other sources.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -22,20 +22,21 @@ LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 
 class TooLarge(ValueError):
-    """A request of more bytes than it may have."""
+    """A request has more bytes than it may have."""
 
 
 class Guard:
-    """An ASGI application around another one.
+    """An ASGI application that guards another one.
 
-    hosts: names by which the service may be called, None for any; else a page from elsewhere could reach a service on
-    127.0.0.1 by a name of its own that resolves to it (DNS rebinding).
+    hosts: host names by which the service may be called, None for any. Without this check, a page from another server could reach
+    a service on 127.0.0.1 by a name of its own that resolves to it (DNS rebinding).
     """
 
     def __init__(self, app, hosts: tuple[str, ...] | None = None, request_bytes: int = REQUEST_BYTES):
         self.app, self.hosts, self.request_bytes = app, hosts, request_bytes
 
     async def __call__(self, scope, receive, send):
+        """Reads and checks a request, and passes it on to the application."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
 
@@ -47,13 +48,13 @@ class Guard:
 
         host = name_in(dict(scope["headers"]).get(b"host", b""))
         if self.hosts is not None and host not in self.hosts:
-            return await refuse(receive, send_guarded, 400, f"this service is not called {host!r}, but {' or '.join(self.hosts)}")
+            return await refuse(receive, send_guarded, 400, f"the host {host!r} is not accepted; use {' or '.join(self.hosts)}")
         try:
             body = await asyncio.wait_for(self._body(scope, receive), REQUEST_SECONDS)
         except TooLarge as error:
             return await refuse(receive, send_guarded, 413, str(error))
         except asyncio.TimeoutError:
-            return await refuse(receive, send_guarded, 408, f"the request did not come within {REQUEST_SECONDS} s")
+            return await refuse(receive, send_guarded, 408, f"the request did not arrive within {REQUEST_SECONDS} s")
         except ConnectionResetError:
             return None
         messages = iter([{"type": "http.request", "body": body, "more_body": False}])
@@ -64,8 +65,11 @@ class Guard:
         await self.app(scope, receive_whole, send_guarded)
 
     async def _body(self, scope, receive) -> bytes:
-        """The whole body. Raises TooLarge, before it is read where its length is announced; ConnectionResetError if it ends."""
-        too_large = TooLarge(f"a request may have {self.request_bytes:,} bytes; send fewer images at a time")
+        """Returns the whole body.
+
+        Raises TooLarge, before it reads a body whose length is announced, and ConnectionResetError if the client disconnects.
+        """
+        too_large = TooLarge(f"a request may have at most {self.request_bytes:,} bytes; send fewer images at a time")
         if int(dict(scope["headers"]).get(b"content-length", b"0")) > self.request_bytes:
             raise too_large
         parts, size, more = [], 0, True
@@ -82,13 +86,16 @@ class Guard:
 
 
 def name_in(host: bytes) -> str:
-    """The name in a Host header, without its port."""
+    """Returns the name in a Host header, without its port."""
     text = host.decode("latin-1").lower()
     return text.rpartition(":")[0] if text.rpartition(":")[2].isdigit() else text
 
 
 async def refuse(receive, send, status: int, reason: str) -> None:
-    """Answers at once, and then throws away what still comes: closed with bytes unread, a connection loses the answer too."""
+    """Answers at once, and then discards the rest of the request.
+
+    A connection that is closed with unread bytes would lose the answer too.
+    """
     body = json.dumps({"detail": reason}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), (b"connection", b"close")]
     await send({"type": "http.response.start", "status": status, "headers": headers})
@@ -99,5 +106,6 @@ async def refuse(receive, send, status: int, reason: str) -> None:
 
 
 async def the_rest(receive) -> None:
+    """Reads the rest of a request."""
     while (await receive()).get("more_body", False):
         pass

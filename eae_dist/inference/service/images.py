@@ -1,4 +1,4 @@
-"""Images in and out of messages: base64 of a PNG file. c, h, w: the model's image shape."""
+"""Images in messages: base64 of a PNG file. c, h, w: the model's image shape."""
 
 import base64
 import binascii
@@ -10,13 +10,13 @@ from PIL import Image
 
 from eae_dist.data.image_files import read_pixels
 
-LEVEL = 1  # of compression: a small image is a twentieth larger than at 6
+LEVEL = 1  # of compression; a small image is a twentieth larger than at level 6
 
 
 def images_from_text(texts: Sequence[str], shape: tuple[int, int, int]) -> np.ndarray:
-    """Base64 image files of the model's size -> uint8 [b, c, h, w]; colors become gray where c = 1.
+    """Decodes base64 image files of the model's size -> uint8 [b, c, h, w]; colors become gray if c = 1.
 
-    Nothing is decoded of a file with other dimensions. Raises ValueError that says which image is bad, and why.
+    A file with other dimensions is not decoded. Raises ValueError that says which image is bad, and why.
     """
     channels, height, width = shape
     images = np.empty((len(texts), channels, height, width), np.uint8)
@@ -29,19 +29,19 @@ def images_from_text(texts: Sequence[str], shape: tuple[int, int, int]) -> np.nd
         except (binascii.Error, ValueError) as error:  # the first is also a ValueError
             what = "not base64" if isinstance(error, binascii.Error) or not text.isascii() else str(error)
             raise ValueError(
-                f"image {number} is not usable: {what}; wanted a file of {width}x{height} pixels (width x height), in base64"
+                f"image {number} is not usable: {what}; expected a file of {width}x{height} pixels (width x height), in base64"
             ) from error
         images[number] = pixels.reshape(height, width, channels).transpose(2, 0, 1)
     return images
 
 
 def png_of(image: np.ndarray) -> bytes:
-    """uint8 [c, h, w] -> the bytes of a PNG file."""
+    """Encodes uint8 [c, h, w] as the bytes of a PNG file."""
     file = io.BytesIO()
     Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(file, "png", compress_level=LEVEL)
     return file.getvalue()
 
 
 def texts_of(images: np.ndarray) -> list[str]:
-    """uint8 [b, c, h, w] -> base64 PNG files."""
+    """Encodes uint8 [b, c, h, w] as base64 PNG files."""
     return [base64.b64encode(png_of(image)).decode() for image in images]
