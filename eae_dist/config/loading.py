@@ -5,12 +5,14 @@ import copy
 import difflib
 import functools
 import inspect
+import itertools
 import os
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -95,33 +97,38 @@ def changed_keys(before: Config, after: Config, *, changeable: bool) -> list[str
     A changeable key may differ when a run is continued.
     """
     old, new = flatten(before), flatten(after)
-    marks = {f"{s.name}.{f.name}": f.metadata.get("changeable", False) for s in fields(Config) for f in fields(s.default_factory)}
+    marks = {f"{name}.{f.name}": f.metadata.get("changeable", False) for name, cls in _sections().items() for f in fields(cls)}
     return [f"{key}: {old[key]} -> {new[key]}" for key in old if old[key] != new[key] and marks[key] is changeable]
 
 
 def help_text() -> str:
     """Returns the text of --help: every key with its default and its meaning."""
     lines = ["settings, as key=value or in YAML files after --config:"]
-    for section in fields(Config):
-        cls = section.default_factory
+    for section, cls in _sections().items():
         meanings = _field_docstrings(cls)
-        lines += ["", f"{section.name}: {cls.__doc__}"]
+        lines += ["", f"{section}: {cls.__doc__}"]
         default = cls()
         for key in fields(cls):
             value = getattr(default, key.name)
             name = key.type.__name__ if isinstance(key.type, type) and key.type is not list else str(key.type)
-            head = f"  {section.name}.{key.name}={'null' if value is None else value}  ({name})"
+            head = f"  {section}.{key.name}={'null' if value is None else value}  ({name})"
             lines += [head, textwrap.indent(textwrap.fill(meanings[key.name], 110), "      ")]
     return "\n".join(lines)
 
 
+def _sections() -> dict[str, Any]:
+    """Returns the dataclass of every section by its name."""
+    return {section.name: section.default_factory for section in fields(Config)}
+
+
 def _field_docstrings(cls: type) -> dict[str, str]:
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
-    pairs = zip(body, body[1:], strict=False)
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(definition, ast.ClassDef)
+    pairs = itertools.pairwise(definition.body)
     return {
         statement.target.id: " ".join(ast.literal_eval(after.value).split())
         for statement, after in pairs
-        if isinstance(statement, ast.AnnAssign) and isinstance(after, ast.Expr)
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and isinstance(after, ast.Expr)
     }
 
 
@@ -152,7 +159,7 @@ def _from_file(file: str) -> tuple[object, str]:
     return loaded, file
 
 
-def _renamed(layer):
+def _renamed(layer: Any) -> Any:
     """Returns the layer with former key names and values replaced by the new ones."""
     for old, new in RENAMED_KEYS.items():
         section, key = old.split(".")
@@ -187,13 +194,14 @@ def _merged(layers: list[tuple[object, str]]) -> Config:
             key = getattr(error, "full_key", None)
             raise ValueError(f"{origin}: {str(error).splitlines()[0]}" + (f" ({key})" if key else "")) from error
     result = OmegaConf.to_object(config)
+    assert isinstance(result, Config)
     for section, key in ((result.data, "root"), (result.train, "output")):
         setattr(section, key, os.path.expanduser(getattr(section, key)))
     check_values(result)
     return result
 
 
-def _check_keys(layer, origin: str) -> None:
+def _check_keys(layer: Any, origin: str) -> None:
     """Raises ValueError unless the layer has only known sections, known keys and plain values."""
     text = OmegaConf.to_yaml(layer)
     if "${" in text:
@@ -202,7 +210,7 @@ def _check_keys(layer, origin: str) -> None:
         raise ValueError(f"{origin}: ??? stands for a missing value; give one")
     if not OmegaConf.is_dict(layer):
         raise ValueError(f"{origin}: expected sections with keys, such as train: {{seed: 1}}")
-    sections = {section.name: section.default_factory for section in fields(Config)}
+    sections = _sections()
     known = {name: {key.name for key in fields(section)} for name, section in sections.items()}
     for name in layer:
         if name not in known:
@@ -230,6 +238,6 @@ def _check_keys(layer, origin: str) -> None:
                 raise ValueError(f"{origin}: {name}.{key} needs a list; write [{section[key]}]")
 
 
-def _suggestion(name: str, known) -> str:
+def _suggestion(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(sorted(known))}"

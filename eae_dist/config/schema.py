@@ -5,10 +5,11 @@
 
 import math
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 
 def setting(
-    default,
+    default: Any,
     *,
     changeable: bool = False,
     choices: tuple[str, ...] = (),
@@ -16,7 +17,7 @@ def setting(
     at_least: float | None = None,
     below: int | None = None,
     at_most: float | None = None,
-):
+) -> Any:
     """Returns a dataclass field with the bounds of its value. None is always allowed.
 
     changeable: True if the value may differ when a run folder is continued. `check_values` checks the other arguments.
@@ -37,7 +38,7 @@ class Bounds:
     below: int | None = None
     at_most: float | None = None
 
-    def check(self, key: str, value) -> None:
+    def check(self, key: str, value: Any) -> None:
         """Raises ValueError for a value outside the bounds; the message names the key and the allowed values."""
         if value is None:
             return

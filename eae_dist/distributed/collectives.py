@@ -7,12 +7,14 @@ of times, in the same order. W: ranks, b: this rank's rows, n: all rows.
 import os
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+Value = TypeVar("Value")
 MESSAGE = 6_500_000  # entries averaged in one message, 25 MiB of float32
 
 
@@ -21,17 +23,17 @@ def is_initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def rank(group=None) -> int:
+def rank(group: "dist.ProcessGroup | None" = None) -> int:
     """Returns the rank of this process; 0 without a process group."""
     return dist.get_rank(group) if is_initialized() else 0
 
 
-def world_size(group=None) -> int:
+def world_size(group: "dist.ProcessGroup | None" = None) -> int:
     """Returns the number of ranks; 1 without a process group."""
     return dist.get_world_size(group) if is_initialized() else 1
 
 
-def gather_rows(x: torch.Tensor, group=None) -> torch.Tensor:
+def gather_rows(x: torch.Tensor, group: "dist.ProcessGroup | None" = None) -> torch.Tensor:
     """Returns the rows of all ranks in rank order, [b, ...] -> [n, ...]; b may differ between ranks.
 
     It can be differentiated twice. The gradient of a row is the sum of its gradients over all ranks. So if each rank computes a
@@ -42,7 +44,7 @@ def gather_rows(x: torch.Tensor, group=None) -> torch.Tensor:
     return _GatherRows.apply(x, row_counts(len(x), x.device, group), group)
 
 
-def row_counts(rows: int, device: torch.device, group=None) -> list[int]:
+def row_counts(rows: int, device: torch.device | str, group: "dist.ProcessGroup | None" = None) -> list[int]:
     """Returns the number of rows on each rank, in rank order."""
     world = world_size(group)
     if world == 1:
@@ -50,7 +52,7 @@ def row_counts(rows: int, device: torch.device, group=None) -> list[int]:
     return _of_every_rank(torch.tensor(rows, dtype=torch.int64, device=device), group).tolist()
 
 
-def sum_over_ranks(x: torch.Tensor, group=None) -> torch.Tensor:
+def sum_over_ranks(x: torch.Tensor, group: "dist.ProcessGroup | None" = None) -> torch.Tensor:
     """Returns the sum of x over ranks, in the same shape. It can be differentiated twice; the gradient is summed over ranks."""
     if world_size(group) == 1:
         return x
@@ -80,7 +82,7 @@ def _average(tensors: list[torch.Tensor]) -> None:
         tensor.copy_(mean.view(tensor.shape))
 
 
-def gather_padded(x: torch.Tensor, counts: list[int], group=None) -> torch.Tensor:
+def gather_padded(x: torch.Tensor, counts: list[int], group: "dist.ProcessGroup | None" = None) -> torch.Tensor:
     """Returns the rows of all ranks, [b, ...] -> [n, ...], without gradient; counts: from `row_counts`."""
     world, longest = world_size(group), max(counts)
     if world == 1:
@@ -95,12 +97,12 @@ def gather_padded(x: torch.Tensor, counts: list[int], group=None) -> torch.Tenso
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, counts, group):
+    def forward(ctx: Any, x: torch.Tensor, counts: list[int], group: "dist.ProcessGroup | None") -> torch.Tensor:
         ctx.counts, ctx.group = counts, group
         return gather_padded(x, counts, group)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         # An all_reduce, of which each rank keeps its rows, because gloo before torch 2.7 has no reduce_scatter.
         start = sum(ctx.counts[: rank(ctx.group)])
         summed = sum_over_ranks(gradient.contiguous(), ctx.group)
@@ -109,16 +111,16 @@ class _GatherRows(torch.autograd.Function):
 
 class _SumOverRanks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, group):
+    def forward(ctx: Any, x: torch.Tensor, group: "dist.ProcessGroup | None") -> torch.Tensor:
         ctx.group = group
         return _sum(x, group)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         return sum_over_ranks(gradient.contiguous(), ctx.group), None
 
 
-def _sum(x: torch.Tensor, group) -> torch.Tensor:
+def _sum(x: torch.Tensor, group: "dist.ProcessGroup | None") -> torch.Tensor:
     if _is_small(x, group):
         return _of_every_rank(x, group).sum(0, dtype=x.dtype)
     out = x.clone()
@@ -137,7 +139,7 @@ _opaque_sum.register_fake(torch.empty_like)
 _opaque_sum.register_autograd(lambda ctx, gradient: _opaque_sum(gradient.contiguous()))
 
 
-def _of_every_rank(x: torch.Tensor, group) -> torch.Tensor:
+def _of_every_rank(x: torch.Tensor, group: "dist.ProcessGroup | None") -> torch.Tensor:
     """Returns x of every rank in rank order, [...] -> [W, ...]; x must have the same shape on all ranks."""
     everyone = x.new_empty(world_size(group), *x.shape)
     with waiting():
@@ -150,7 +152,7 @@ def _of_every_rank(x: torch.Tensor, group) -> torch.Tensor:
     return everyone
 
 
-def _is_small(x: torch.Tensor, group) -> bool:
+def _is_small(x: torch.Tensor, group: "dist.ProcessGroup | None") -> bool:
     """True if gloo is fastest when each rank sends x directly to each other rank: a third of the time of a small all_reduce.
 
     The collectives of gloo pass messages around a ring of ranks, which is faster above about 1 MiB received.
@@ -158,16 +160,16 @@ def _is_small(x: torch.Tensor, group) -> bool:
     return x.device.type == "cpu" and 0 < x.numel() * x.element_size() * world_size(group) <= 2**20
 
 
-def gather_objects(value) -> list:
+def gather_objects(value: Value) -> list[Value]:
     """Returns the values (picklable, small) of all ranks in rank order; for diagnostics and decisions, not for tensors."""
     if world_size() == 1:
         return [value]
-    values = [None] * world_size()
+    values = [value] * world_size()
     dist.all_gather_object(values, value)
     return values
 
 
-def from_rank_zero(value):
+def from_rank_zero(value: Value) -> Value:
     """Returns the value (picklable, small) of rank 0 on every rank."""
     if world_size() == 1:
         return value
@@ -205,12 +207,14 @@ def ranks_of_group(group: str | None) -> int:
     return ranks
 
 
-def subgroup(ranks: int):
+def subgroup(ranks: int) -> "dist.ProcessGroup | None":
     """Returns the process group of `ranks` consecutive ranks that contains this one; None for all ranks. Call on every rank."""
     if ranks == world_size():
         return None
     groups = [dist.new_group(range(start, start + ranks)) for start in range(0, world_size(), ranks)]
-    return groups[rank() // ranks]
+    own = groups[rank() // ranks]
+    assert isinstance(own, dist.ProcessGroup)  # this rank is in it
+    return own
 
 
 def message_device() -> str:
@@ -221,7 +225,7 @@ def message_device() -> str:
 class Stopwatch:
     """Adds up measured seconds."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.seconds = 0.0
 
     @contextmanager
@@ -250,7 +254,7 @@ def measured_waits() -> Iterator[Stopwatch]:
         _WAITS.reset(before)
 
 
-def waiting():
+def waiting() -> AbstractContextManager[None]:
     """Returns a context whose time counts as waiting in `measured_waits`."""
     watch = _WAITS.get()
     return nullcontext() if watch is None else watch.running()

@@ -45,7 +45,8 @@ def on_every_rank(work: Callable[[], Result]) -> Result:
 
     A ValueError or OSError on one rank ends all ranks: the others raise an OSError with the message of that rank.
     """
-    failure = result = None
+    result: Result
+    failure: Exception | None = None
     try:
         result = work()
     except (ValueError, OSError) as error:
@@ -59,7 +60,7 @@ def on_every_rank(work: Callable[[], Result]) -> Result:
     return result
 
 
-def require_equal(value, what: str) -> None:
+def require_equal(value: object, what: str) -> None:
     """Raises ValueError on every rank unless the value (picklable, small) is the same on all; `what` names it."""
     every = gather_objects(value)
     if other := [at for at, theirs in enumerate(every) if theirs != every[0]]:

@@ -98,8 +98,9 @@ def srun_ranks(env: Mapping[str, str]) -> dict[str, str]:
 
 def first_host(nodes: str) -> str:
     """Returns the first name in a node list in the short form of SLURM: gpu[07-10,12],cpu1 -> gpu07."""
-    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)[0]
-    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first)
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
+    assert first is not None  # a step has at least one node
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[0])
 
 
 def tasks_of_nodes(counts: str) -> list[int]:
@@ -160,8 +161,9 @@ class JobPool:
                         raise CommandFailed("not started: the pool was stopped")
                     # A new session does not get the signals of our process group (Ctrl-C, SLURM); `stop` sends the signal.
                     # torchrun that gets a signal twice leaves its ranks before they have saved.
-                    streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
-                    process = subprocess.Popen(line, env=environment, start_new_session=True, **streams)
+                    process = subprocess.Popen(
+                        line, env=environment, start_new_session=True, stdin=subprocess.DEVNULL, stdout=file, stderr=file
+                    )
                     self._running.add(process)
                 status = process.wait()
                 with self._lock:
@@ -172,7 +174,7 @@ class JobPool:
             text = output.read_text(errors="replace")
             # An error includes its indented lines; a progress bar may precede it on the line.
             errors = re.findall(r"error: .*(?:\n  .*)*", text)
-            *_, last = ["it said nothing", *text.strip().splitlines()[-1:], *errors[-1:]]
+            last = ["it said nothing", *text.strip().splitlines()[-1:], *errors[-1:]][-1]
             raise CommandFailed(f"{module.rpartition('.')[2]} ended with status {status}: {last} (all of it: {output})")
 
     def stop(self) -> None:

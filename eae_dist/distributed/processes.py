@@ -51,5 +51,7 @@ def _start_worker() -> None:
 
 
 def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this thread runs in a worker
+    parent.join()
     os._exit(1)

@@ -3,6 +3,7 @@
 import os
 import signal
 from datetime import timedelta
+from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -28,16 +29,20 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         self._signal: int | None = None
-        self._group = dist.new_group(backend="gloo", timeout=self._timeout) if world_size() > 1 else None
+        self._group: dist.ProcessGroup | None = None
+        if world_size() > 1:
+            group = dist.new_group(backend="gloo", timeout=self._timeout)
+            assert isinstance(group, dist.ProcessGroup)  # every rank is in it
+            self._group = group
         self._flags = torch.zeros(world_size(), dtype=torch.uint8)
         self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _note(self, number, frame):
+    def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._signal is not None:
             raise KeyboardInterrupt
         self._signal = number
@@ -54,7 +59,9 @@ class StopRequest:
         if self._group is None:
             self._flags = flags
         else:
-            self._pending = dist.all_to_all_single(self._flags, flags, group=self._group, async_op=True)
+            pending = dist.all_to_all_single(self._flags, flags, group=self._group, async_op=True)
+            assert pending is not None  # this rank is in the group
+            self._pending = pending
 
     def asked(self) -> bool:
         """True if any rank had got a signal at the last `start_asking`; the answer is the same on every rank."""

@@ -177,7 +177,7 @@ class LatentIndex:
             return torch.from_numpy(squared).to(queries.device), torch.from_numpy(ids).to(queries.device)
         return squared, ids
 
-    def tune(self, queries: np.ndarray | torch.Tensor, recall: float = 0.95, k: int = 10) -> float:
+    def tune(self, queries: Array, recall: float = 0.95, k: int = 10) -> float:
         """Sets the lowest effort that finds the share `recall` of the k nearest rows, and returns the share that it finds.
 
         queries: [m, d] of this rank, which must not be rows of the index. The share is measured against an exact search. Call it
@@ -195,7 +195,8 @@ class LatentIndex:
 
         if self.kind == "flat":
             return found(1)
-        most = max(gather_objects(max((_most_effort(part.index, self.kind) for part in self._parts), default=1)))
+        indexes = [part.index for part in self._parts if part.index is not None]
+        most = max(gather_objects(max((_most_effort(index, self.kind) for index in indexes), default=1)))
         while True:
             high = 1
             while (share := found(high)) < recall and high < most:

@@ -237,10 +237,10 @@ class Moments:
                 f"{self.largest:.3g}; scale them, or raise regularization"
             )
         whitened = _Whitened(parameters, factors, self.center, hard)
-        total = ExactSum(self.rows, whitened.size, whitened.bound(self.largest))
+        sums = ExactSum(self.rows, whitened.size, whitened.bound(self.largest))
         for block in self.rows.blocks():
-            total.add(whitened.sums(block))
-        total = total.result()
+            sums.add(whitened.sums(block))
+        total = sums.result()
         products = total[1:].view(k, d + 1, d + 1)
         counts, first, second = products[:, d, d], products[:, d, :d], products[:, :d, :d]
         return Expectation(float(total[0]) / self.rows.n, counts, first, second, factors, parameters.means)

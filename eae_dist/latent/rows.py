@@ -47,8 +47,8 @@ class Rows:
                     self.local = torch.cat([self.local, all_heads[following : following + missing]])
 
     def _check(self, latents: torch.Tensor) -> None:
-        bad = sum(int((~part.isfinite()).any(1).sum()) for part in latents.split(65_536))
-        found = torch.tensor([[bad, self.d]], dtype=torch.int64, device=latents.device)
+        own = sum(int((~part.isfinite()).any(1).sum()) for part in latents.split(65_536))
+        found = torch.tensor([[own, self.d]], dtype=torch.int64, device=latents.device)
         bad, widths = gather_padded(found, [1] * world_size()).unbind(1)
         if self.n == 0:
             raise ValueError("a density needs at least one latent, got none on any rank")

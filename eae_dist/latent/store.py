@@ -108,7 +108,8 @@ def file_name(part: str, what: str) -> str:
 
 def write_part(root: Path, name: str, latents: np.ndarray, labels: np.ndarray, keys: Sequence[str]) -> None:
     """Writes a part atomically: a part without its description does not count."""
-    arrays = (latents.astype(np.float32, copy=False), labels.astype(np.int64, copy=False), np.char.encode(list(keys), "utf-8"))
+    encoded = np.char.encode(list(keys), "utf-8")
+    arrays: list[np.ndarray] = [latents.astype(np.float32, copy=False), labels.astype(np.int64, copy=False), encoded]
     sha256 = {}
     for what, array in zip(FILES, arrays, strict=True):
         file = io.BytesIO()

@@ -12,7 +12,7 @@ on any number of ranks. So the result is bit-identical on any number of ranks, o
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -143,7 +143,7 @@ class TwoStage:
         return (self._through(self.network.reconstruction, x) * self.scale + self.center).to(latents.dtype)
 
     @torch.no_grad()
-    def _through(self, function, x: torch.Tensor) -> torch.Tensor:
+    def _through(self, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         return torch.cat([function(tile)[:rows] for tile, rows in filled_tiles(x.to(self.network.mean.weight))] or [x]).double()
 
     def state_dict(self) -> dict[str, torch.Tensor]:

@@ -13,10 +13,11 @@ whole gradient, for both rows of every pair and across ranks, so that the backwa
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from eae_dist.distributed import gather_padded, rank, row_counts, world_size
 from eae_dist.numerics.precision import full_precision
@@ -38,7 +39,7 @@ def knn_entropy(
     average_k: bool = False,
     eps2: float = 1e-4,
     valid: torch.Tensor | None = None,
-    group=None,
+    group: "dist.ProcessGroup | None" = None,
 ) -> torch.Tensor:
     """Returns this rank's share of the entropy of all ranks' rows in nats, [b, d] -> scalar; the mean over ranks is H.
 
@@ -62,7 +63,7 @@ def entropy_terms(
     average_k: bool = False,
     eps2: float = 1e-4,
     valid: torch.Tensor | None = None,
-    group=None,
+    group: "dist.ProcessGroup | None" = None,
 ) -> EntropyTerms:
     """Returns `knn_entropy` and the number of floored pairs, for the same arguments."""
     latents = torch.as_tensor(latents)
@@ -97,7 +98,9 @@ def gaussian_reference(
 
 class _KnnEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, latents, k, average_k, eps2, group):
+    def forward(
+        ctx: Any, latents: torch.Tensor, k: int, average_k: bool, eps2: float, group: "dist.ProcessGroup | None"
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         # Autocast stays on inside forward and would use bfloat16 for the products; TF32 gives 1 row in 1,000 a wrong neighbor.
         with full_precision(latents.device):
             local = latents.detach().to(torch.promote_types(latents.dtype, torch.float32)).contiguous()
@@ -145,7 +148,7 @@ class _KnnEntropy(torch.autograd.Function):
         return share, floored
 
     @staticmethod
-    def backward(ctx, upstream, _):
+    def backward(ctx: Any, upstream: torch.Tensor, _: None) -> tuple[torch.Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * upstream.to(gradient.dtype), None, None, None, None
 
@@ -204,8 +207,8 @@ def nearest_neighbors(keys: torch.Tensor, k: int, offset: int, b: int) -> torch.
             # The queries after this part use the column minima of its tiles.
             nearest = down[part + 1 : parts].amin(1).flatten()[: b - stop]
             improved = (nearest < best[stop:]).nonzero()[:, 0]
-            column, place = part + 1 + improved // side, improved % side
-            best[stop + improved], better_block = down[column, :, place].min(1)
+            columns, places = part + 1 + improved // side, improved % side
+            best[stop + improved], better_block = down[columns, :, places].min(1)
             best_block[stop + improved] = part * blocks + better_block
         candidates = (block // blocks * side + block % blocks)[..., None] + spread
         ids[start:stop] = _nearest_of(candidates.flatten(1), query, keys, k, start, buffer)

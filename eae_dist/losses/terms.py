@@ -73,4 +73,4 @@ def imq_kernel(x: torch.Tensor, y: torch.Tensor, offset: int | None = None) -> t
 
 def sum_of_squares(weights: Iterable[torch.Tensor]) -> torch.Tensor:
     """Returns the sum of the squares of all entries."""
-    return sum(weight.square().sum() for weight in weights)
+    return torch.as_tensor(sum(weight.square().sum() for weight in weights))

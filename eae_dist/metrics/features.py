@@ -11,6 +11,7 @@ import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -154,7 +155,7 @@ def inception_place() -> Path:
 
 def _inception_network(state: dict[str, torch.Tensor], dimensions: int, path: Path) -> nn.Module:
     """Returns pytorch_fid.inception.InceptionV3 up to the layer with these dimensions, and the mean of its maps."""
-    net = inception_layout()
+    net: Any = inception_layout()  # its layers are attributes
     try:
         net.load_state_dict(state)
     except RuntimeError as error:
@@ -286,7 +287,7 @@ class _Lite0Features(nn.Module):
     def __init__(self, network: nn.Module):
         super().__init__()
         _fuse_norms(network.float().eval())  # float32, so that rounding does not depend on the default dtype
-        self.classifier = network
+        self.classifier: Any = network  # it has a method more than nn.Module
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         if images.is_cuda:

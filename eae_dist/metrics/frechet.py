@@ -30,7 +30,7 @@ class FeatureStats:
     depend on the order.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.count, self._exact = 0, True
         # If exact: the sums of x and of x x^T in units of the grid. Otherwise: the mean, and the sum of squares around it.
         self._first, self._second = torch.zeros(0, dtype=torch.float64), torch.zeros(0, 0, dtype=torch.float64)
@@ -247,11 +247,11 @@ def sqrtm_root_trace(a: torch.Tensor, b: torch.Tensor) -> float:
     """
     from scipy.linalg import sqrtm
 
-    a, b = a.numpy(), b.numpy()
-    root = sqrtm(a.dot(b))
+    x, y = a.numpy(), b.numpy()
+    root = sqrtm(x.dot(y))
     if not np.isfinite(root).all():
-        offset = 1e-6 * np.eye(len(a))
-        root = sqrtm((a + offset).dot(b + offset))
+        offset = 1e-6 * np.eye(len(x))
+        root = sqrtm((x + offset).dot(y + offset))
     if np.iscomplexobj(root):
         if not np.allclose(np.diagonal(root).imag, 0, atol=1e-3):
             raise ValueError(f"the matrix root has an imaginary part of {np.abs(root.imag).max()}; use root='svd'")

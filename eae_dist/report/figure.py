@@ -3,7 +3,7 @@
 Each model has a row of reconstructions, samples of N(0, I), samples of its mixture, and interpolations.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,7 +50,7 @@ def save_figure(
     images = next(walk(data, split, COLUMNS, rank=0, world=1, cache=cache))["image"]
     rows: list[tuple[str, list[torch.Tensor]]] = [("ground truth", [images])]
     rows += [(MODELS[name], pictures(model, name, images, seed)) for name, model in models.items()]
-    printed = {MODELS[row]: {kind for kind, density in KINDS.items() if row in BLOCKS.get(density, ())} for row in models}
+    printed = {MODELS[row]: {kind for kind, density in KINDS.items() if density and row in BLOCKS[density]} for row in models}
     replace_file(path, png_bytes(figure(rows, printed)))
 
 
@@ -72,7 +72,7 @@ def pictures(model: "TrainedModel", name: str, images: torch.Tensor, seed: int) 
     return [to_uint8(part) for part in (model.reconstruct(x), *draws, between)]
 
 
-def figure(rows: list[tuple[str, list[torch.Tensor]]], framed: dict[str, Collection[str]]) -> Image.Image:
+def figure(rows: list[tuple[str, list[torch.Tensor]]], framed: Mapping[str, Collection[str]]) -> Image.Image:
     """Draws the rows under the headings of their kinds, small images enlarged; framed: the kinds with a frame, by row."""
     height, width = rows[0][1][0].shape[2:]
     scale = max(1, 64 // height)

@@ -37,7 +37,7 @@ def distances_figure(queries: np.ndarray, samples: np.ndarray, split: str, densi
 
     figure = Figure(figsize=(6.4, 3.2), layout="constrained")
     axes = figure.subplots()
-    edges = np.histogram_bin_edges(np.concatenate([queries, samples]), bins=60)
+    edges = np.histogram_bin_edges(np.concatenate([queries, samples]), bins=60).tolist()
     for distances, name in ((queries, f"{split} images"), (samples, f"samples from {density}")):
         axes.hist(distances, edges, density=True, alpha=0.55, label=name)
     axes.set_xlabel("distance to the nearest training image, in the latent space")

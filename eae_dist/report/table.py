@@ -80,7 +80,7 @@ class Results:
         digits = 3 if self.metric == self.first["features"]["kernel_metric"] else 2
         values = {row: [] if name is None else self.values(row, name) for row, name in images.items()}
         known = {row: mean(found) for row, found in values.items() if found}
-        best = min(known, key=known.get) if len(known) > 1 else None
+        best = min(known, key=known.__getitem__) if len(known) > 1 else None
         texts = {row: "N/A" if images[row] is None else self.as_text(found, digits) for row, found in values.items()}
         return {row: f"**{text}**" if row == best else text for row, text in texts.items()}
 
@@ -127,8 +127,8 @@ def set_of_cell(row: str, density: str) -> str | None:
 def table_blocks(results: Results) -> dict[str, list[list[str]]]:
     """Returns the paper's table: for each density a line per model, the cells as text, the lowest of a block in **."""
     paper, blocks = published(results.data), {}
-    for density, rows in BLOCKS.items():
-        rows = [row for row in rows if row in results.rows]
+    for density, models in BLOCKS.items():
+        rows = [row for row in models if row in results.rows]
         columns = {"fid": density, "reconstruction": "reconstruction"}
         ours = {column: results.cells({row: set_of_cell(row, images) for row in rows}) for column, images in columns.items()}
         lines = []
