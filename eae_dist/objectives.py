@@ -11,9 +11,11 @@ b: this rank's rows, n: all rows of the batch, d: latent dimensions, P: pixels, 
 """
 
 from dataclasses import fields, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from eae_dist.config import Config, ModelConfig, ObjectiveConfig
@@ -26,6 +28,7 @@ from eae_dist.numerics.keyed_random import derive_key, normal, row_keys
 from eae_dist.numerics.precision import full_precision
 
 Latents = tuple[torch.Tensor, torch.Tensor | None]  # means and the logarithms of deviations, [b, d] each
+Terms = dict[str, torch.Tensor]  # shares of the terms, or values per row, by name
 POSTERIOR, PRIOR, INPUT, MAP = range(4)  # purposes of the random numbers of a batch
 REDUCTIONS = {  # how each penalty is reduced, in words
     "latent_l2": "mean over images and dimensions",
@@ -46,7 +49,7 @@ class Objective(nn.Module):
     second_stage: the density that replaces N(0, I); reconstructions pass through it as well.
     """
 
-    penalties: dict[str, str] = {}
+    penalties: ClassVar[dict[str, str]] = {}
     settings: tuple[str, ...] = ()
     latent_norm = variational = spectral = twice_differentiated = False
     mean_over_pixels = True  # whether w is 1/(P C) or 1/C
@@ -56,7 +59,8 @@ class Objective(nn.Module):
     def __init__(self, autoencoder: Autoencoder, config: ObjectiveConfig, seed: int):
         super().__init__()
         self.autoencoder, self.config, self.seed = autoencoder, config, seed
-        self.group = None  # process group (distributed.subgroup) over which training computes the entropy; None: all ranks
+        # Process group (distributed.subgroup) over which training computes the entropy; None: all ranks.
+        self.group: dist.ProcessGroup | None = None
         channels, height, width = autoencoder.image_shape
         self.pixels = channels * height * width
         self.reconstruction_weight = config.reconstruction_weight or 1 / (self.pixels if self.mean_over_pixels else channels)
@@ -113,8 +117,11 @@ class Objective(nn.Module):
 
     def weighted(self, terms: dict[str, torch.Tensor]) -> torch.Tensor:
         """Returns the weighted sum of these terms, their part of the loss."""
-        weights = {"reconstruction": self.reconstruction_weight, **self.weights()}
-        return sum(terms[name] * weight for name, weight in weights.items() if name in terms)
+        loss = terms["reconstruction"] * self.reconstruction_weight
+        for name, weight in self.weights().items():
+            if name in terms:
+                loss = loss + terms[name] * weight
+        return loss
 
     def weights(self) -> dict[str, float]:
         """Returns the factor of each penalty in the loss."""
@@ -132,24 +139,31 @@ class Objective(nn.Module):
 
     # Penalties on the whole batch: (latents [b, d], is_first_copy, global_batch, row_ids, key) -> shares by name.
 
-    def latent_l2(self, latents, is_first_copy, global_batch, row_ids, key):
+    def latent_l2(
+        self, latents: torch.Tensor, is_first_copy: torch.Tensor, global_batch: int, row_ids: np.ndarray, key: int
+    ) -> Terms:
         """Returns the mean square of the entries of the latents."""
         return {"latent_l2": mean_share(latents.square().mean(1), global_batch)}
 
-    def decoder_l2(self, latents, is_first_copy, global_batch, row_ids, key):
+    def decoder_l2(
+        self, latents: torch.Tensor, is_first_copy: torch.Tensor, global_batch: int, row_ids: np.ndarray, key: int
+    ) -> Terms:
         """Returns the sum of squares of the kernels of the decoder."""
         return {"decoder_l2": sum_of_squares(kernels_of(self.autoencoder.decoder))}  # the whole term on every rank
 
-    def mmd(self, latents, is_first_copy, global_batch, row_ids, key):
+    def mmd(self, latents: torch.Tensor, is_first_copy: torch.Tensor, global_batch: int, row_ids: np.ndarray, key: int) -> Terms:
         """Returns the squared MMD between the latents and draws of N(0, I)."""
         return {"mmd": kernel_discrepancy(latents, noise(latents, row_ids, key, PRIOR))}
 
-    def entropy(self, latents, is_first_copy, global_batch, row_ids, key):
+    def entropy(
+        self, latents: torch.Tensor, is_first_copy: torch.Tensor, global_batch: int, row_ids: np.ndarray, key: int
+    ) -> Terms:
         """Returns the entropy and the number of floored pairs: pairs of neighbors closer than sqrt(eps2)."""
         config, group = self.config, self.group if self.training else None  # validation must not depend on the number of ranks
-        options = {"k": config.k, "average_k": config.average_k, "eps2": config.eps2, "group": group}
         try:
-            entropy, floored = entropy_terms(latents, valid=is_first_copy, **options)
+            entropy, floored = entropy_terms(
+                latents, k=config.k, average_k=config.average_k, eps2=config.eps2, valid=is_first_copy, group=group
+            )
         except ValueError as error:
             compared = "a global batch" if group is None else "groups (objective.group)"
             raise ValueError(
@@ -190,15 +204,15 @@ class RAEGP(RAE):
     penalties = RAE.penalties | {"gradient_penalty": "gradient_weight"}
     twice_differentiated = True
 
-    def decoded(self, latents, images, row_ids, key):
+    def decoded(self, latents: Latents, images: torch.Tensor, row_ids: np.ndarray, key: int) -> Terms:
         """Returns the values per row, with the gradient penalty."""
-        latents, _ = latents
+        mean, _ = latents
         learning = torch.is_grad_enabled()  # False in validation, where the batch norms do not couple rows
         with torch.enable_grad():
-            at = latents if learning else latents.requires_grad_()
+            at = mean if learning else mean.requires_grad_()
             decoded = self.autoencoder.decode(at)
             (gradient,) = torch.autograd.grad(decoded.square().sum(), at, create_graph=learning)
-        per_row = {"error": squared_error(decoded, images), "latent": latents, "gradient_penalty": gradient.square().mean(1)}
+        per_row = {"error": squared_error(decoded, images), "latent": mean, "gradient_penalty": gradient.square().mean(1)}
         return per_row if learning else {name: rows.detach() for name, rows in per_row.items()}
 
 
@@ -215,9 +229,10 @@ class VAE(Objective):
     mean_over_pixels = False
     variational = True
 
-    def decoded(self, latents, images, row_ids, key):
+    def decoded(self, latents: Latents, images: torch.Tensor, row_ids: np.ndarray, key: int) -> Terms:
         """Returns the values per row; images are decoded from a draw of the posterior."""
         mean, log_sigma = latents
+        assert log_sigma is not None  # the objective is variational, or has a fixed deviation
         drawn = mean + log_sigma.exp() * noise(mean, row_ids, key, POSTERIOR)
         error = squared_error(self.autoencoder.decode(drawn), images)
         return {"error": error, "latent": mean, "kl": gaussian_divergence(mean, log_sigma)}
@@ -229,7 +244,7 @@ class ConstantVarianceVAE(VAE):
     settings = ("sigma",)
     variational = False
 
-    def latents(self, encoder_output):
+    def latents(self, encoder_output: torch.Tensor) -> Latents:
         """Returns posterior means and the logarithm of the fixed deviation, [b, d] each."""
         mean, _ = self.autoencoder.latents(encoder_output)
         return mean, torch.full_like(mean, self.config.sigma).log()
@@ -247,7 +262,7 @@ class WAE(Objective):
     penalties = {"mmd": "mmd_weight"}
     settings = ("input_noise",)
 
-    def encoder_output(self, images, row_ids, key):
+    def encoder_output(self, images: torch.Tensor, row_ids: np.ndarray, key: int) -> torch.Tensor:
         """Returns the encoder output for images, to which training adds clipped Gaussian noise."""
         sigma = self.config.input_noise
         if sigma and self.training:
@@ -262,10 +277,10 @@ class EAE(Objective):
     """
 
     penalties = {"entropy": "entropy_weight"}
-    settings = ("k", "average_k", "eps2", "group")
+    settings: tuple[str, ...] = ("k", "average_k", "eps2", "group")
     latent_norm = True
 
-    def weights(self):
+    def weights(self) -> dict[str, float]:
         """Returns the factor of the entropy, which is negative."""
         return {"entropy": -self.config.entropy_weight / self.autoencoder.latent_dim}
 
@@ -278,6 +293,7 @@ class EAELinear(EAE):
     """
 
     settings = (*EAE.settings, "map", "map_dim")
+    map: torch.Tensor
 
     def __init__(self, autoencoder: Autoencoder, config: ObjectiveConfig, seed: int):
         super().__init__(autoencoder, config, seed)
@@ -288,11 +304,13 @@ class EAELinear(EAE):
             self.register_buffer("map", orthonormal(autoencoder.latent_dim, self.map_dim, seed))
         self.map_norm = GlobalBatchNorm(self.map_dim, affine=False, eps=LATENT_EPS, track=False)
 
-    def weights(self):
+    def weights(self) -> dict[str, float]:
         """Returns the factor of the entropy, which is negative."""
         return {"entropy": -self.config.entropy_weight / self.map_dim}
 
-    def entropy(self, latents, is_first_copy, global_batch, row_ids, key):
+    def entropy(
+        self, latents: torch.Tensor, is_first_copy: torch.Tensor, global_batch: int, row_ids: np.ndarray, key: int
+    ) -> Terms:
         """Returns the entropy of the mapped, batch-normed latents and the number of floored pairs."""
         matrix = self.map if self.config.map == "fixed" else orthonormal(latents.shape[1], self.map_dim, key)
         return super().entropy(self.map_norm(latents @ matrix.to(latents)), is_first_copy, global_batch, row_ids, key)

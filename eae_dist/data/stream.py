@@ -106,7 +106,7 @@ class ShardStream(IterableDataset):
             "order_version": ORDER_VERSION,
         }
 
-    def __iter__(self) -> Iterator[dict]:
+    def __iter__(self) -> Generator[dict, None, None]:
         if get_worker_info() is not None:
             # Worker j of w makes the steps start + j, start + j + w, ...; the loader reads the workers in turn.
             worker = get_worker_info()

@@ -21,6 +21,7 @@ class Encoder(nn.Module):
         self.encoder, self.latent_norm, self.latent_dim = autoencoder.encoder, autoencoder.latent_norm, autoencoder.latent_dim
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Returns the latents of images, [b, c, h, w] -> [b, d]."""
         means = self.encoder(images)[:, : self.latent_dim]  # a variational model has deviations behind them
         return means if self.latent_norm is None else self.latent_norm(means)
 
@@ -33,6 +34,7 @@ class Decoder(nn.Module):
         self.decoder = autoencoder.decoder
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        """Returns the images of latents, [b, d] -> [b, c, h, w]."""
         return self.decoder(latents)
 
 
@@ -61,8 +63,8 @@ def export(model: TrainedModel, folder: str | Path, onnx: bool = False) -> list[
         written.append(folder / f"{name}.pt2")
         if onnx:
             output = "latents" if argument == "images" else "images"
-            options = {"input_names": [argument], "output_names": [output], "dynamo": True, "verbose": False}
-            proto = torch.onnx.export(program, (), **options).model_proto
-            replace_file(folder / f"{name}.onnx", proto.SerializeToString())
+            exported = torch.onnx.export(program, (), input_names=[argument], output_names=[output], dynamo=True, verbose=False)
+            assert exported is not None  # None is for dynamo=False
+            replace_file(folder / f"{name}.onnx", exported.model_proto.SerializeToString())
             written.append(folder / f"{name}.onnx")
     return written

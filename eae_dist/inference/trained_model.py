@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from eae_dist.data.order import blocks_of, filled, permutation
 from eae_dist.distributed import rank, world_size
-from eae_dist.latent.densities import DENSITIES, Density, load_density
+from eae_dist.latent.densities import DENSITIES, Density, ReconstructingDensity, load_density
 from eae_dist.model.autoencoder import Autoencoder, to_uint8
 from eae_dist.numerics.keyed_random import derive_key, keyed_hash
 from eae_dist.objectives import objective_class
@@ -50,7 +50,9 @@ class TrainedModel(nn.Module):
         """Reconstructs [b, c, h, w]; `two_stage_vae` uses its second stage, which must have been fitted."""
         latents = self.encode(images)
         if self._second_stage:
-            latents = self.density(self._second_stage).reconstruct(latents).to(latents)
+            density = self.density(self._second_stage)
+            assert isinstance(density, ReconstructingDensity)
+            latents = density.reconstruct(latents).to(latents)
         return self.decode(latents)
 
     @torch.no_grad()

@@ -5,7 +5,7 @@ ranks. Only `two_stage` gathers all latents on every rank.
 """
 
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -38,6 +38,14 @@ class Density(Protocol):
 
     def report(self) -> dict:
         """Describes the fit for the metrics file, in numbers, lists and text."""
+
+
+@runtime_checkable
+class ReconstructingDensity(Density, Protocol):
+    """A density that can be the second stage of an objective."""
+
+    def reconstruct(self, latents: torch.Tensor) -> torch.Tensor:
+        """Returns the reconstructions of latents, [m, d] -> [m, d]."""
 
 
 DENSITIES: dict[str, type[Density]] = {"isotropic": Isotropic, "mvg": Gaussian, "gmm": Mixture, "two_stage": TwoStage}

@@ -126,7 +126,7 @@ class LatentIndex:
         rows, an unknown kind, or too few rows.
         """
         rows, problem = _float_rows(latents, "latents")
-        every = gather_objects((len(rows), rows.shape[1] if rows.ndim == 2 else None, problem))
+        every = gather_objects((len(rows), rows.shape[1] if rows.ndim == 2 else 0, problem))
         for who, (_, _, wrong) in enumerate(every):
             if wrong:
                 raise ValueError(f"{wrong} (rank {who})" if len(every) > 1 else wrong)

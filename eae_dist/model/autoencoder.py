@@ -35,7 +35,8 @@ class Autoencoder(nn.Module):
     ):
         super().__init__()
         self.encoder, self.latent_norm, self.decoder = encoder, latent_norm, decoder  # in the order of the data flow
-        self.image_shape, self.latent_dim, self.variational = tuple(image_shape), latent_dim, variational
+        channels, height, width = image_shape
+        self.image_shape, self.latent_dim, self.variational = (channels, height, width), latent_dim, variational
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Returns latents (posterior means if variational), [b, c, h, w] -> [b, d]."""
@@ -105,16 +106,18 @@ def build_autoencoder(
 
     variational: the encoder has a second head. spectral: every kernel is divided by its largest singular value.
     """
-    family, shape, heads = _family(config.network), tuple(image_shape), 2 if variational else 1
+    assert config.width is not None and config.latent_dim is not None  # resolve_model has filled them in
+    channels, height, width = image_shape
+    family, shape, heads = _family(config.network), (channels, height, width), 2 if variational else 1
     norm = {"eps": config.norm_eps, "momentum": config.norm_momentum} if config.norm == "batch" else None
     bias = not latent_norm  # the latent norm would remove the bias of the head
     if config.encoder is None:
-        encoder = ConvEncoder(family, shape, config.latent_dim, config.width, heads=heads, bias=bias, norm=norm)
+        encoder: nn.Module = ConvEncoder(family, shape, config.latent_dim, config.width, heads=heads, bias=bias, norm=norm)
     else:
         sizes = {"image_shape": shape, "latent_dim": heads * config.latent_dim, "width": config.width, "bias": bias}
         encoder = own_network(config.encoder, "model.encoder", sizes)
     if config.decoder is None:
-        decoder = ConvDecoder(family, shape, config.latent_dim, config.width, norm=norm)
+        decoder: nn.Module = ConvDecoder(family, shape, config.latent_dim, config.width, norm=norm)
     else:
         sizes = {"image_shape": shape, "latent_dim": config.latent_dim, "width": config.width}
         decoder = own_network(config.decoder, "model.decoder", sizes)

@@ -75,7 +75,7 @@ class ConvEncoder(nn.Module):
         self.centered_input = family.centered_input
         sizes = [channels, *(width * m for m in family.encoder)]
         self.layers = Layers()
-        for before, after in zip(sizes, sizes[1:], strict=False):
+        for before, after in itertools.pairwise(sizes):
             self.layers.extend(normalized(SameConv2d(before, after, family.kernel, 2, bias=norm is None), norm))
         features = sizes[-1] * (height // family.multiple) * (width_pixels // family.multiple)
         self.head = nn.Linear(features, heads * latent_dim, bias=bias)
@@ -98,10 +98,10 @@ class ConvDecoder(nn.Module):
         channels, height, width_pixels = image_shape
         sizes = [width * m for m in family.decoder]
         start = (height // family.decoder_reduction, width_pixels // family.decoder_reduction)
-        self.dense = nn.Linear(latent_dim, sizes[0] * start[0] * start[1])
+        self.dense = Dense(latent_dim, sizes[0] * start[0] * start[1])
         self.dense.penalized = family.penalized_dense
         self.layers = Layers(nn.Unflatten(1, (sizes[0], *start)))
-        for before, after in zip(sizes, sizes[1:], strict=False):
+        for before, after in itertools.pairwise(sizes):
             self.layers.extend(normalized(SameConvTranspose2d(before, after, family.kernel, 2, bias=norm is None), norm))
         self.layers.append(SameConvTranspose2d(sizes[-1], channels, family.kernel, family.last_stride))
         self.apply(initialize)
@@ -112,6 +112,12 @@ class ConvDecoder(nn.Module):
         logits = self.layers(self.dense(z))
         # The sigmoid is at least in float32: bfloat16 has steps of 1/256 near white.
         return torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+
+
+class Dense(nn.Linear):
+    """A dense layer. penalized: whether an L2 penalty on the decoder includes it."""
+
+    penalized = True
 
 
 class Layers(nn.Sequential):
@@ -134,8 +140,9 @@ class Layers(nn.Sequential):
 
     def blocks(self) -> list["Layers"]:
         """Returns the layers split into blocks; each block after the first starts at a batch norm."""
-        starts = [0, *(place for place, layer in enumerate(self) if place and isinstance(layer, GlobalBatchNorm)), len(self)]
-        return [self[start:stop] for start, stop in zip(starts, starts[1:], strict=False)]
+        layers = list(self)
+        starts = [0, *(place for place, layer in enumerate(layers) if place and isinstance(layer, GlobalBatchNorm)), len(layers)]
+        return [Layers(*layers[start:stop]) for start, stop in itertools.pairwise(starts)]
 
     def has_inner_activations(self) -> bool:
         """True if backward needs an activation inside this block, between its norm and a last layer with weights."""
@@ -153,7 +160,7 @@ def checkpointed(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return checkpoint(run, x, use_reentrant=False)
 
 
-def normalized(layer: nn.Module, norm: dict | None) -> list[nn.Module]:
+def normalized(layer: nn.Conv2d | nn.ConvTranspose2d, norm: dict | None) -> list[nn.Module]:
     """Returns a convolution, its batch norm unless norm is None, and a ReLU."""
     norms = [] if norm is None else [GlobalBatchNorm(layer.out_channels, **norm)]
     return [layer, *norms, nn.ReLU(inplace=True)]
@@ -177,7 +184,7 @@ class SameConv2d(nn.Conv2d):
 class SameConvTranspose2d(nn.ConvTranspose2d):
     """The transpose of `SameConv2d`: output sides are input sides x stride."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # the stride alone gives the output size
         """Returns the transposed convolution, [b, c, h, w] -> [b, c', h stride, w stride]."""
         (stride, _), cropped = self.stride, (self.kernel_size[0] - self.stride[0]) // 2
         out = F.conv_transpose2d(x, self.weight, self.bias, self.stride, cropped)
@@ -216,19 +223,19 @@ def one_power_iteration(network: nn.Module) -> Iterator[None]:
     for layer in layers:
         with torch.no_grad():
             layer.weight  # noqa: B018  reading it makes the iteration
-        layer.parametrizations.eval()
+        layer.get_submodule("parametrizations").eval()
     try:
         yield
     finally:
         for layer in layers:
-            layer.parametrizations.train(layer.training)
+            layer.get_submodule("parametrizations").train(layer.training)
 
 
 @contextmanager
 def frozen_statistics(network: nn.Module) -> Iterator[None]:
     """Stops updates of running statistics and power iterations, because an earlier pass of the same images made them."""
     norms = [layer for layer in network.modules() if isinstance(layer, GlobalBatchNorm)]
-    spectra = [layer.parametrizations for layer in network.modules() if is_parametrized(layer, "weight")]
+    spectra = [layer.get_submodule("parametrizations") for layer in network.modules() if is_parametrized(layer, "weight")]
     momenta, iterating = [norm.momentum for norm in norms], [spectrum.training for spectrum in spectra]
     for norm in norms:
         norm.momentum = 0.0

@@ -6,6 +6,8 @@ long as `F.batch_norm`, about 4 % of a step of `small`; but a step of `rae_gp`, 
 n: elements per channel over all ranks.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -20,6 +22,10 @@ class GlobalBatchNorm(nn.Module):
     affine=False: no scale and no shift, as the latent of the entropic autoencoder needs. track=False: no running statistics;
     those of the batch are always used.
     """
+
+    running_mean: torch.Tensor | None
+    running_var: torch.Tensor | None
+    finite: torch.Tensor
 
     def __init__(self, num_features: int, affine: bool = True, *, eps: float = 1e-3, momentum: float = 0.1, track: bool = True):
         super().__init__()
@@ -44,7 +50,7 @@ class GlobalBatchNorm(nn.Module):
         """Returns the training result of `forward` from our own code, on any device and any number of ranks."""
         out, mean, variance, count, finite = _GlobalBatchNorm.apply(x, self.weight, self.bias, self.eps)
         self.finite &= finite
-        if self.running_mean is not None:
+        if self.running_mean is not None and self.running_var is not None:
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (count / (count - 1)).to(variance.dtype), self.momentum)
         return out
@@ -74,7 +80,9 @@ class _GlobalBatchNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, eps):
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+    ) -> tuple[torch.Tensor, ...]:
         wide = torch.promote_types(x.dtype, torch.float32)
         rows = x.numel() // x.shape[1]
         # Sum and sum of squares about this rank's mean, then over all ranks in float64 to avoid cancellation.
@@ -95,7 +103,7 @@ class _GlobalBatchNorm(torch.autograd.Function):
         return _normalize(x, weight, bias, mean, variance, eps), mean, variance, count, finite
 
     @staticmethod
-    def backward(ctx, dy, *_):
+    def backward(ctx: Any, dy: torch.Tensor, *_: None) -> tuple[torch.Tensor | None, ...]:
         x, weight, mean, variance = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True needs differentiable operations
             return *_differentiable_backward(x, weight, dy, ctx.inverse_count, ctx.eps), None
@@ -114,7 +122,9 @@ class _GlobalBatchNorm(torch.autograd.Function):
         return dx, None if weight is None else with_normalized, None if weight is None else alone, None
 
 
-def _channel_sums(dy, x, mean, inverse) -> tuple[torch.Tensor, torch.Tensor]:
+def _channel_sums(
+    dy: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, inverse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the sums over rows and pixels of dy (x - mean) inverse and of dy, [c] x 2, by the batch-norm backward of ATen."""
     if not len(x):  # a rank without rows: the kernel would divide by zero
         return torch.zeros_like(mean), torch.zeros_like(mean)
@@ -124,13 +134,22 @@ def _channel_sums(dy, x, mean, inverse) -> tuple[torch.Tensor, torch.Tensor]:
     return with_normalized, alone
 
 
-def _normalize(x, weight, bias, mean, variance, eps) -> torch.Tensor:
+def _normalize(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    eps: float,
+) -> torch.Tensor:
     if not len(x):
         return torch.empty_like(x)
     return torch.native_batch_norm(x, weight, bias, mean, variance, False, 0.0, eps)[0]
 
 
-def _differentiable_backward(x, weight, dy, inverse_count, eps):
+def _differentiable_backward(
+    x: torch.Tensor, weight: torch.Tensor | None, dy: torch.Tensor, inverse_count: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Returns gradients for x, weight and bias, from operations that can be differentiated again across ranks."""
     dims, shape = [0, *range(2, x.ndim)], (1, -1, *[1] * (x.ndim - 2))
     inverse_count = inverse_count.to(x.dtype)

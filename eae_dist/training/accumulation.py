@@ -63,10 +63,15 @@ def accumulate(
             kept.append({name: row.detach() for name, row in per_row.items() if name != "latent"})
         per_row = {name: torch.cat([here[name] for here in kept]) for name in kept[0]} | {"latent": latents[0]}
         terms = objective.terms(per_row, is_first_copy.to(device), global_batch, row_ids, key)
-        pulled = sum((x * leaf.grad).sum() for x, leaf in zip(latents, leaves, strict=True) if x is not None)
+        pulled = sum(
+            (x * leaf.grad).sum()
+            for x, leaf in zip(latents, leaves, strict=True)
+            if x is not None and leaf is not None and leaf.grad is not None
+        )
         (pulled + scaled(terms["loss"])).backward()
 
         # 3. The gradient of the encoder.
+        assert outputs.grad is not None  # the backward pass above has set it
         with frozen_statistics(autoencoder.encoder):
             for part, gradient in enumerate(outputs.grad.split(split)):
                 (encoder_output(part) * gradient).sum().backward()

@@ -7,6 +7,7 @@ import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,7 +32,7 @@ class AsyncCheckpoints:
     def __enter__(self) -> "AsyncCheckpoints":
         return self
 
-    def __exit__(self, _, error: BaseException | None, __) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         self._thread.shutdown()
         failure = None if self._writing is None else self._writing.exception()
         if failure not in (None, error):  # otherwise the error that ends the run would hide it
@@ -72,7 +73,7 @@ class AsyncCheckpoints:
         checkpoints.mark_best(self._run, state["best_step"])
         checkpoints.prune(self._run, self._config.train.keep)
 
-    def _copy(self, value, place: tuple = ()):
+    def _copy(self, value: Any, place: tuple = ()) -> Any:
         """Copies dicts, lists and tensors. Tensor memory is reused, because a copy into new memory takes twice the time."""
         if isinstance(value, dict):
             return {key: self._copy(item, (*place, key)) for key, item in value.items()}

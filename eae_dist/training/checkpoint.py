@@ -158,7 +158,7 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
 
 def newest_intact(run: Path) -> tuple[Checkpoint | None, list[str]]:
     """Returns the newest intact checkpoint of a run, or None, and error messages for newer, damaged ones."""
-    damage = []
+    damage: list[str] = []
     for path in _folders(run):
         try:
             return open_checkpoint(path), damage

@@ -3,6 +3,8 @@
 These options change the time and memory of a step, but not the result. Checkpoints are the same, so a run may change them.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -23,7 +25,7 @@ def set_execution(objective: Objective, config: TrainConfig, device: torch.devic
         compile_networks(objective)
 
 
-def compile_networks(objective: Objective, **options) -> None:
+def compile_networks(objective: Objective, **options: Any) -> None:
     """Compiles encoder and decoder in place; the names of the weights do not change. options: passed to torch.compile."""
     autoencoder = objective.autoencoder
     autoencoder.encoder.compile(**options)

@@ -13,6 +13,7 @@ import warnings
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -67,7 +68,9 @@ class PyTorch:
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
 
-    def prepare(self, objective: nn.Module, optimizer: torch.optim.Adam, config: Config, lanes: int):
+    def prepare(
+        self, objective: nn.Module, optimizer: torch.optim.Adam, config: Config, lanes: int
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Returns the wrapped model and optimizer for a step. Raises ValueError if ranks would train separate models."""
         model, prepared_optimizer = self.accelerator.prepare(objective, optimizer)
         if world_size() > 1 and not isinstance(model, DistributedDataParallel):
@@ -84,7 +87,7 @@ class PyTorch:
         parameters = [
             parameter for parameter in model.parameters() if parameter.grad is not None
         ]  # parameters of the user's network may be frozen
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
         optimizer.step()
@@ -111,7 +114,9 @@ class DeepSpeed:
         self.settings: dict = accelerator.deepspeed_plugin.deepspeed_config  # the settings from which the engine is built
         self.name = f"DeepSpeed ZeRO-{self.settings['zero_optimization']['stage']}"
 
-    def prepare(self, objective: nn.Module, optimizer: torch.optim.Adam, config: Config, lanes: int):
+    def prepare(
+        self, objective: nn.Module, optimizer: torch.optim.Adam, config: Config, lanes: int
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Returns the engine and its optimizer. Raises ValueError for settings that it does not support (see refuse)."""
         self.refuse(config, lanes)
         batch = config.train.global_batch
@@ -177,7 +182,7 @@ class DeepSpeed:
         enabled = self.settings["torch_autocast"]["enabled"]
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=enabled)
 
-    def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, clip_norm: float | None) -> torch.Tensor:
+    def step(self, model: Any, optimizer: torch.optim.Optimizer, clip_norm: float | None) -> torch.Tensor:
         """Returns the norm of the gradient before clipping; accelerator.backward has already taken the step."""
         return torch.as_tensor(model.get_global_grad_norm(), device=self.accelerator.device)
 

@@ -14,6 +14,7 @@ from eae_dist.numerics.atomic_files import replace_file
 
 log = logging.getLogger("eae_dist")
 
+Record = dict[str, float | list[float]]  # one line of the log; a list has one number per rank
 FINITE_NORMS = "finite_norms"  # logged with the terms: number of batch norms with finite input on a rank
 
 
@@ -37,7 +38,7 @@ class MetricsLog:
             if tracker.name != "tensorboard":  # TensorBoard would show settings as a second run
                 tracker.store_init_configuration({key: str(value) for key, value in settings.items()})
 
-    def write(self, record: dict[str, float]) -> None:
+    def write(self, record: Record) -> None:
         """Appends one record with "step", "images" and finite floats. Raises OSError on rank 0 if writing fails."""
         if self.accelerator.is_main_process:
             try:

@@ -74,6 +74,7 @@ class Run:
         """Continues from a checkpoint and logs changes of engine, ranks and device."""
         self.state = TrainingState.from_dict(checkpoint.state)
         self.engine.load(self.objective, self.optimizer, checkpoint.model_state(), checkpoint.optimizer_state())
+        assert self.state.plateau is not None  # every checkpoint has it
         self.plateau.load_state_dict(self.state.plateau)
         if self.accelerator.scaler is not None and self.state.grad_scaler:
             self.accelerator.scaler.load_state_dict(self.state.grad_scaler)
@@ -93,7 +94,7 @@ class Run:
             if is_rank_zero:
                 data, split = config.data, config.data.validation or config.data.split
                 images = next(walk(data.root, split, 64, rank=0, world=1, cache=Cache.of(data)))["image"]
-                self.grid_inputs = grid_inputs(to_unit(images, device), config.model.latent_dim, config.train.seed)
+                self.grid_inputs = grid_inputs(to_unit(images, device), self.objective.autoencoder.latent_dim, config.train.seed)
 
     def schedule_learning_rate(self) -> None:
         """Sets the learning rate of the exponential schedule; the plateau schedule changes it after validation."""
@@ -108,7 +109,7 @@ class Run:
         before, now = self.images - self.config.train.global_batch, self.images
         return {what for what, images in self.every.items() if self.state.step == end or now // images > before // images}
 
-    def record(self, names: list[str], window: list[torch.Tensor], seconds: float) -> dict[str, float]:
+    def record(self, names: list[str], window: list[torch.Tensor], seconds: float) -> metrics_log.Record:
         """Returns the record of the log for the steps of the window, which took `seconds`. Raises TrainingDiverged."""
         step, ignore_gradient = self.state.step, self.accelerator.scaler is not None
         return {
@@ -121,7 +122,7 @@ class Run:
             "peak_memory_mib": peak_memory_mib(self.accelerator.device),
         }
 
-    def after_step(self, record: dict[str, float], due: Collection[str], stop: StopRequest) -> bool:
+    def after_step(self, record: metrics_log.Record, due: Collection[str], stop: StopRequest) -> bool:
         """Does the due actions: validation, samples, log record, checkpoint. Returns False if a stop ends the validation."""
         state, improved = self.state, False
         if "validate" in due and self.config.data.validation:
@@ -130,15 +131,16 @@ class Run:
                 return False
             validation = {f"validation_{name}": value for name, value in terms.items()}
             metrics_log.require_finite(validation, state.step, self.saves.last)
-            record = record | validation
-            improved = record["validation_loss"] < state.best_validation_loss
+            record = {**record, **validation}
+            improved = validation["validation_loss"] < state.best_validation_loss
             if improved:
-                state.best_validation_loss, state.best_step = record["validation_loss"], state.step
+                state.best_validation_loss, state.best_step = validation["validation_loss"], state.step
             if self.config.train.schedule == "plateau":
-                self.plateau.step(record["validation_loss"])
+                self.plateau.step(validation["validation_loss"])
         with on_rank_zero() as is_rank_zero:  # the disk may be full, also because of a checkpoint that is being written
             self.saves.raise_failure()
             if is_rank_zero and "sample" in due:
+                assert self.grid_inputs is not None  # rank 0 has them
                 grids = draw_grids(self.objective.autoencoder.eval(), self.grid_inputs)
                 save_grids(grids, self.folder / "samples", f"step-{state.step:08d}-")
                 self.objective.train()

@@ -128,7 +128,16 @@ def last_step(config: Config, index: ShardIndex) -> int:
 
 def entropy_reference(config: Config, device: torch.device) -> float:
     """Returns the entropy of a Gaussian batch in nats, for comparison with the entropy of a training batch."""
-    objective, seed = config.objective, config.train.seed
+    objective = config.objective
     rows = config.train.global_batch * ranks_of_group(objective.group) // world_size()
-    options = {"k": objective.k, "average_k": objective.average_k, "eps2": objective.eps2, "seed": seed, "device": device}
-    return gaussian_reference(rows, objective.map_dim or config.model.latent_dim, **options)
+    dimensions = objective.map_dim or config.model.latent_dim
+    assert dimensions is not None  # objectives.resolve has filled it in
+    return gaussian_reference(
+        rows,
+        dimensions,
+        k=objective.k,
+        average_k=objective.average_k,
+        eps2=objective.eps2,
+        seed=config.train.seed,
+        device=device,
+    )

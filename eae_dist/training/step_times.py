@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -40,16 +41,16 @@ class StepTimes:
             yield
         self.steps += 1
 
-    def _reduced(self, _, bucket: torch.distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    def _reduced(self, group: Any, bucket: torch.distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
         """Computes the default mean of DDP; this rank waits from the start of the last bucket, when its gradients are done."""
         start = time.perf_counter()
 
-        def arrived(future):
+        def arrived(future: torch.futures.Future[torch.Tensor]) -> torch.Tensor:
             if bucket.is_last():
                 self._gradients.seconds += time.perf_counter() - start
             return future.value()
 
-        return allreduce_hook(None, bucket).then(arrived)
+        return allreduce_hook(group, bucket).then(arrived)
 
     def record(self) -> dict[str, float | list[float]]:
         """Returns the times since the last call, for the log; a list has one number per rank. Call on every rank.
@@ -71,7 +72,7 @@ class StepTimes:
         }
 
 
-def traced(steps: int, folder: Path):
+def traced(steps: int, folder: Path) -> AbstractContextManager[profile | None]:
     """Returns a context that yields a profiler, or None for 0 steps. Call its `step()` after each step.
 
     After the last profiled step it writes folder/rank-R.json.

@@ -23,19 +23,20 @@ def validate(accelerator: Accelerator, objective: Objective, config: Config, sto
     """
     objective.eval()
     key = derive_key(config.train.seed)
-    numbers, blocks = [np.zeros(0, dtype=np.int64)], []
+    seen, blocks = [np.zeros(0, dtype=np.int64)], []
     data, count = config.data, config.train.validation_images
+    assert data.validation is not None  # else there is nothing to call this for
     for batch in walk(data.root, data.validation, config.evaluate.batch, count=count, cache=Cache.of(data)):
         with engine_of(accelerator).autocast():
             blocks.append(objective.per_row(to_unit(batch["image"], accelerator.device), batch["number"], key))
-        numbers.append(batch["number"])
+        seen.append(batch["number"])
         if stop.signalled:
             break
     stop.start_asking()
     if stop.asked():
         objective.train()
         return None
-    numbers = np.concatenate(numbers)
+    numbers = np.concatenate(seen)
     if not blocks:  # more ranks than blocks: this rank has no rows, but the same terms
         image = torch.zeros(1, *objective.autoencoder.image_shape, device=accelerator.device)
         blocks.append({name: rows[:0] for name, rows in objective.per_row(image, np.zeros(1), key).items()})
