@@ -53,11 +53,13 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
-    if name in _HOMES:
-        value = globals()[name] = getattr(import_module(f"eae_dist.{_HOMES[name]}"), name)
-        return value
-    raise AttributeError(f"module 'eae_dist' has no attribute {name!r}")
+if not TYPE_CHECKING:  # with this function, type checkers would accept every name
+
+    def __getattr__(name: str) -> object:
+        if name in _HOMES:
+            value = globals()[name] = getattr(import_module(f"eae_dist.{_HOMES[name]}"), name)
+            return value
+        raise AttributeError(f"module 'eae_dist' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

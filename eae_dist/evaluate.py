@@ -15,6 +15,7 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from eae_dist.data.stream import walk
 from eae_dist.distributed import from_rank_zero, gather_objects, gather_rows, on_rank_zero, rank, world_size
 from eae_dist.distributed.launch import run_on_ranks
 from eae_dist.inference.trained_model import LatentsOf, decoded, interpolations, sample_seeds, with_progress
-from eae_dist.latent.densities import DENSITIES, Density, load_density, save_density
+from eae_dist.latent.densities import DENSITIES, Density, ReconstructingDensity, load_density, save_density
 from eae_dist.latent.gaussianity import gaussianity
 from eae_dist.losses.terms import squared_error
 from eae_dist.metrics.features import Extractor, build_features, features_for
@@ -89,7 +90,9 @@ def evaluate(directory: Path, assignments: Sequence[str], out: Path | None = Non
     # The features of the real images, the densities of the training latents, the latents of the split.
     real = reference_images(config, index, extractor, device)
     fitted, reports = fit_densities(autoencoder, config, densities, done, device, needed={*settings.densities, second_stage})
-    through = fitted[second_stage].reconstruct if second_stage else lambda latents: latents
+    stage = fitted[second_stage] if second_stage else None
+    assert stage is None or isinstance(stage, ReconstructingDensity)
+    through = (lambda latents: latents) if stage is None else stage.reconstruct
     errors, latents = reconstructed(autoencoder, config, device, through)
 
     # Every set of images is made, described by its features and compared with the real ones.
@@ -146,7 +149,7 @@ def evaluate_folders(real: Path, generated: Path, assignments: Sequence[str], ou
     announce(extractor)
     for folder, (_, total, blocks) in zip(folders, walks, strict=True):
 
-        def compute(folder=folder, total=total, blocks=blocks) -> ImageSet:
+        def compute(folder: Path = folder, total: int = total, blocks: Iterable = blocks) -> ImageSet:
             images, what = with_progress(blocks, str(folder), total), f"the images of {folder}"
             return describe(images, extractor, settings.batch, settings.neighbor_images, device, what)
 
@@ -154,19 +157,20 @@ def evaluate_folders(real: Path, generated: Path, assignments: Sequence[str], ou
             sha256 = contents_sha256(folder, settings.count) if is_rank_zero else None
         key = {"files_sha256": from_rank_zero(sha256)}
         described.append(cached_image_set(key, settings, extractor, device, compute))
-    numbers, doubts = compare(*described, extractor, settings.frechet, device, f"the images of {generated}")
-    fewest = min(one.stats.count for one in described)
-    read_first, warnings = headline(fewest, described[0].stats.features, extractor)
+    reals, fakes = described
+    numbers, doubts = compare(reals, fakes, extractor, settings.frechet, device, f"the images of {generated}")
+    fewest = min(reals.stats.count, fakes.stats.count)
+    read_first, warnings = headline(fewest, reals.stats.features, extractor)
     metrics = {
         "real": str(real),
         "generated": str(generated),
-        "reference_images": described[0].stats.count,
+        "reference_images": reals.stats.count,
         "headline": read_first,
         "features": extractor.record(),
         "settings": asdict(settings),
         "versions": versions(),
         "sets": {"generated": numbers},
-        "warnings": warnings + warnings_about(described[0].stats, f"the images of {real}") + doubts,
+        "warnings": warnings + warnings_about(reals.stats, f"the images of {real}") + doubts,
     }
     with on_rank_zero() as is_rank_zero:
         if is_rank_zero and out is not None:
@@ -228,7 +232,7 @@ class Progress:
                     log.info("continuing an evaluation that was interrupted: %s", ", ".join(self.sets) or "densities")
         self.sets, self.densities = from_rank_zero((self.sets, self.densities))
 
-    def record(self, name: str, result) -> None:
+    def record(self, name: str, result: tuple[dict, list[str]]) -> None:
         """Stores the distances of a set of images."""
         self.sets[name] = result
         self._write()
@@ -352,7 +356,7 @@ def fit_densities(
     If a density cannot be fitted, ValueError is raised if it is needed; otherwise it is left out and reported.
     """
     settings, model = config.evaluate, done.key["model_sha256"]
-    options = {
+    options: dict[str, dict[str, Any]] = {
         "gmm": {"components": settings.components, "seed": settings.seed},
         "two_stage": {
             "kl_weight": settings.second_stage_weight,
@@ -391,7 +395,11 @@ def latent_sets(
     """Returns for each set of images a function from the numbers of images to their latents, and how many images there are."""
     sets: dict[str, tuple[LatentsOf, int]] = {"reconstruction": (lambda numbers: through(latents[numbers]), len(latents))}
     for name, density in fitted.items():
-        sets[name] = (lambda numbers, density=density: density.sample(sample_seeds(seed, numbers)), draws)
+
+        def drawn(numbers: np.ndarray, density: Density = density) -> torch.Tensor:
+            return density.sample(sample_seeds(seed, numbers))
+
+        sets[name] = (drawn, draws)
     return sets | {name: (latents_of, len(latents)) for name, latents_of in interpolations(latents, seed).items()}
 
 
@@ -417,7 +425,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def work() -> str:
         if arguments.images:
-            return summary_of_folders(evaluate_folders(*arguments.images, settings, out))
+            real, generated = arguments.images
+            return summary_of_folders(evaluate_folders(real, generated, settings, out))
         return summary(evaluate(arguments.ckpt, settings, out))
 
     command = ["--images", *map(str, arguments.images)] if arguments.images else ["--ckpt", str(arguments.ckpt)]

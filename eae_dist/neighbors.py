@@ -59,8 +59,8 @@ def neighbors(space: EncodedDataset, out: Path) -> dict:
         return density.sample(sample_seeds(settings.seed, numbers)).to(like)
 
     block = space.config.evaluate.batch
-    drawn = [images.cpu() for _, images in decoded(space.model.autoencoder, draw, count, block, space.device, "samples")]
-    drawn = torch.cat([torch.zeros(0, *space.model.image_shape, dtype=torch.uint8), *drawn])
+    blocks = [images.cpu() for _, images in decoded(space.model.autoencoder, draw, count, block, space.device, "samples")]
+    drawn = torch.cat([torch.zeros(0, *space.model.image_shape, dtype=torch.uint8), *blocks])
     squared_drawn, ids_drawn = index.search(space.encode(drawn), k)
 
     # The nearest other row of every row of the split.
@@ -153,7 +153,7 @@ def save_picture(space: EncodedDataset, path: Path, images: np.ndarray, ids: np.
 def query(space: EncodedDataset, files: Sequence[Path], out: Path | None) -> list[dict]:
     """Returns the neighbors of image files, and writes a picture of them to `out`. Call it on every rank."""
     channels, height, width = space.model.image_shape
-    images = []
+    read = []
     for file in files:
         try:
             pixels = read_image(str(file), None, None, channels)
@@ -161,8 +161,8 @@ def query(space: EncodedDataset, files: Sequence[Path], out: Path | None) -> lis
             raise ValueError(f"{file} is not a usable image: {error}") from error
         if pixels.shape[:2] != (height, width):
             raise ValueError(f"{file} is {pixels.shape[1]}x{pixels.shape[0]}, the model takes {width}x{height} (width x height)")
-        images.append(pixels.reshape(height, width, channels).transpose(2, 0, 1))
-    images = torch.from_numpy(np.stack(images))
+        read.append(pixels.reshape(height, width, channels).transpose(2, 0, 1))
+    images = torch.from_numpy(np.stack(read))
     index = space.index()
     squared, ids = index.search(space.encode(images), min(space.settings.k, index.n))
     labels = space.folder.read(space.split, "labels")
@@ -196,8 +196,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     def work() -> str:
         space = EncodedDataset(arguments.latents, arguments.ckpt, arguments.settings)
         if arguments.query:
-            found = query(space, arguments.query, out)
-            return json.dumps(found, indent=2) if arguments.json else summary_of_queries(found, out)
+            answers = query(space, arguments.query, out)
+            return json.dumps(answers, indent=2) if arguments.json else summary_of_queries(answers, out)
         found = neighbors(space, out)
         return json.dumps(found, indent=2) if arguments.json else summary(found)
 

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 from PIL import Image
@@ -79,7 +80,7 @@ class Encoding:
     format: str
     quality: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.quality is not None and self.format != "jpeg":
             raise ValueError(f"--quality is for --format jpeg, not for {self.format}, which is lossless")
 
@@ -89,9 +90,9 @@ class Encoding:
         if self.format == "raw":
             np.save(data, np.ascontiguousarray(image).reshape(*image.shape[:2], -1), allow_pickle=False)
             return data.getvalue()
-        options = {"jpeg": {"quality": self.quality or JPEG_QUALITY}, "webp": {"lossless": True}}.get(self.format, {})
+        options: dict[str, dict[str, Any]] = {"jpeg": {"quality": self.quality or JPEG_QUALITY}, "webp": {"lossless": True}}
         gray = image.shape[2:] == (1,)
-        Image.fromarray(image[:, :, 0] if gray else image).save(data, format=self.format, **options)
+        Image.fromarray(image[:, :, 0] if gray else image).save(data, format=self.format, **options.get(self.format, {}))
         return data.getvalue()
 
 
@@ -240,25 +241,25 @@ def print_damage(folder: Path | str, problems: list[str]) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} (see --help)\n")
 
 
 def parsed(argv: list[str] | None) -> argparse.Namespace:
     """Parses the command line; an error ends the process with exit code 2."""
-    of_source = {  # command-line options for the parameters of the functions in SOURCES
+    of_source: dict[str, dict[str, Any]] = {  # command-line options for the parameters of the functions in SOURCES
         "path": {"type": Path, "help": "the folder of images, or the .npz file"},
         "--root": {"type": Path, "help": f"folder of the raw data; missing files are downloaded (default: {CACHE})"},
         "--size": {"type": _at_least(1), "metavar": "N", "help": "resize the central square to NxN (bilinear)"},
         "--crop": {"type": _at_least(1), "metavar": "N", "help": "take the center NxN pixels, before resizing"},
         "--channels": {"type": int, "choices": (1, 3), "help": "1 gray, 3 RGB (default: 1 if every image is gray)"},
     }
-    workers = {"type": _at_least(1), "metavar": "N", "help": "number of processes (default: one per core)"}
+    workers: dict[str, Any] = {"type": _at_least(1), "metavar": "N", "help": "number of processes (default: one per core)"}
     formats = "format of the images in the shards (default: png)"
     quality = f"quality of jpeg (default: {JPEG_QUALITY})"
 
     parser = _Parser(prog="python -m eae_dist.pack", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    where = {"type": lambda text: text if is_address(text) else Path(text), "metavar": "DIR"}
+    where: dict[str, Any] = {"type": lambda text: text if is_address(text) else Path(text), "metavar": "DIR"}
     parser.add_argument("--index", **where, help="write the index of the tar shards in DIR, or at an address with --out")
     parser.add_argument("--out", type=Path, metavar="DIR", help="with --index ADDRESS: folder for the index")
     parser.add_argument("--split", metavar="NAME", help="with --index: the split of all shards (default: from their names)")

@@ -72,7 +72,7 @@ def table(
     wanted = {OBJECTIVES[row].first_stage for row in rows}
     there = [row for row in files if row in rows or (row in wanted and (out / "runs" / f"{row}-0").is_dir())]
     every = {(row, seed): planned(config, files[row], row, seed, out, settings) for seed in range(seeds) for row in there}
-    first_stages = {run: every.get((OBJECTIVES[row].first_stage, seed)) for (row, seed), run in every.items()}
+    first_stages = {run: every.get((OBJECTIVES[row].first_stage or "", seed)) for (row, seed), run in every.items()}
     runs = [run for run in every.values() if run.row in rows]
     runs.sort(key=lambda run: (run.seed, first_stages[run] is not None))  # runs that wait for the weights of others are last
     check_judging([run for run in runs if judged(run) is None])
@@ -147,7 +147,8 @@ def finish_all(runs: Sequence[Run], first_stages: dict[Run, Run | None], job_poo
         futures: dict[Run, Future] = {}
         for run in runs:
             first_stage = first_stages[run]
-            futures[run] = pool.submit(finish, run, first_stage, futures.get(first_stage), job_pool, logs)
+            after = None if first_stage is None else futures.get(first_stage)
+            futures[run] = pool.submit(finish, run, first_stage, after, job_pool, logs)
         try:
             for run, future in futures.items():
                 try:
@@ -261,7 +262,7 @@ def clock(seconds: float) -> str:
     return f"{minutes}:{seconds:02d}"
 
 
-def interrupt(*_) -> None:
+def interrupt(*_: object) -> None:
     """Handles SIGTERM as Ctrl-C."""
     raise KeyboardInterrupt
 

@@ -6,6 +6,7 @@ replaced by torchcodec, which takes nearly twice as long for a small image (0.17
 """
 
 import io
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -17,13 +18,14 @@ try:
 except ImportError:  # no wheel for this platform
     pyspng = None
 
+Decoder = Callable[[bytes, int], np.ndarray]
 MODES = {1: ("GRAY", "L"), 3: ("RGB", "RGB")}  # channels -> mode name in torchcodec; mode name in Pillow and pyspng
 
 
 def decode_image(data: bytes, channels: int) -> np.ndarray:
     """Decodes a PNG, JPEG or WebP file -> uint8 [h, w, channels]; channels: 1 gray, 3 RGB. Raises ValueError if it is damaged."""
     if data[1:4] == b"PNG" and pyspng is not None:
-        decode = decode_with_pyspng
+        decode: Decoder = decode_with_pyspng
     elif data[8:12] == b"WEBP" and channels == 1:
         decode = decode_with_pillow  # the only decoder of WebP to gray
     else:
@@ -51,7 +53,7 @@ def decode_with_pillow(data: bytes, channels: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=1)
-def _decoder():
+def _decoder() -> Decoder:
     for candidate in (_torchvision_decoder, _torchcodec_decoder):
         try:
             decode = candidate()
@@ -62,7 +64,7 @@ def _decoder():
     return decode_with_pillow
 
 
-def _torchvision_decoder():
+def _torchvision_decoder() -> Decoder:
     import torchvision.io  # noqa: F401  registers torch.ops.image
 
     # The mode numbers of torchvision, GRAY = 1 and RGB = 3, equal the number of channels.
@@ -70,7 +72,7 @@ def _torchvision_decoder():
     return lambda data, channels: _channels_last(decode(_as_tensor(data), channels, False))
 
 
-def _torchcodec_decoder():
+def _torchcodec_decoder() -> Decoder:
     from torchcodec.decoders import decode_image
 
     return lambda data, channels: _channels_last(decode_image(_as_tensor(data), mode=MODES[channels][0]))

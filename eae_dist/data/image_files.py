@@ -3,12 +3,12 @@
 import hashlib
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn, overload
 
 import numpy as np
 import torch
@@ -41,6 +41,10 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self.paths)
 
+    @overload
+    def __getitem__(self, i: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, i: np.ndarray) -> "ImageFiles": ...
     def __getitem__(self, i: "int | np.ndarray") -> "np.ndarray | ImageFiles":
         if isinstance(i, np.ndarray):
             return replace(self, paths=[self.paths[row] for row in i])
@@ -62,11 +66,11 @@ def read_pixels(
     most: an image with more pixels raises ValueError before it is decoded.
     """
     try:
-        with Image.open(file, formats=FORMATS) as image:
-            if most is not None and image.width * image.height > most:
-                raise ValueError(f"{image.width}x{image.height} are more than {most:,} pixels")
-            depth = image_channels(image)
-            image = ImageOps.exif_transpose(image)
+        with Image.open(file, formats=FORMATS) as opened:
+            if most is not None and opened.width * opened.height > most:
+                raise ValueError(f"{opened.width}x{opened.height} are more than {most:,} pixels")
+            depth = image_channels(opened)
+            image: Image.Image = ImageOps.exif_transpose(opened)
             if image.has_transparency_data:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             image = image.convert("L" if (channels or depth) == 1 else "RGB")
@@ -107,8 +111,8 @@ def walk_images(
 
     shape = read(0).shape
 
-    def stacked(first: int, images: Iterator[torch.Tensor]) -> tuple[int, torch.Tensor]:
-        images = list(images)
+    def stacked(first: int, block: Iterable[torch.Tensor]) -> tuple[int, torch.Tensor]:
+        images = list(block)
         for number, image in enumerate(images, start=first):
             if image.shape != shape:
                 one, other = (f"{name} is {s[2]}x{s[1]}" for name, s in ((names[0], shape), (names[number], image.shape)))
@@ -127,7 +131,7 @@ def walk_images(
             while ahead:
                 yield stacked(*ahead.popleft())
 
-    return tuple(shape[1:]), stop - start, blocks()
+    return (shape[1], shape[2]), stop - start, blocks()
 
 
 def image_names(folder: Path, count: int | None = None) -> list[str]:
@@ -178,7 +182,7 @@ def files_under(path: Path) -> tuple[list[str], int]:
     return sorted(names), hidden
 
 
-def _raise(error: OSError):
+def _raise(error: OSError) -> NoReturn:
     raise error
 
 
@@ -186,7 +190,8 @@ def checked(files: ImageFiles, workers: int) -> tuple[list[tuple[int, ...]], dic
     """Reads every file once. Returns the shapes of the good files in order, and path -> reason for the bad files."""
     chunk = 64
     chunks = (files[np.arange(start, min(start + chunk, len(files)))] for start in range(0, len(files), chunk))
-    shapes, bad = [], {}
+    shapes: list[tuple[int, ...]] = []
+    bad: dict[str, str] = {}
     with (
         closing(run_tasks(_shapes_or_reasons, chunks, min(workers, -(-len(files) // chunk) or 1))) as results,
         tqdm(total=len(files), desc="checking", unit=" images", disable=None) as progress,
@@ -199,7 +204,7 @@ def checked(files: ImageFiles, workers: int) -> tuple[list[tuple[int, ...]], dic
 
 
 def _shapes_or_reasons(files: ImageFiles) -> list[tuple[str, "tuple[int, ...] | str"]]:
-    found = []
+    found: list[tuple[str, tuple[int, ...] | str]] = []
     for i, path in enumerate(files.paths):
         try:
             found.append((path, files[i].shape))

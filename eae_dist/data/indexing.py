@@ -9,6 +9,7 @@
 Only images (.png .jpg .jpeg .webp .npy) and .cls files are read. Other files in a shard are counted and ignored.
 """
 
+import builtins
 import fnmatch
 import hashlib
 import io
@@ -23,10 +24,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import braceexpand
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 from tqdm import tqdm
 
 from eae_dist.data.remote import Cache, FetchError, RemoteFolder, checked_address
@@ -67,7 +69,7 @@ class ShardScan:
     shape: tuple[int, int] | None
     channels: frozenset[int]
     encodings: frozenset[str]
-    npy_header: bytes | None
+    npy_header: builtins.bytes | None
     ignored: Counter
 
 
@@ -123,7 +125,7 @@ def index_shard(path: Path) -> ShardScan:
         shape=shape,
         channels=frozenset(channels),
         encodings=frozenset(encodings),
-        npy_header=raw and raw.header,
+        npy_header=None if raw is None else raw.header,
         ignored=ignored,
     )
 
@@ -138,7 +140,7 @@ class RawImage:
     bytes: int
 
     @classmethod
-    def parse(cls, data: bytes, where: str) -> "RawImage":
+    def parse(cls, data: builtins.bytes, where: str) -> "RawImage":
         """Reads the header of one .npy file, uint8 [h, w] or [h, w, c] in C order. Raises ValueError for any other array."""
         file = io.BytesIO(data)
         try:
@@ -152,7 +154,7 @@ class RawImage:
             order = "Fortran" if fortran_order else "C"
             raise ValueError(f"{where} is {dtype} {list(shape)} in {order} order; expected uint8 [h, w, 1 or 3] in C order")
         header = data[: file.tell()]
-        return cls(header, shape[:2], shape[2] if len(shape) == 3 else 1, len(header) + math.prod(shape))
+        return cls(header, (shape[0], shape[1]), shape[2] if len(shape) == 3 else 1, len(header) + math.prod(shape))
 
 
 def write_index(
@@ -178,7 +180,7 @@ def write_index(
     for split, scans in splits.items():
         _refuse_repeated_keys(split, scans)
 
-    info = {
+    info: dict[str, Any] = {
         "version": INDEX_VERSION,
         "name": name,
         "image": image,
@@ -252,7 +254,7 @@ def remote_shards(pattern: str, cache: Cache) -> tuple[RemoteFolder, list[str]]:
     folder = RemoteFolder(checked_address(base, "--index "), cache)
     try:
         names = list(braceexpand.braceexpand(last))
-    except braceexpand.UnbalancedBracesError as error:
+    except ValueError as error:
         raise ValueError(f"--index {pattern}: the braces do not match; write for example train-{{000000..000009}}.tar") from error
     if any("*" in name for name in names):
         if not folder.base.startswith("s3:"):
@@ -286,9 +288,12 @@ def _splits_of(names: list[str], root: Path | str, split: str | None) -> dict[st
     split_of = {}
     for name in names:
         found = SHARD_NAME.fullmatch(plain_name(root, name))
-        if split is None and not found:
+        if split is not None:
+            split_of[name] = split
+        elif found is not None:
+            split_of[name] = found["split"]
+        else:
             raise ValueError(f"{root}/{name} has no split in its name (as train-000000.tar has); name it with --split NAME")
-        split_of[name] = split or found["split"]
     return split_of
 
 
@@ -385,10 +390,12 @@ def class_correlation(labels: list[np.ndarray]) -> float | None:
     return float((between - within) / (between + (n_0 - 1) * within))
 
 
-def image_channels(image: Image.Image) -> int:
+def image_channels(image: ImageFile.ImageFile) -> int:
     """Returns 1 for a gray image, 3 for any other. Raises ValueError for more than 8 bits a channel, which would be lost."""
     # A 16-bit color image has mode RGB; only the raw mode of the decoder (RGB;16B) shows the bits. BGR;16 is 16 bits a pixel.
-    deep_ppm = any(codec in ("ppm", "ppm_plain") and args != "1;I" and args[1] > 255 for codec, _, _, args in image.tile)
+    deep_ppm = any(
+        codec in ("ppm", "ppm_plain") and isinstance(args, tuple) and args[1] > 255 for codec, _, _, args in image.tile
+    )
     if image.mode[0] in "IF" or deep_ppm or re.search(r";16[BLNS]", str(image.tile)):
         raise ValueError(f"more than 8 bits a channel (mode {image.mode})")
     return 1 if image.mode in ("1", "L", "LA", "La") else 3
@@ -422,7 +429,8 @@ def _images_and_labels(path: Path, ignored: Counter) -> Iterator[tuple[str, str,
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
-                    tar.members.clear()  # otherwise tarfile keeps every header in memory
+                    # Otherwise tarfile keeps every header in memory.
+                    tar.members.clear()  # type: ignore[attr-defined]  # the types of the standard library lack it
                     folder, slash, base = member.name.rpartition("/")
                     key, _, extension = base.partition(".")
                     extension = extension.lower()
@@ -486,22 +494,22 @@ def _different_sizes(one: str, other: str) -> ValueError:
 
 def _image_of_all(scans: list[ShardScan], channels: int | None) -> dict:
     """Returns the "image" entry of index.json. Raises ValueError if the shards differ in it."""
-    scans = [scan for scan in scans if scan.shape is not None]
-    if not scans:
+    shapes = [(scan, scan.shape) for scan in scans if scan.shape is not None]
+    if not shapes:
         raise ValueError("there is no image in any shard")
-    first = scans[0]
-    for scan in scans:
-        if scan.shape != first.shape:
-            one, other = (f"{s.first!r} of {s.name} is {_size(s.shape)}" for s in (first, scan))
+    first, shape = shapes[0]
+    for scan, here in shapes:
+        if here != shape:
+            one, other = (f"{s.first!r} of {s.name} is {_size(size)}" for s, size in ((first, shape), (scan, here)))
             raise _different_sizes(one, other)
         if ("raw" in scan.encodings) != ("raw" in first.encodings):
             raise ValueError(f"{first.name} and {scan.name}: raw (.npy) and encoded images cannot be mixed")
         if scan.npy_header != first.npy_header:
             raise ValueError(f"{first.name} and {scan.name} have different npy headers; {ONE_HEADER}")
-    encodings = frozenset().union(*(scan.encodings for scan in scans))
-    found = frozenset().union(*(scan.channels for scan in scans))
+    encodings = frozenset[str]().union(*(scan.encodings for scan, _ in shapes))
+    found = frozenset[int]().union(*(scan.channels for scan, _ in shapes))
     return {
-        "shape": [channels or max(found), *first.shape],
+        "shape": [channels or max(found), *shape],
         "encoding": next(iter(encodings)) if len(encodings) == 1 else "mixed",
         "npy_header": None if first.npy_header is None else first.npy_header.hex(),
     }

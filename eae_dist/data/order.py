@@ -10,6 +10,7 @@ is saved in every checkpoint and increases if the hash changes.
 """
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ def feistel(n: int, key: int, places: np.ndarray) -> np.ndarray:
     mask = np.uint64((1 << half) - 1)
     keys = [derive_key(key, r) for r in range(FEISTEL_ROUNDS)]
 
-    def rounds(x):
+    def rounds(x: np.ndarray) -> np.ndarray:
         left, right = x >> np.uint64(half), x & mask
         for round_key in keys:
             left, right = right, left ^ (keyed_hash(round_key, right) & mask)
@@ -87,14 +88,14 @@ class SampleOrder:
         self.open_shards = open_shards or 2 * lanes
         self._open_caches()
 
-    def _open_caches(self):
+    def _open_caches(self) -> None:
         self._pass = lru_cache(maxsize=4)(self._pass_sequence)
         self._members = lru_cache(maxsize=self.open_shards)(self._member_permutation)
 
-    def __getstate__(self):  # caches are not sent to a worker process
+    def __getstate__(self) -> dict[str, Any]:  # caches are not sent to a worker process
         return {name: value for name, value in self.__dict__.items() if name not in ("_pass", "_members")}
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._open_caches()
 

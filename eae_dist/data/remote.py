@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 from urllib.parse import quote, unquote, urlsplit
 
 import fsspec
@@ -66,7 +66,7 @@ class Cache:
         return cls(Path(data.cache).expanduser(), data.cache_bytes, data.timeout, data.retries)
 
 
-def is_address(root: str | Path) -> bool:
+def is_address(root: str | Path) -> TypeGuard[str]:
     """True if the root of a data set has a URL scheme and is not a local folder."""
     return isinstance(root, str) and SCHEME.match(root) is not None and not Path(root).exists()
 
@@ -171,13 +171,15 @@ class RemoteFolder:
 
         Raises FetchError if the last try fails, also for an unexpected size or sha256.
         """
-        stop, failure = stop or threading.Event(), None
+        stop = stop or threading.Event()
+        closed = f"{self.place(name)} was not fetched: the stream is closed"
+        failure: _Failure | None = None
         for attempt in range(self.cache.retries + 1):
             if attempt:
                 log.warning("%s %s; trying again (%d of %d)", self.place(name), failure, attempt, self.cache.retries)
                 stop.wait(min(self.cache.first_wait * 2 ** (attempt - 1), LONGEST_WAIT))
             if stop.is_set():
-                raise FetchError(f"{self.place(name)} was not fetched: the stream is closed")
+                raise FetchError(closed)
             if file is not None:
                 file.seek(0)
                 if size is None:  # otherwise _take_room has set its size
@@ -194,7 +196,7 @@ class RemoteFolder:
                     if file is not None:
                         file.write(block)
                 if stop.is_set():
-                    continue
+                    raise FetchError(closed)
                 if size is not None and received < size:
                     raise _Failure(f"ended after {received:,} of {size:,} bytes")
                 if sha256 is not None and digest.hexdigest() != sha256:
@@ -204,6 +206,7 @@ class RemoteFolder:
                 failure = error
                 if not error.passing:
                     break
+        assert failure is not None  # there was at least one try
         tries, patience = "", ""
         if failure.passing:
             tries = f" in {attempt + 1} tries"
@@ -292,7 +295,7 @@ class FetchAhead:
     An error is ignored here: `RemoteFolder.open` tries again when the file is needed, and raises the error.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.stop = threading.Event()
         self._wanted: dict[str, tuple] = {}  # by sha256, in the order of the requests
         self._changed = threading.Condition()
@@ -364,13 +367,13 @@ def _filesystem(base: str, timeout: float, process: int) -> fsspec.AbstractFileS
     """Returns the fsspec file system of a server; one per process, because connections do not survive a fork."""
     if base.startswith("s3:"):
         limits = {"connect_timeout": timeout, "read_timeout": timeout, "retries": {"total_max_attempts": 1}}
-        options = {"config_kwargs": limits}
+        options: dict[str, Any] = {"config_kwargs": limits}
     else:
         import aiohttp  # imported here because it takes a fifth of a second and most data is local
 
         # The default of aiohttp ends every download after five minutes.
-        limits = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
-        options = {"client_kwargs": {"timeout": limits}}
+        patience = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
+        options = {"client_kwargs": {"timeout": patience}}
     found = fsspec.filesystem(base.partition(":")[0].lower(), **options, use_listings_cache=False, skip_instance_cache=True)
     found.retries = 1  # the default of s3fs is five tries
     return found

@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -106,6 +106,8 @@ class ShardIndex:
         cache: default: that of the default configuration. Raises OSError or ValueError with advice.
         """
         cache = cache or Cache.of(DataConfig())
+        tables: LocalFolder | RemoteFolder
+        path: str | Path
         if is_address(root):
             tables = RemoteFolder(checked_address(root, "data.root"), cache)
             path, text = tables.place("index.json"), tables.read("index.json")
@@ -189,17 +191,17 @@ class ShardReader:
         self.open_shards = open_shards
         self._open_caches()
 
-    def _open_caches(self):
+    def _open_caches(self) -> None:
         self._ahead = FetchAhead()
         # An open remote shard stays in the cache, so no more shards are open than there are lanes.
         files = min(OPEN_FILES, max(1, self.open_shards // 2)) if self.index.tars.remote else OPEN_FILES
         self._file = lru_cache(maxsize=files)(self._open_file)
         self._members = lru_cache(maxsize=max(self.open_shards, OPEN_FILES))(self._load_members)
 
-    def __getstate__(self):  # a worker process opens its own files
+    def __getstate__(self) -> dict[str, Any]:  # a worker process opens its own files
         return {"index": self.index, "split": self.split, "open_shards": self.open_shards}
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._open_caches()
 
@@ -244,6 +246,7 @@ class ShardReader:
     def _read_raw(self, rows: list[tuple]) -> torch.Tensor:
         channels, height, width = self.index.image_shape
         header = self.index.npy_header
+        assert header is not None  # otherwise `read` calls _read_encoded
         header_crc = zlib.crc32(header)
         pixels = np.empty((len(rows), height, width, channels), dtype=np.uint8)
         flat = pixels.reshape(len(rows), -1)
@@ -260,13 +263,11 @@ class ShardReader:
     def fetch(self, shards: Iterable[int]) -> None:
         """Fetches the files of these shards that are not cached, in parallel; does nothing for a local folder. Raises OSError."""
         wanted = [file for shard in shards for file in self._remote_files(shard)]
-        missing = [(folder, *file) for folder, *file in wanted if not folder.keeps(file[1])]
+        missing = [file for file in wanted if not file[0].keeps(file[2])]
         if not missing:
             return
-        bytes_ = sum(size or 0 for *_, size in missing)
-        log.info(
-            "fetching %d files, %s MB, from %s before the first batch", len(missing), f"{bytes_ / 1e6:,.1f}", self.index.tars.base
-        )
+        bytes_, base = sum(size or 0 for *_, size in missing), missing[0][0].base
+        log.info("fetching %d files, %s MB, from %s before the first batch", len(missing), f"{bytes_ / 1e6:,.1f}", base)
         stop = threading.Event()
         with ThreadPoolExecutor(FETCHES) as pool:
             try:
@@ -280,8 +281,8 @@ class ShardReader:
     def fetch_ahead(self, shards: Iterable[int]) -> None:
         """Requests these shards in the background; does nothing for a local folder."""
         for shard in shards:
-            for folder, *file in self._remote_files(shard):
-                self._ahead.ask(folder, *file)
+            for file in self._remote_files(shard):
+                self._ahead.ask(*file)
 
     def stop_fetching(self) -> None:
         """Ends all fetches, also the fetch of a `read` in another thread, which then fails."""
@@ -292,13 +293,14 @@ class ShardReader:
         self._ahead.close()
         self._file.cache_clear()
 
-    def _remote_files(self, shard: int) -> list[tuple]:
+    def _remote_files(self, shard: int) -> list[tuple[RemoteFolder, str, str, int | None]]:
         """Returns folder, name, sha256 and bytes (None: unknown) of each remote file of a shard."""
-        index, row, files = self.index, self.split.table[shard], []
-        if index.tars.remote:
+        index, row = self.index, self.split.table[shard]
+        files: list[tuple[RemoteFolder, str, str, int | None]] = []
+        if isinstance(index.tars, RemoteFolder):
             name = self._shard_name(shard)
             files.append((index.tars, name, row["sha256"].decode(), int(row["bytes"])))
-            if index.tables.remote:
+            if isinstance(index.tables, RemoteFolder):
                 files.append((index.tables, member_table(name), row["members_sha256"].decode(), None))
         return files
 

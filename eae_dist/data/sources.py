@@ -12,8 +12,10 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from eae_dist.data.image_files import ImageFiles, checked, files_under, how_read, keys_of, left_out
 
@@ -36,8 +38,8 @@ class Samples:
         return len(self.keys)
 
     @property
-    def channels(self) -> int:
-        """Channels of the images: 1 gray, 3 RGB."""
+    def channels(self) -> int | None:
+        """Channels of the images: 1 gray, 3 RGB, None as in the files."""
         return self.images.channels if isinstance(self.images, ImageFiles) else (*self.images.shape, 1)[3]
 
     def __getitem__(self, rows: np.ndarray) -> "Samples":
@@ -219,7 +221,7 @@ def npz(path: Path) -> Source:
             splits[split] = numbered(split if prefix else "image", *checked_arrays(images, labels, f"{path}: {prefix}"))
     if "train" not in splits:
         raise ValueError(f"{path} has no array `images` or `train_images`; it has {', '.join(arrays) or 'no arrays'}")
-    shapes = {split: samples.images.shape[1:] for split, samples in splits.items()}
+    shapes = {split: samples.images.shape[1:] for split, samples in splits.items() if isinstance(samples.images, np.ndarray)}
     if len(set(shapes.values())) > 1:
         raise ValueError(f"{path}: the splits' images differ in shape: {shapes}")
     splits, how = with_held_out_splits(splits)
@@ -284,7 +286,7 @@ def with_held_out_splits(splits: dict[str, Samples]) -> tuple[dict[str, Samples]
 # Arrays
 
 
-def numbered(name: str, images: np.ndarray, labels) -> Samples:
+def numbered(name: str, images: np.ndarray, labels: ArrayLike) -> Samples:
     """Returns samples whose keys contain the row in the original array: train-000042."""
     return Samples(images, np.asarray(labels, dtype=np.int64), [f"{name}-{row:06d}" for row in range(len(images))])
 
@@ -306,9 +308,10 @@ def idx_splits(dataset: type, root: Path | None) -> tuple[dict[str, Samples], st
         put = f"the files {', '.join(name + '.gz' for name in names)} into {folders[-1]}"
         downloaded(dataset, root or CACHE, put, train=True)
         files = _first_complete([raw], names)
+        assert files is not None  # torchvision has put them there
     arrays = [read_idx(path) for path in files]
     splits = {}
-    for split, images, labels, path in (("train", *arrays[:2], files[0]), ("test", *arrays[2:], files[2])):
+    for split, (images, labels), path in (("train", arrays[:2], files[0]), ("test", arrays[2:], files[2])):
         if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1]:
             found = f"{list(images.shape)} images with {list(labels.shape)} labels"
             raise ValueError(f"{path} and its labels: {found}; expected [n, 28, 28] and [n]")
@@ -343,7 +346,7 @@ def read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
 
-def downloaded(dataset: type, root: Path, put: str, **arguments):
+def downloaded(dataset: type, root: Path, put: str, **arguments: Any) -> Any:
     """Returns a data set of torchvision, downloaded unless it is in `root`.
 
     put: tells the user which files to put where instead. Raises ValueError if the download fails.

@@ -10,9 +10,10 @@ import copy
 import queue
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -107,13 +108,12 @@ class ShardStream(IterableDataset):
         }
 
     def __iter__(self) -> Generator[dict, None, None]:
-        if get_worker_info() is not None:
+        if (worker := get_worker_info()) is not None:
             # Worker j of w makes the steps start + j, start + j + w, ...; the loader reads the workers in turn.
-            worker = get_worker_info()
             try:
                 yield from self._batches(copy.copy(self.reader), self.start_step + worker.id, worker.num_workers)
             except (ValueError, OSError) as error:  # if raised here, its message would be the traceback of the worker
-                yield error
+                yield error  # type: ignore[misc]  # _closing_workers raises it
             return
         # Fetches the missing shards of the first step now; `_batches` fetches the others shortly before it needs them.
         per_lane = self.order.global_batch // self.lanes
@@ -232,7 +232,7 @@ def _closing_workers(loader: DataLoader) -> Iterator[dict]:
 
     Python would end remaining workers by SIGTERM, which they ignore, and wait for them forever.
     """
-    batches = iter(loader)
+    batches: Any = iter(loader)
     end = batches._shutdown_workers  # there is no public name for it
     atexit.register(end)
 
@@ -251,7 +251,7 @@ def _closing_workers(loader: DataLoader) -> Iterator[dict]:
         atexit.unregister(end)
 
 
-def _read_ahead(batches: Iterator[dict], depth: int, reader: ShardReader | None = None) -> Iterator[dict]:
+def _read_ahead(batches: Iterator[dict], depth: int, reader: ShardReader | None = None) -> Generator[dict, None, None]:
     """Yields the batches, read by a thread that stays `depth` batches ahead; its exceptions are raised here.
 
     reader: the reader of the batches if they are read in this process; it is closed at the end.
@@ -259,7 +259,7 @@ def _read_ahead(batches: Iterator[dict], depth: int, reader: ShardReader | None 
     ahead: queue.Queue = queue.Queue(maxsize=depth)
     closed = threading.Event()
 
-    def put(item) -> bool:
+    def put(item: tuple[dict | None, BaseException | None]) -> bool:
         while not closed.is_set():
             try:
                 ahead.put(item, timeout=0.1)
@@ -268,7 +268,7 @@ def _read_ahead(batches: Iterator[dict], depth: int, reader: ShardReader | None 
                 continue
         return False
 
-    def fill():
+    def fill() -> None:
         try:
             for batch in batches:
                 if torch.cuda.is_initialized():

@@ -5,12 +5,16 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 
-def run_tasks(function: Callable, tasks: Iterable, workers: int) -> Iterator:
+def run_tasks(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Generator[Result, None, None]:
     """Yields `function(task)` for every task in order, computed by `workers` processes; 1 computes in this process.
 
     At most two tasks per worker are held at a time, so `tasks` may generate large objects. The processes end when the iterator is

@@ -95,7 +95,7 @@ def features_for(height: int, width: int) -> str:
     return "efflite0_64px" if max(height, width) <= SMALL_SIDE else "efflite0"
 
 
-def build_features(name: str, *, weights: Path | None = None, preprocessing: str | None = None) -> Extractor:
+def build_features(name: str, *, weights: str | Path | None = None, preprocessing: str | None = None) -> Extractor:
     """Returns the extractor of that row of FEATURES, or of a user's function named `package.module:function`.
 
     weights: the file of weights, for `inception` only. preprocessing: a row of PREPROCESSING, for `inception` only. Raises
@@ -114,7 +114,7 @@ def build_features(name: str, *, weights: Path | None = None, preprocessing: str
     )
 
 
-def inception(weights: Path | None = None, preprocessing: str = "pytorch-fid", dimensions: int = 2048) -> Extractor:
+def inception(weights: str | Path | None = None, preprocessing: str = "pytorch-fid", dimensions: int = 2048) -> Extractor:
     """Returns the Inception-v3 that defines FID: pytorch-fid's network with its file of weights.
 
     The distance is called `fid` only for the standard weights (by their sha256) with pytorch-fid's preprocessing. Other distances

@@ -6,7 +6,7 @@ Every error is {"detail": reason}: 4xx if the client can correct it, 429 with Re
 import asyncio
 from collections.abc import Sequence
 from importlib.resources import files
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from fastapi import FastAPI, HTTPException, Query, Request, Response
@@ -22,7 +22,7 @@ from eae_dist.inference.service.images import images_from_text, png_of, texts_of
 from eae_dist.inference.service.model import ServedModel
 from eae_dist.inference.service.run_folder import RunFolder
 from eae_dist.inference.trained_model import sample_seeds
-from eae_dist.latent.index import LONGEST
+from eae_dist.latent.index import LONGEST, LatentIndex
 
 PAGE = {"/": ("index.html", "text/html"), "/page.css": ("page.css", "text/css"), "/page.js": ("page.js", "text/javascript")}
 PROBLEMS = {
@@ -56,7 +56,7 @@ def create_app(served: ServedModel, batcher: Batcher, hosts: tuple[str, ...] | N
     _answer_errors(app)
     _serve_page(app)
 
-    async def compute(name: str, rows: np.ndarray, *arguments) -> tuple[np.ndarray, ...]:
+    async def compute(name: str, rows: np.ndarray, *arguments: Any) -> tuple[np.ndarray, ...]:
         return await asyncio.wrap_future(batcher.submit(name, rows, *arguments))
 
     async def read_images(texts: Sequence[str]) -> np.ndarray:
@@ -74,7 +74,8 @@ def create_app(served: ServedModel, batcher: Batcher, hosts: tuple[str, ...] | N
             elif point.latent is not None:
                 latents[place] = checked_latents([point.latent], served.latent_dim)
         if places := [place for place, point in enumerate(points) if point.image is not None]:
-            (latents[places],) = await compute("encode", await read_images([points[place].image for place in places]))
+            images = [point.image for point in points if point.image is not None]
+            (latents[places],) = await compute("encode", await read_images(images))
         return latents
 
     async def decode(latents: np.ndarray) -> list[str]:
@@ -88,14 +89,16 @@ def create_app(served: ServedModel, batcher: Batcher, hosts: tuple[str, ...] | N
         try:
             return served.row_of(key)
         except KeyError as error:
-            index = served.space
+            space = served.space
+            assert space is not None  # the index is of its latents
             raise HTTPException(
-                404, f"there is no image with the key {key!r} in {index.folder.about['data']}, split {index.split}"
+                404, f"there is no image with the key {key!r} in {space.folder.about['data']}, split {space.split}"
             ) from error
 
-    def need_index() -> None:
+    def need_index() -> LatentIndex:
         if served.index is None:
             raise HTTPException(404, "the service has no index; start it with --latents DIR, a folder that `encode` wrote")
+        return served.index
 
     @app.post("/encode")
     async def encode(request: m.EncodeRequest) -> m.Latents:
@@ -136,9 +139,9 @@ def create_app(served: ServedModel, batcher: Batcher, hosts: tuple[str, ...] | N
     @app.post("/search")
     async def search(request: m.SearchRequest) -> m.Neighbors:
         """Returns the nearest images of the data set, in the latent space."""
-        need_index()
-        if request.k > served.index.n:
-            raise HTTPException(422, f"k={request.k} must be a whole number from 1 to the {served.index.n:,} rows of the index")
+        n = need_index().n
+        if request.k > n:
+            raise HTTPException(422, f"k={request.k} must be a whole number from 1 to the {n:,} rows of the index")
         asked = await latents_of([request])
         if not np.linalg.norm(asked.astype(np.float64)) < LONGEST:
             raise HTTPException(422, "the latent is so long that distances from it are not finite in float32")
@@ -146,7 +149,7 @@ def create_app(served: ServedModel, batcher: Batcher, hosts: tuple[str, ...] | N
         near = zip(rows.tolist(), distances.tolist(), strict=True)
         return m.Neighbors(neighbors=[m.Neighbor(**named(row), distance=distance) for row, distance in near])
 
-    def named(row: int) -> dict[str, str | None]:
+    def named(row: int) -> dict[str, Any]:
         return {"key": served.key_of(row), "label": served.label_of(row)}
 
     @app.get("/keys")
@@ -154,8 +157,7 @@ def create_app(served: ServedModel, batcher: Batcher, hosts: tuple[str, ...] | N
         count: Annotated[int, Query(ge=1, le=m.LATENTS)] = 16, seed: Annotated[int, Query(ge=0, le=m.SEED)] = 0
     ) -> m.Keys:
         """Returns the keys of random images of the data set."""
-        need_index()
-        n = served.index.n
+        n = need_index().n
         rows = np.random.default_rng(seed).choice(n, min(count, n), replace=False)
         return m.Keys(images=[m.Named(**named(row)) for row in rows.tolist()])
 
@@ -188,7 +190,10 @@ def create_app(served: ServedModel, batcher: Batcher, hosts: tuple[str, ...] | N
     async def model() -> m.Description:
         """Describes the model that is served."""
         space, limits = served.space, {"images": m.IMAGES, "latents": m.LATENTS, "neighbors": m.NEIGHBORS, "steps": m.STEPS}
-        index = space and m.Index(kind=served.index.kind, rows=served.index.n, split=space.split, data=space.folder.about["data"])
+        index = None
+        if served.index is not None and space is not None:
+            data = space.folder.about["data"]
+            index = m.Index(kind=served.index.kind, rows=served.index.n, split=space.split, data=data)
         return m.Description(
             objective=served.config.objective.name,
             step=served.checkpoint.state["step"],

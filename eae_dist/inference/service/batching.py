@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -57,7 +58,7 @@ class Batcher:
         self._thread = threading.Thread(target=self._work, name="batches", daemon=True)
         self._thread.start()
 
-    def submit(self, name: str, rows: np.ndarray, *arguments) -> "Future[tuple[np.ndarray, ...]]":
+    def submit(self, name: str, rows: np.ndarray, *arguments: Any) -> "Future[tuple[np.ndarray, ...]]":
         """Returns a future of the arrays that the computation makes of these rows. Raises Busy or Closed."""
         job = Job((name, *arguments), rows)
         with self._changed:
@@ -115,7 +116,9 @@ class Batcher:
                             job.answer.set_exception(Closed("the service is stopping"))
                     self._jobs.clear()
                     return []
-                taken, left, rows = [], deque(), 0
+                taken: list[Job] = []
+                left: deque[Job] = deque()
+                rows = 0
                 for job in self._jobs:
                     alike = not taken or (job.kind == taken[0].kind and rows + len(job.rows) <= self._batch)
                     if not alike:

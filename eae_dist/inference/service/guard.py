@@ -2,7 +2,12 @@
 
 import asyncio
 import json
+from collections.abc import Iterator
 from contextlib import suppress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 REQUEST_BYTES = 8 << 20
 REQUEST_SECONDS = 30
@@ -32,15 +37,15 @@ class Guard:
     a service on 127.0.0.1 by a name of its own that resolves to it (DNS rebinding).
     """
 
-    def __init__(self, app, hosts: tuple[str, ...] | None = None, request_bytes: int = REQUEST_BYTES):
+    def __init__(self, app: "ASGIApp", hosts: tuple[str, ...] | None = None, request_bytes: int = REQUEST_BYTES):
         self.app, self.hosts, self.request_bytes = app, hosts, request_bytes
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         """Reads and checks a request, and passes it on to the application."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
 
-        async def send_guarded(message):
+        async def send_guarded(message: "Message") -> None:
             if message["type"] == "http.response.start":
                 headers = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
                 message = {**message, "headers": [*message["headers"], *headers]}
@@ -57,14 +62,14 @@ class Guard:
             return await refuse(receive, send_guarded, 408, f"the request did not arrive within {REQUEST_SECONDS} s")
         except ConnectionResetError:
             return None
-        messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+        messages: Iterator[Message] = iter([{"type": "http.request", "body": body, "more_body": False}])
 
-        async def receive_whole():
+        async def receive_whole() -> "Message":
             return next(messages, None) or await receive()
 
         await self.app(scope, receive_whole, send_guarded)
 
-    async def _body(self, scope, receive) -> bytes:
+    async def _body(self, scope: "Scope", receive: "Receive") -> bytes:
         """Returns the whole body.
 
         Raises TooLarge, before it reads a body whose length is announced, and ConnectionResetError if the client disconnects.
@@ -91,7 +96,7 @@ def name_in(host: bytes) -> str:
     return text.rpartition(":")[0] if text.rpartition(":")[2].isdigit() else text
 
 
-async def refuse(receive, send, status: int, reason: str) -> None:
+async def refuse(receive: "Receive", send: "Send", status: int, reason: str) -> None:
     """Answers at once, and then discards the rest of the request.
 
     A connection that is closed with unread bytes would lose the answer too.
@@ -105,7 +110,7 @@ async def refuse(receive, send, status: int, reason: str) -> None:
     await send({"type": "http.response.body", "body": b""})
 
 
-async def the_rest(receive) -> None:
+async def the_rest(receive: "Receive") -> None:
     """Reads the rest of a request."""
     while (await receive()).get("more_body", False):
         pass

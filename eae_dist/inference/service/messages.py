@@ -43,7 +43,9 @@ class DecodeRequest(Request):
 class SampleRequest(Request):
     """Samples to draw from a density."""
 
-    density: Literal[tuple(DENSITIES)] = Field("isotropic", description="evaluate must have fitted it, except isotropic")
+    density: Literal[tuple(DENSITIES)] = Field(  # type: ignore[valid-type]  # the names are known when the program runs
+        "isotropic", description="evaluate must have fitted it, except isotropic"
+    )
     seed: int = Field(0, ge=0, le=SEED, description="image i depends on seed and i alone")
     count: int = Field(16, ge=1, le=LATENTS)
 
@@ -56,7 +58,7 @@ class Point(Request):
     key: Key | None = None
 
     @model_validator(mode="after")
-    def one_of_three(self):
+    def one_of_three(self) -> "Point":
         """Raises ValueError unless exactly one of the three is given."""
         if sum(value is not None for value in (self.image, self.latent, self.key)) != 1:
             raise ValueError("expected exactly one of image, latent and key")

@@ -5,7 +5,7 @@ b: rows of a batch, which may come from several requests; c, h, w: the image's s
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,8 @@ from accelerate import PartialState
 from eae_dist.config import Config
 from eae_dist.inference.encoded_dataset import EncodedDataset
 from eae_dist.inference.trained_model import TrainedModel, trained_model
-from eae_dist.latent.densities import DENSITIES, Density
+from eae_dist.latent.densities import DENSITIES, Density, ReconstructingDensity
+from eae_dist.latent.index import LatentIndex
 from eae_dist.model.autoencoder import to_uint8, to_unit
 from eae_dist.objectives import objective_class
 from eae_dist.training.checkpoint import Checkpoint, evaluation_config, named_networks, open_checkpoint
@@ -32,7 +33,8 @@ class ServedModel:
     """
 
     def __init__(self, directory: Path, latents: Path | None, assignments: Sequence[str]):
-        self.space = self.index = None
+        self.space: EncodedDataset | None = None
+        self.index: LatentIndex | None = None
         self._reading = threading.Lock()
         if latents is None:
             self.checkpoint: Checkpoint = open_checkpoint(directory)
@@ -59,9 +61,9 @@ class ServedModel:
                 if not isinstance(error, FileNotFoundError):
                     log.warning("%s", error)
         self._second_stage = objective_class(self.config.objective.name).second_stage
-        self.unreconstructed = self.missing.get(self._second_stage)
+        self.unreconstructed = self.missing.get(self._second_stage) if self._second_stage else None
         self._dtype = next(self.model.parameters()).dtype
-        self.computations = {
+        self.computations: dict[str, Callable[..., tuple[np.ndarray, ...]]] = {
             "encode": self.encode,
             "decode": self.decode,
             "reconstruct": self.reconstruct,
@@ -90,7 +92,9 @@ class ServedModel:
         x = self._unit(images)
         latents = self.model.encode(x)
         if self._second_stage:
-            latents = self.densities[self._second_stage].reconstruct(latents).to(latents)
+            density = self.densities[self._second_stage]
+            assert isinstance(density, ReconstructingDensity)
+            latents = density.reconstruct(latents).to(latents)
         y = self.model.decode(latents)
         return to_uint8(y).cpu().numpy(), (y.double() - x).square().flatten(1).mean(1).cpu().numpy()
 
@@ -101,6 +105,7 @@ class ServedModel:
 
     def search(self, latents: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the distances float32 [b, k] of latents float32 [b, d] to the k nearest rows of the index, and their ids."""
+        assert self.index is not None  # the application checks that there is one
         squared, rows = self.index.search(latents, k)
         return np.sqrt(squared), rows
 
@@ -118,6 +123,7 @@ class ServedModel:
 
     def label_of(self, row: int) -> str | None:
         """Returns the name of the row's class, its number if classes have no names, None without a label."""
+        assert self.space is not None  # rows are those of its index
         return self.space.class_of(int(self._labels[row]))
 
     def latent_of(self, row: int) -> np.ndarray:
@@ -129,6 +135,7 @@ class ServedModel:
 
         One thread reads at a time, because Python 3.11 breaks if two threads read .npy headers at once.
         """
+        assert self.space is not None  # rows are those of its index
         with self._reading:
             return self.space.images(self.space.split, np.array([row]))[0]
 
