@@ -5,7 +5,7 @@
 # make test-page   the page of `serve` in a headless Chromium, which must be there, and the pictures of it in docs/results
 # make setup   the environment alone, made or brought up to date
 # make bench   speed, against what one would use otherwise
-# make lint    style; make clean removes the environment, not the runs
+# make lint    style, docstrings and types; make clean removes the environment, not the runs
 
 PYTHON ?= python3
 VENV := .venv
@@ -40,7 +40,7 @@ test-page: $(INSTALLED) $(SHARDS)
 	$(BIN)/python -m pytest -rs tests/ui
 
 lint: $(INSTALLED)
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet -e '.[bench]'

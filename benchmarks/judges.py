@@ -14,6 +14,7 @@ is no damage. The reconstructions and draws are the VAE's. n: images of a set, c
 
 import argparse
 import csv
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -100,7 +101,7 @@ def halves(images: torch.Tensor, level: float, generator: torch.Generator) -> to
 
 def patches(images: torch.Tensor, level: int, generator: torch.Generator) -> torch.Tensor:
     """Exchanges `level` pairs of patches in every image; a patch is a quarter of the image wide and high."""
-    n, c, h, w = images.shape
+    n, _, h, w = images.shape
     tiles = F.unfold(images.float(), (h // 4, w // 4), stride=(h // 4, w // 4))  # [n, values, 16]
     chosen = torch.stack([torch.randperm(16, generator=generator)[: 2 * level] for _ in range(n)])
     order = torch.arange(16).repeat(n, 1).scatter_(1, chosen, chosen.flip(1))
@@ -201,7 +202,7 @@ def values(
 
 def rises(steps: list[float]) -> bool:
     """Returns True if every step is larger than the one before."""
-    return all(a < b for a, b in zip(steps, steps[1:], strict=False))
+    return all(a < b for a, b in itertools.pairwise(steps))
 
 
 def report(name: str, speeds: dict[str, float], every: dict[str, dict]) -> None:

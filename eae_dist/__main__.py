@@ -19,6 +19,7 @@ COMMANDS = {
 
 
 def help_text() -> str:
+    """Returns the list of the commands."""
     lines = ["usage: eae-dist COMMAND ...   (the same as python -m eae_dist.COMMAND ...)", ""]
     lines += [f"  {name:10} {what}" for name, what in COMMANDS.items()]
     return "\n".join([*lines, "", "eae-dist COMMAND --help lists the options; launch several ranks with accelerate or torchrun."])

@@ -180,19 +180,19 @@ class AE(Objective):
 class AEL2(Objective):
     """The plain autoencoder with an L2 penalty on the kernels of the decoder."""
 
-    penalties = {"decoder_l2": "decoder_weight"}
+    penalties: ClassVar = {"decoder_l2": "decoder_weight"}
 
 
 class RAE(Objective):
     """Regularized autoencoder: adds beta mean_j z_j^2 to the loss (Ghosh et al. 2020)."""
 
-    penalties = {"latent_l2": "latent_weight"}
+    penalties: ClassVar = {"latent_l2": "latent_weight"}
 
 
 class RAEL2(RAE):
     """Regularized autoencoder with an L2 penalty on the kernels of the decoder."""
 
-    penalties = RAE.penalties | {"decoder_l2": "decoder_weight"}
+    penalties: ClassVar = RAE.penalties | {"decoder_l2": "decoder_weight"}
 
 
 class RAEGP(RAE):
@@ -201,7 +201,7 @@ class RAEGP(RAE):
     The batch norms of the decoder couple the batch, so the gradient of each latent has contributions of all images on all ranks.
     """
 
-    penalties = RAE.penalties | {"gradient_penalty": "gradient_weight"}
+    penalties: ClassVar = RAE.penalties | {"gradient_penalty": "gradient_weight"}
     twice_differentiated = True
 
     def decoded(self, latents: Latents, images: torch.Tensor, row_ids: np.ndarray, key: int) -> Terms:
@@ -225,7 +225,7 @@ class RAESN(RAE):
 class VAE(Objective):
     """Variational autoencoder: SSE/C + w KL, with one draw of the posterior per row."""
 
-    penalties = {"kl": "kl_weight"}
+    penalties: ClassVar = {"kl": "kl_weight"}
     mean_over_pixels = False
     variational = True
 
@@ -259,7 +259,7 @@ class TwoStageVAE(VAE):
 class WAE(Objective):
     """Wasserstein autoencoder: adds w MMD^2 between latents and prior over the global batch (Tolstikhin et al. 2018)."""
 
-    penalties = {"mmd": "mmd_weight"}
+    penalties: ClassVar = {"mmd": "mmd_weight"}
     settings = ("input_noise",)
 
     def encoder_output(self, images: torch.Tensor, row_ids: np.ndarray, key: int) -> torch.Tensor:
@@ -276,7 +276,7 @@ class EAE(Objective):
     Source: Ghose et al. 2020. Both terms are per dimension, so the same weight w fits different image and latent sizes.
     """
 
-    penalties = {"entropy": "entropy_weight"}
+    penalties: ClassVar = {"entropy": "entropy_weight"}
     settings: tuple[str, ...] = ("k", "average_k", "eps2", "group")
     latent_norm = True
 

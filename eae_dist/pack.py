@@ -140,17 +140,16 @@ def shard_plan(source: Source, shard_size: int, seed: int) -> list[tuple[str, st
 def write_shard(task: tuple[Path, Samples, Encoding]) -> ShardScan:
     """Writes one tar file, scans it and returns the scan."""
     path, samples, encoding = task
-    with open(path, "wb") as file:
-        # No time stamps, so that the same images give the same bytes. PAX, because USTAR names are ASCII and at most 100 long.
-        with TarWriter(file, encoder=False, mtime=0, format="PAX_FORMAT") as tar:
-            for i, key in enumerate(samples.keys):
-                try:
-                    sample = {"__key__": key, EXTENSIONS[encoding.format]: encoding.encode(samples.images[i])}
-                except ValueError as error:
-                    raise ValueError(f"the file of sample {key!r} changed while it was packed ({error})") from error
-                if samples.labels[i] >= 0:
-                    sample["cls"] = str(samples.labels[i]).encode()
-                tar.write(sample)
+    # No time stamps, so that the same images give the same bytes. PAX, because USTAR names are ASCII and at most 100 long.
+    with open(path, "wb") as file, TarWriter(file, encoder=False, mtime=0, format="PAX_FORMAT") as tar:
+        for i, key in enumerate(samples.keys):
+            try:
+                sample = {"__key__": key, EXTENSIONS[encoding.format]: encoding.encode(samples.images[i])}
+            except ValueError as error:
+                raise ValueError(f"the file of sample {key!r} changed while it was packed ({error})") from error
+            if samples.labels[i] >= 0:
+                sample["cls"] = str(samples.labels[i]).encode()
+            tar.write(sample)
     fsync(path)
     scan = index_shard(path)
     assert scan.members["key"].tolist() == [key.encode() for key in samples.keys], (

@@ -94,10 +94,10 @@ class FailingEncoder(CountingEncoder):
 def killing_features(images: torch.Tensor) -> torch.Tensor:
     """Some pixels; kills the last rank, once, when an evaluation (SABOTEUR_PROGRESS) has compared two sets of images."""
     mark, progress = (Path(os.environ[name]) for name in ("SABOTEUR_MARK", "SABOTEUR_PROGRESS"))
-    if rank() == world_size() - 1 and not mark.exists() and progress.is_file():
-        if len(json.loads(progress.read_text())["sets"]) >= 2:
-            mark.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+    last = rank() == world_size() - 1
+    if last and not mark.exists() and progress.is_file() and len(json.loads(progress.read_text())["sets"]) >= 2:
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
     return images.flatten(1)[:, ::37].float() / 255
 
 

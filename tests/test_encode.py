@@ -36,7 +36,7 @@ def small_parts(monkeypatch):
 
 
 @pytest.fixture
-def latents(run, tmp_path) -> LatentFolder:  # noqa: F811
+def latents(run, tmp_path) -> LatentFolder:
     return encode(run, tmp_path / "latents", [])
 
 
@@ -44,7 +44,7 @@ def bits(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != "manifest.json"}
 
 
-def test_every_sample_of_every_split_is_encoded_once_in_order(run, latents, shards):  # noqa: F811
+def test_every_sample_of_every_split_is_encoded_once_in_order(run, latents, shards):
     model = eae_dist.load(run)
     assert {split: latents.rows(split) for split in latents.parts} == COUNTS
     assert len(latents.parts["train"]) == 5 and latents.d == 5
@@ -70,7 +70,7 @@ def test_latents_and_neighborhoods_are_the_same_on_any_number_of_ranks(world, ra
     assert one == several
 
 
-def test_encode_goes_on_with_what_is_missing(run, latents, tmp_path, monkeypatch):  # noqa: F811
+def test_encode_goes_on_with_what_is_missing(run, latents, tmp_path, monkeypatch):
     written, original = [], encode_module.write_part
 
     def failing(root, name, *arrays):
@@ -113,7 +113,7 @@ def kill_at_second_part(directory: str, out: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", RANKS)
-def test_killed_encode_goes_on_to_the_same_files(ranks, run, latents, tmp_path):  # noqa: F811
+def test_killed_encode_goes_on_to_the_same_files(ranks, run, latents, tmp_path):
     command = (str(run), str(tmp_path / "killed"))
     *_, code = run_ranks(ranks, tmp_path / "logs", kill_at_second_part, *command).codes
     assert code == -signal.SIGKILL and not (tmp_path / "killed" / "manifest.json").exists()
@@ -135,7 +135,7 @@ def test_damaged_part_is_named(latents):
         latents.read("train", "latents")
 
 
-def test_what_does_not_belong_together_is_refused(run, latents, shards, tmp_path):  # noqa: F811
+def test_what_does_not_belong_together_is_refused(run, latents, shards, tmp_path):
     other = save_run(tmp_path / "other", configured(shards, "eae", "train.seed=9"))
     with pytest.raises(ValueError, match="manifest.json describes other latents; .*\n  model_sha256: "):
         encode(other, latents.root, [])
@@ -161,7 +161,7 @@ def test_what_does_not_belong_together_is_refused(run, latents, shards, tmp_path
 
 def test_neighbors_of_a_data_set_with_copies(tmp_path, capsys):
     root = write_shards(tmp_path / "shards", {"train": (60, 60), "test": (20,)})
-    run = save_run(tmp_path / "run", configured(root, "eae"))  # noqa: F811
+    run = save_run(tmp_path / "run", configured(root, "eae"))
     encode(run, tmp_path / "latents", [f"data.root={root}"])
     out = tmp_path / "latents" / "neighbors"
     main(["--latents", str(tmp_path / "latents"), "index.k=3", "index.samples=15"])
@@ -196,7 +196,7 @@ def test_images_are_queries(latents, shards, tmp_path, capsys):
     assert lines[1].split()[:2] == ["0.0000", "000007"]
     main(["--latents", str(latents.root), "--query", str(tmp_path / "seven.png"), "--json", "index.k=2"])
     (found,) = json.loads(capsys.readouterr().out)
-    assert [near["row"] for near in found["neighbors"]][0] == 7 and (latents.root / "neighbors" / "query.png").is_file()
+    assert found["neighbors"][0]["row"] == 7 and (latents.root / "neighbors" / "query.png").is_file()
 
 
 @pytest.mark.parametrize(

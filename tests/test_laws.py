@@ -260,7 +260,7 @@ def test_every_row_is_evaluated_to_the_same_bits_on_any_number_of_ranks(world, n
 @pytest.fixture(scope="session")
 def distance_by_pytorch_fid(fid_case) -> float:
     """What pytorch-fid's own command prints for the same files and weights."""
-    options = "--device cpu --num-workers 0 --dims 64 --batch-size 10".split()
+    options = ["--device", "cpu", "--num-workers", "0", "--dims", "64", "--batch-size", "10"]
     done = subprocess.run(
         [sys.executable, "-m", "pytorch_fid", "a", "b", *options],
         cwd=fid_case,

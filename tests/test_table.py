@@ -143,11 +143,12 @@ def test_two_stage_vae_takes_over_the_vae_of_its_seed(configs, tmp_path):
     lines = {line["model"] + line["images"] for line in csv.DictReader((out / "table.csv").read_text().splitlines())}
     assert "two_stage_vaetwo_stage" in lines and "two_stage_vaegmm" not in lines and "vaegmm" in lines
     assert failures_of(configs, ["vae"], 1, Here(), tmp_path / "apart", []) == []  # also from an earlier command
-    assert failures_of(configs, ["two_stage_vae"], 1, later := Here(), tmp_path / "apart", []) == []
+    later, other = Here(), Here()
+    assert failures_of(configs, ["two_stage_vae"], 1, later, tmp_path / "apart", []) == []
     assert later.trained == [] and later.judged == ["two_stage_vae-0"]
 
     (configs.parent / "tiny" / "two_stage_vae.yaml").write_text("objective:\n  name: two_stage_vae\n  kl_weight: 0.5\n")
-    assert failures_of(configs, ["vae", "two_stage_vae"], 1, other := Here(), tmp_path / "own", []) == []
+    assert failures_of(configs, ["vae", "two_stage_vae"], 1, other, tmp_path / "own", []) == []
     assert other.trained == ["vae-0", "two_stage_vae-0"]  # of other settings: trained for itself
 
 
@@ -443,7 +444,7 @@ def test_figure_has_a_row_of_four_kinds_for_every_model_and_frames_what_the_pape
     assert isinstance(picture, Image.Image) and picture.height == 2 * 13 + 3 * 68
 
 
-def test_kinds_that_cannot_be_drawn_are_left_white(run):  # noqa: F811
+def test_kinds_that_cannot_be_drawn_are_left_white(run):
     model, images = eae_dist.load(run), torch.zeros(1, 1, 16, 16, dtype=torch.uint8)
     assert [len(part) for part in pictures(model, "ae", images, seed=0)] == [1, 6, 0, 0]  # no mixture, no second image
     assert [len(part) for part in pictures(model, "ae", images.expand(6, -1, -1, -1), seed=0)] == [6, 6, 0, 6]

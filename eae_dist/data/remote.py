@@ -109,7 +109,7 @@ class RemoteFolder:
         while True:
             self.fetch(name, sha256, size, stop=stop)
             try:
-                file = open(self._kept(sha256), "rb", buffering=0)
+                file = open(self._kept(sha256), "rb", buffering=0)  # noqa: SIM115  the caller closes it
             except FileNotFoundError:  # another process has removed it to make space
                 continue
             fcntl.flock(file, fcntl.LOCK_SH)

@@ -21,10 +21,9 @@ class Density(Protocol):
     """A density of latents. Every class of DENSITIES can be made without arguments. State and samples are on the CPU."""
 
     def fit(self, latents: torch.Tensor) -> None:
-        """Fits the density to the latents [b, d] of all ranks, which hold contiguous runs of them in rank order; b may differ and
-        be 0.
+        """Fits the density to the latents [b, d] of all ranks, which hold contiguous runs of them in rank order.
 
-        Call it on every rank. Raises ValueError on every rank if the latents are not finite or too few.
+        b may differ and be 0. Call it on every rank. Raises ValueError on every rank if the latents are not finite or too few.
         """
 
     def sample(self, seeds: Seeds) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""Single Gaussians as densities of latents: N(0, I), which the latents of the entropic autoencoder tend to, and the fitted
-Gaussian.
+"""Single Gaussians as densities of latents: N(0, I) and the fitted Gaussian.
 
-The module also has the functions with which all densities sample Gaussians row by row. d: latent dimensions, m: samples.
+The latents of the entropic autoencoder tend to N(0, I). The module also has the functions with which all densities sample
+Gaussians row by row. d: latent dimensions, m: samples.
 """
 
 import math

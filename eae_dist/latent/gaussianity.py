@@ -45,9 +45,7 @@ def sliced_wasserstein(latents: torch.Tensor, *, directions: int = 512, seed: in
 
 
 def entropy(latents: torch.Tensor) -> float:
-    """Returns the nearest-neighbor entropy of rows [n, d] that every rank has, in nats; each rank computes it for some of the
-    rows.
-    """
+    """Returns the nearest-neighbor entropy of rows [n, d] that every rank has, in nats; each rank computes a part of it."""
     start, stop = (part * len(latents) // world_size() for part in (rank(), rank() + 1))
     share = knn_entropy(latents[start:stop])
     return float(gather_padded(share[None], [1] * world_size()).mean())

@@ -115,9 +115,9 @@ class LatentIndex:
         seed: int = 0,
         about: dict | None = None,
     ) -> "LatentIndex":
-        """Builds an index of this rank's rows [b, d] together with those of the other ranks. The ids number all rows in rank
-        order.
+        """Builds an index of this rank's rows [b, d] together with those of the other ranks.
 
+        The ids number all rows in rank order.
         kind: one of KINDS, or auto. auto chooses by the rows, the dimensions, `memory` (bytes that a rank may use; default: half
         of the machine's memory, shared by its ranks) and `recall` (the share of the neighbors that a search must find). seed:
         chooses the rows that the quantizers are trained on. about: plain values that are stored with the index. Call it on every
@@ -243,11 +243,10 @@ class LatentIndex:
 
     @classmethod
     def load(cls, path: str | Path) -> "LatentIndex":
-        """Opens a saved index and verifies its checksums. Files are memory-mapped, except for the codes of a CPU index. Call it
-        on every rank.
+        """Opens a saved index and verifies its checksums. Call it on every rank.
 
-        Raises FileNotFoundError if there is no index. Raises DamagedIndex, which names the file, on the rank of a damaged file,
-        and OSError on the other ranks.
+        Files are memory-mapped, except for the codes of a CPU index. Raises FileNotFoundError if there is no index. Raises
+        DamagedIndex, which names the file, on the rank of a damaged file, and OSError on the other ranks.
         """
         path = Path(path)
         described = index_description(path)

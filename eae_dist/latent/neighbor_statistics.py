@@ -48,8 +48,9 @@ def compare_distances(sample: np.ndarray, query: np.ndarray) -> dict[str, float]
 
 
 def vote(labels: np.ndarray) -> np.ndarray:
-    """Returns the most common label of each row's neighbors, nearest first, [m, k] -> [m]; if several are, the one of the
-    nearest.
+    """Returns the most common label of each row's neighbors, nearest first, [m, k] -> [m].
+
+    If several are equally common, it is the one of the nearest.
     """
     same = (labels[:, :, None] == labels[:, None, :]).sum(2)
     return np.take_along_axis(labels, same.argmax(1)[:, None], 1)[:, 0]

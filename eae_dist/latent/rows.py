@@ -17,9 +17,9 @@ BLOCK = 2048
 
 
 class Rows:
-    """The rows of the blocks that begin on this rank. `n`: rows on all ranks, `d`: dimensions, `first`: number of the first row
-    here.
+    """The rows of the blocks that begin on this rank.
 
+    `n`: rows on all ranks, `d`: dimensions, `first`: number of the first row here.
     Latents [b, d] are this rank's rows of a matrix that is spread over the ranks in contiguous runs in rank order; b may differ
     and be 0. Rows of a block that begins on an earlier rank move to that rank; meanwhile a rank holds W blocks. Call it on every
     rank. Raises ValueError on every rank for a wrong shape, no rows at all, or a value that is not finite.

@@ -52,11 +52,11 @@ class ImageSet:
 def describe(
     blocks: Iterable[tuple[int, torch.Tensor]], extractor: Extractor, block: int, keep: int, device: torch.device, what: str
 ) -> ImageSet:
-    """Returns the image set of the blocks of all ranks: (number of the first image, uint8 [m, c, h, w]), m = block except in the
-    last.
+    """Returns the image set of the blocks of all ranks, each (number of its first image, uint8 [m, c, h, w]).
 
-    keep: the features of images 0 to keep - 1 are kept. Call it on every rank; the result is the same on all ranks. Raises
-    ValueError on every rank for features that are not finite, and for fewer than 2 images; `what` names the set.
+    m = block, except in the last. keep: the features of images 0 to keep - 1 are kept. Call it on every rank; the result is the
+    same on all ranks. Raises ValueError on every rank for features that are not finite, and for fewer than 2 images; `what`
+    names the set.
     """
     stats, kept, broken = FeatureStats(), [], 0
     for start, images in blocks:

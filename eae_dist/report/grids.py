@@ -34,11 +34,10 @@ def grid_inputs(images: torch.Tensor, latent_dim: int, seed: int) -> GridInputs:
 
 @torch.no_grad()
 def draw_grids(autoencoder: Autoencoder, inputs: GridInputs) -> dict[str, torch.Tensor]:
-    """Returns a picture, float [3, H, W], each of "samples", "reconstructions" and "interpolations". The autoencoder is in eval
-    mode.
+    """Returns a picture, float [3, H, W], each of "samples", "reconstructions" and "interpolations".
 
-    Reconstructions: an original, its reconstruction, the next original, and so on. Interpolations: one pair per row, linear in z;
-    a single image has none.
+    The autoencoder is in eval mode. Reconstructions: an original, its reconstruction, the next original, and so on.
+    Interpolations: one pair per row, linear in z; a single image has none.
     """
     images = inputs.images
     latents = autoencoder.encode(images)
@@ -56,8 +55,7 @@ def draw_grids(autoencoder: Autoencoder, inputs: GridInputs) -> dict[str, torch.
 
 
 def grid(images: torch.Tensor, across: int, gap: int = 1) -> torch.Tensor:
-    """Returns images [n, c, h, w] as one picture [3, H, W], `across` (or n, if fewer) per row, with black gaps between and around
-    them.
+    """Returns images [n, c, h, w] as one picture [3, H, W], `across` (or n, if fewer) per row, black gaps between and around.
 
     torchvision.utils.make_grid is not used, because its import doubles the time that a command takes to start.
     """

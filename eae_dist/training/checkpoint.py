@@ -250,7 +250,7 @@ def lock(run: Path) -> IO | None:
         if is_rank_zero:
             try:
                 run.mkdir(parents=True, exist_ok=True)
-                held = open(run / ".lock", "a+")
+                held = open(run / ".lock", "a+")  # noqa: SIM115  it is open for as long as the lock is held
             except OSError as error:
                 raise OSError(f"train.output={run} cannot be written: {error}") from error
             try:

@@ -1,6 +1,7 @@
 """Shards on a server: real ones on this machine, that stop, fail, stall and lie; the batches are those of the local folder."""
 
 import fcntl
+import io
 import json
 import logging
 import shutil
@@ -209,6 +210,18 @@ def test_each_try_waits_longer_than_the_one_before_up_to_half_a_minute(server, c
     with pytest.raises(FetchError, match="in 8 tries"):
         RemoteFolder(server.address, smaller(cache, retries=7, first_wait=1.0)).copy("train-000004.tar", None, stop=Noted())
     assert waits == [1, 2, 4, 8, 16, 30, 30]
+
+
+def test_fetch_that_is_stopped_in_its_last_try_says_that_the_stream_is_closed(server, cache):
+    stop = threading.Event()
+
+    class Stopping(io.BytesIO):
+        def write(self, block):
+            stop.set()
+            return super().write(block)
+
+    with pytest.raises(FetchError, match="the stream is closed"):
+        RemoteFolder(server.address, smaller(cache, retries=0)).copy("train-000004.tar", Stopping(), stop=stop)
 
 
 def test_shard_that_fails_in_the_middle_of_a_pass_ends_the_stream_there(serve, even, cache):
@@ -440,8 +453,11 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, words, tmp_path, capsy
 
 @pytest.mark.parametrize(
     "address",
-    ["pipe:cat x", "file:///etc", "gs://bucket/x", "simplecache::http://host/x", "http:/host/x", "http://", "http://u:p@host/x"]
-    + ["http://host/../x", "http://host/%2e%2e/x", "http://host/x?y", "http://host/x#y", "s3://${HOME}/x", "http://host/a//b"],
+    [
+        *("pipe:cat x", "file:///etc", "gs://bucket/x", "simplecache::http://host/x", "http:/host/x", "http://"),
+        *("http://u:p@host/x", "http://host/../x", "http://host/%2e%2e/x", "http://host/x?y", "http://host/x#y"),
+        *("s3://${HOME}/x", "http://host/a//b"),
+    ],
 )
 def test_addresses_that_are_not_plain_are_refused(address, shards, tmp_path, cache):
     with pytest.raises(ValueError, match="^data.root=.* address"):

@@ -38,7 +38,7 @@ def keys_of(*args, steps: int, **kwargs) -> list[list[str]]:
 def all_ranks(shards, steps: int, world: int, **kwargs) -> list[list[str]]:
     """The keys of each step over all ranks, joined in rank order."""
     ranks = [keys_of(shards, "train", rank=r, world=world, steps=steps, **kwargs) for r in range(world)]
-    return [sum(step, []) for step in zip(*ranks, strict=True)]
+    return [[key for keys in step for key in keys] for step in zip(*ranks, strict=True)]
 
 
 def test_hash_and_permutations_are_pinned():
@@ -190,8 +190,9 @@ def test_every_kind_of_png_gives_the_same_pixels_with_and_without_pyspng(mode, m
 def test_walk_gives_a_split_in_order_in_blocks_that_do_not_depend_on_ranks(shards, world):
     blocks = [b["key"] for r in range(world) for b in walk(shards, "test", 8, rank=r, world=world)]
     assert [len(block) for block in blocks] == [8, 8, 8, 8, 1]
-    assert sum(blocks, []) == [f"{i:06d}" for i in range(33)]
-    assert sum([b["key"] for b in walk(shards, "test", 8, count=10, rank=0, world=1)], []) == [f"{i:06d}" for i in range(10)]
+    assert [key for block in blocks for key in block] == [f"{i:06d}" for i in range(33)]
+    first = walk(shards, "test", 8, count=10, rank=0, world=1)
+    assert [key for b in first for key in b["key"]] == [f"{i:06d}" for i in range(10)]
 
 
 def test_stream_survives_pickling(shards):
@@ -233,7 +234,7 @@ def test_more_ranks_than_lanes_is_an_error_with_the_numbers(shards):
 
 @pytest.mark.parametrize("wrong", [{"rank": 2, "world": 2}, {"rank": -1, "world": 2}, {"start_step": -1}])
 def test_place_that_no_rank_or_step_has_is_refused(shards, wrong):
-    name, value = list(wrong.items())[0]
+    name, value = next(iter(wrong.items()))
     with pytest.raises(ValueError, match=f"needs 0 <= rank < world and start_step >= 0, got .*{name}={value}"):
         ShardStream(shards, "train", 26, **wrong)
 

@@ -23,7 +23,7 @@ def pixels(path) -> np.ndarray:
     return np.asarray(Image.open(path))
 
 
-def test_model_reconstructs_and_samples_what_evaluation_judged(run):  # noqa: F811
+def test_model_reconstructs_and_samples_what_evaluation_judged(run):
     evaluate(run, [])
     model, x = eae_dist.load(run), torch.rand(5, 1, 16, 16)
     torch.testing.assert_close(model.reconstruct(x), model.decode(model.encode(x)))
@@ -38,7 +38,7 @@ def test_model_reconstructs_and_samples_what_evaluation_judged(run):  # noqa: F8
 @pytest.mark.parametrize(
     "images", [torch.rand(2, 3, 16, 16), torch.rand(2, 1, 16, 8), torch.rand(1, 16, 16), torch.ones(2, 1, 16, 16).byte()]
 )
-def test_images_of_another_shape_or_type_are_refused(run, images):  # noqa: F811
+def test_images_of_another_shape_or_type_are_refused(run, images):
     for reading in (eae_dist.load(run).encode, eae_dist.load(run).reconstruct):
         with pytest.raises(ValueError, match=r"the model takes images \[b, 1, 16, 16\] of floating point, got torch.\w+ \("):
             reading(images)
@@ -46,7 +46,7 @@ def test_images_of_another_shape_or_type_are_refused(run, images):  # noqa: F811
         eae_dist.load(run).decode(torch.zeros(2, 4))
 
 
-def test_isotropic_draws_need_no_evaluation_and_others_say_how_to_get_one(run):  # noqa: F811
+def test_isotropic_draws_need_no_evaluation_and_others_say_how_to_get_one(run):
     model = eae_dist.load(run)
     assert model.sample(2).shape == (2, 1, 16, 16)
     with pytest.raises(FileNotFoundError, match=r"mvg was not fitted; run `python -m eae_dist.evaluate --ckpt .*step-00000004 "):
@@ -55,7 +55,7 @@ def test_isotropic_draws_need_no_evaluation_and_others_say_how_to_get_one(run): 
         model.sample(2, "gnn")
 
 
-def test_density_of_other_weights_is_refused(run):  # noqa: F811
+def test_density_of_other_weights_is_refused(run):
     evaluate(run, [])
     config = open_checkpoint(run).config
     objective = build_objective(config.model, config.objective, (1, 16, 16), seed=9)
@@ -68,12 +68,12 @@ def test_density_of_other_weights_is_refused(run):  # noqa: F811
 
 
 def test_two_stage_model_reconstructs_through_its_second_stage(shards, tmp_path):
-    run = save_run(tmp_path / "run", configured(shards, "two_stage_vae"))  # noqa: F811
+    run = save_run(tmp_path / "run", configured(shards, "two_stage_vae"))
     with pytest.raises(FileNotFoundError, match="the density two_stage was not fitted"):
         eae_dist.load(run).reconstruct(torch.rand(2, 1, 16, 16))
 
 
-def test_images_are_those_of_their_numbers_on_any_number_of_ranks(run, tmp_path):  # noqa: F811
+def test_images_are_those_of_their_numbers_on_any_number_of_ranks(run, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     main(["--ckpt", str(run), "--count", "40", str(one)])
     done = torchrun(2, "-m", "eae_dist.generate", "--ckpt", str(run), "--count", "40", str(two))
@@ -86,7 +86,7 @@ def test_images_are_those_of_their_numbers_on_any_number_of_ranks(run, tmp_path)
     assert max(np.abs(pixels(one / name) - drawn[i]).max() for i, name in enumerate(names)) <= 1
 
 
-def test_other_seeds_and_densities_give_other_images(run, tmp_path):  # noqa: F811
+def test_other_seeds_and_densities_give_other_images(run, tmp_path):
     evaluate(run, [])
     for folder, options in {"a=0": [], "b": ["evaluate.seed=1"], "c": ["--density", "mvg"]}.items():
         main(["--ckpt", str(run), "--count", "2", *options, str(tmp_path / folder)])
@@ -103,7 +103,7 @@ def test_other_seeds_and_densities_give_other_images(run, tmp_path):  # noqa: F8
         (["model.width=3"], "error: only evaluate"),
     ],
 )
-def test_wrong_input_is_one_line(run, tmp_path, options, message):  # noqa: F811
+def test_wrong_input_is_one_line(run, tmp_path, options, message):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "000000.png").touch()
     with pytest.raises(SystemExit, match=message):

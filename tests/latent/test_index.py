@@ -119,7 +119,7 @@ def test_every_kind_is_tuned_saved_and_opened_again(kind, clustered, tmp_path):
     index = LatentIndex.build(rows, kind, about={"of": "clusters"})
     share = index.tune(asked[:50], 0.95)
     squared, ids = index.search(asked[50:], 10)
-    expected, nearest = by_comparison(rows, asked[50:], 10)
+    _, nearest = by_comparison(rows, asked[50:], 10)
     found = np.mean([len(set(a) & set(b)) for a, b in zip(ids, nearest, strict=True)]) / 10
     assert share >= 0.95 and found > 0.85
     if kind == "flat":
@@ -271,8 +271,8 @@ def test_search_on_gpus_finds_what_it_finds_on_a_cpu(kind, clustered, tmp_path):
     index = LatentIndex.build(rows, kind)
     assert all(part.on_gpus is not None for part in index._parts)
     assert index.tune(asked[:50], 0.95) >= 0.95
-    squared, ids = index.search(asked[50:], 10)
-    expected, nearest = by_comparison(rows, asked[50:], 10)
+    _, ids = index.search(asked[50:], 10)
+    _, nearest = by_comparison(rows, asked[50:], 10)
     assert np.mean([len(set(a) & set(b)) for a, b in zip(ids, nearest, strict=True)]) / 10 >= (1 if kind == "flat" else 0.85)
     index.save(tmp_path / "index")
     again = LatentIndex.load(tmp_path / "index").search(asked[50:], 10)

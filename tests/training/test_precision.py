@@ -1,5 +1,6 @@
 """What is computed in float32 whatever the networks run in, and the scale of fp16's loss."""
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -105,7 +106,7 @@ def test_loss_scaling_leaves_out_steps_that_overflow_and_goes_on_with_the_same_b
     # A step after which the scale is smaller has left the weights where they were.
     saved = [checkpoints.open_checkpoint(path) for path in sorted((tmp_path / "whole" / "checkpoints").glob("step-*"))]
     scales = [checkpoint.state["grad_scaler"]["scale"] for checkpoint in saved]
-    assert scales[0] < FIRST_SCALE and any(now > before for before, now in zip(scales, scales[1:], strict=False))
+    assert scales[0] < FIRST_SCALE and any(now > before for before, now in itertools.pairwise(scales))
     steps = [next(iter(checkpoint.optimizer_state()["state"].values()), {"step": 0})["step"] for checkpoint in saved]
     for before, now, was, scale in zip(steps, steps[1:], scales, scales[1:], strict=False):
         assert int(now) == int(before) + (scale >= was)
