@@ -27,8 +27,9 @@ train: $(INSTALLED) $(SHARDS)
 	@echo "pictures: $(RUN)/evaluation/*.png and, as they came, $(RUN)/samples/*.png"
 	@echo "numbers:  $(RUN)/evaluation/metrics.json, $(RUN)/metrics.jsonl, and: $(BIN)/tensorboard --logdir $(RUN)"
 
+# Two workers: one runs every test of the launches of several ranks (tests/conftest.py).
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 # Interrupted rather than ended after twenty minutes, so that the daemons end too.
 test-cluster: $(INSTALLED)

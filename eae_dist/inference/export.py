@@ -45,7 +45,7 @@ def export(model: TrainedModel, folder: str | Path, onnx: bool = False) -> list[
     Raises ImportError where `onnx` is asked for and its packages are missing.
     """
     if onnx and (missing := [name for name in ("onnx", "onnxscript") if find_spec(name) is None]):
-        raise ImportError(f"an ONNX export needs {' and '.join(missing)}; run `pip install onnx onnxscript`")
+        raise ImportError(f"an ONNX export needs {' and '.join(missing)}; run `pip install 'eae-dist[onnx]'`")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     like = next(model.parameters())

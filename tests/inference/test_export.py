@@ -60,6 +60,6 @@ def test_onnx_files_answer_as_the_model(run, tmp_path):
 
 def test_missing_onnx_is_an_error_that_says_what_to_install(run, tmp_path, monkeypatch):
     monkeypatch.setattr("eae_dist.inference.export.find_spec", lambda name: None if name == "onnx" else util.find_spec(name))
-    with pytest.raises(ImportError, match=r"needs onnx.*run `pip install onnx onnxscript`"):
+    with pytest.raises(ImportError, match=r"needs onnx.*run .pip install 'eae-dist\[onnx\]'"):
         export(eae_dist.load(run), tmp_path / "exported", onnx=True)
     assert not (tmp_path / "exported").exists()
