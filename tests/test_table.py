@@ -114,6 +114,15 @@ def test_table_runs_what_is_missing_and_leaves_what_is_finished(configs, tmp_pat
     assert "against 20 images of test" in (out / "table.md").read_text()
 
 
+@pytest.mark.parametrize("name", ["tab #1", "007", "1e5", "2024_01_02", "tab ", "no"])
+def test_folder_of_any_name_holds_the_table_and_its_runs(configs, tmp_path, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert failures_of(configs, ["eae"], 1, here := Here(), Path(name), []) == []
+    assert here.trained == here.judged == ["eae-0"]
+    assert (tmp_path / name / "runs" / "eae-0" / "config.yaml").is_file() and (tmp_path / name / "table.md").is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {"configs", name}
+
+
 def test_rows_that_were_judged_by_different_features_are_no_table(configs, tmp_path):
     assert failures_of(configs, ["eae", "rae"], 1, Here(), tmp_path, []) == []
     numbers = tmp_path / "runs" / "rae-0" / "evaluation" / "metrics.json"

@@ -14,6 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -154,9 +155,32 @@ def _from_file(file: str) -> tuple[object, str]:
     path = find_config(file)
     try:
         loaded = OmegaConf.load(path)
+        tree = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
     except Exception as error:  # YAML and OmegaConf raise many types
         raise ValueError(f"{file} is not a YAML mapping: {' '.join(str(error).split())}") from error
+    if tree is None and not path.read_text().strip():
+        raise ValueError(f"{file} is empty; expected sections with keys, such as train: {{seed: 1}}")
+    for (section, key), text in _texts_of(tree):
+        loaded[section][key] = text
     return loaded, file
+
+
+def _texts_of(tree: yaml.Node | None) -> list[tuple[tuple[str, str], str]]:
+    """Returns the settings of type text in a YAML tree, ((section, key), text); YAML would read 007, 1e5 or no as other types."""
+    sections = tree.value if isinstance(tree, yaml.MappingNode) else []
+    pairs = [(name.value, *pair) for name, section in sections if isinstance(section, yaml.MappingNode) for pair in section.value]
+    return [
+        ((name, key.value), value.value)
+        for name, key, value in pairs
+        if (name, key.value) in _text_settings() and isinstance(value, yaml.ScalarNode) and not value.tag.endswith(":null")
+    ]
+
+
+@functools.cache
+def _text_settings() -> set[tuple[str, str]]:
+    """Returns (section, key) of every setting of type text."""
+    every = ((section, key) for section, cls in _sections().items() for key in fields(cls))
+    return {(name, key.name) for name, key in every if key.type in (str, str | None)}
 
 
 def _renamed(layer: Any) -> Any:
@@ -167,14 +191,19 @@ def _renamed(layer: Any) -> Any:
             OmegaConf.update(layer, new, layer[section].pop(key))
     for (name, old), new in RENAMED_VALUES.items():
         section, key = name.split(".")
-        if section in layer and layer[section].get(key) in (old, False):
+        if section in layer and layer[section].get(key) == old:
             layer[section][key] = new
     return layer
 
 
 def _from_assignment(text: str) -> tuple[object, str]:
+    name, _, value = text.partition("=")
+    section, _, key = name.partition(".")
     try:
-        return OmegaConf.from_dotlist([text]), text
+        if (section, key) not in _text_settings():
+            return OmegaConf.from_dotlist([text]), text
+        # Read as YAML, a path would lose what follows a " #", and 007 would become 7.
+        return OmegaConf.create({section: {key: None if value == "null" else value}}), text
     except Exception as error:
         raise ValueError(f"{text!r} cannot be read as key=value: {error}") from error
 
@@ -227,12 +256,8 @@ def _check_keys(layer: Any, origin: str) -> None:
                 every = [f"{s}.{k}" for s, keys in known.items() for k in keys]
                 raise ValueError(f"{origin}: unknown key {name}.{key}{_suggestion(f'{name}.{key}', every)}")
         for key, value in section.items():
-            old, text = f"{name}.{key}", "no" if value is False else str(value)  # YAML reads a bare no as false
-            if new := RENAMED_VALUES.get((old, text)):
-                raise ValueError(f"{origin}: {old}={text} is now called {old}={new}")
-        for key in (key.name for key in fields(sections[name]) if key.type in (str, str | None)):
-            if isinstance(section.get(key), bool):
-                raise ValueError(f"{origin}: {name}.{key} needs text; put it in quotes, or YAML reads it as {section[key]}")
+            if new := RENAMED_VALUES.get((f"{name}.{key}", str(value))):
+                raise ValueError(f"{origin}: {name}.{key}={value} is now called {name}.{key}={new}")
         for key in (key.name for key in fields(sections[name]) if key.type == list[str]):
             if isinstance(section.get(key), str):
                 raise ValueError(f"{origin}: {name}.{key} needs a list; write [{section[key]}]")

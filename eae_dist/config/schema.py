@@ -42,6 +42,8 @@ class Bounds:
         """Raises ValueError for a value outside the bounds; the message names the key and the allowed values."""
         if value is None:
             return
+        if value == "":
+            raise ValueError(f"{key}= is empty; give a value, or leave the setting out")
         if self.choices and value not in self.choices:
             raise ValueError(f"{key}={value} is unknown; it is one of {', '.join(self.choices)}")
         if isinstance(value, float) and not math.isfinite(value):
