@@ -7,10 +7,12 @@
                                  manifest.json       the sha256 of each of these
     checkpoints/latest, best     links to the newest and to the one with the lowest validation loss
 
-A checkpoint is written to a temporary folder, fsynced and renamed. Unpickling never runs code from it.
+A checkpoint is written to a temporary folder, fsynced and renamed. Where the step was saved before, the new folder first gets the
+name step-00000120.new, and replaces the old one when it is safely there. Unpickling never runs code from a checkpoint.
 """
 
 import fcntl
+import itertools
 import json
 import logging
 import os
@@ -78,7 +80,7 @@ def save(run: Path, config: Config, model_state: dict, optimizer_state: dict, st
     """
     folder = run / "checkpoints"
     target = folder / f"step-{state['step']:08d}"
-    aside, old = folder / f".{target.name}.partial", folder / f".{target.name}.old.partial"
+    aside = folder / f".{target.name}.partial"
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -91,10 +93,14 @@ def save(run: Path, config: Config, model_state: dict, optimizer_state: dict, st
         (aside / "manifest.json").write_text(json.dumps(manifest, indent=2))
         for path in [*aside.iterdir(), aside]:
             fsync(path)
-        if target.exists():  # after a resume from an earlier step, the same step is saved again
-            target.rename(old)
-        aside.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():  # after a stop or a resume from an earlier step, the same step is saved again
+            replacement = target.with_name(f"{target.name}.new")
+            if replacement.exists():
+                _put_in_place(replacement)
+            aside.rename(replacement)
+            _put_in_place(replacement)
+        else:
+            aside.rename(target)
     except BaseException as error:
         free = shutil.disk_usage(folder).free
         shutil.rmtree(aside, ignore_errors=True)
@@ -141,19 +147,11 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
         latest = path / "checkpoints" / "latest"
         path = latest if latest.exists() or not (left := _folders(path)) else left[0]
     path = path.resolve()
+    replacement = path.with_name(f"{path.name}.new")  # a kill can leave it beside the half-removed folder that it replaces
+    path = replacement if replacement.is_dir() else path
     if not any((path / name).is_file() for name in ("manifest.json", *FILES[:3])):
         raise FileNotFoundError(f"{directory} holds no checkpoint; give a run folder or a folder such as RUN/checkpoints/latest")
-    try:
-        manifest = json.loads((path / "manifest.json").read_text())
-    except (OSError, ValueError) as error:
-        raise DamagedCheckpoint(f"checkpoint {path} is damaged: manifest.json cannot be read ({error})") from error
-    for name in FILES:
-        if not (path / name).is_file():
-            raise DamagedCheckpoint(f"checkpoint {path} is damaged: {name} is missing")
-        if sha256_of(path / name) != manifest.get(name):
-            raise DamagedCheckpoint(f"checkpoint {path} is damaged: {name} does not match its checksum")
-    state = json.loads((path / "state.json").read_text())
-    return Checkpoint(path, read_config(path / "config.yaml"), state, manifest["model.safetensors"])
+    return _verified(path)
 
 
 def newest_intact(run: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -161,26 +159,31 @@ def newest_intact(run: Path) -> tuple[Checkpoint | None, list[str]]:
     damage: list[str] = []
     for path in _folders(run):
         try:
-            return open_checkpoint(path), damage
-        except (DamagedCheckpoint, FileNotFoundError) as error:
+            return _verified(path.resolve()), damage
+        except DamagedCheckpoint as error:
             damage.append(str(error))
     return None, damage
 
 
-def set_aside_after(run: Path, step: int) -> None:
-    """Renames checkpoints newer than `step`, which are usually damaged, and removes files of an interrupted save."""
-    for path in (run / "checkpoints").glob(".*.partial"):
-        shutil.rmtree(path)
-    for path in _folders(run):
-        if int(path.name.removeprefix("step-")) > step:
-            aside = path.with_name(f"{path.name}.damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-            log.warning("%s was renamed to %s", path, aside.name)
-    _link(run / "checkpoints" / "latest", f"step-{step:08d}")
+def set_aside_newer(run: Path, path: Path) -> Path:
+    """Renames checkpoints that are newer than the one to continue from, which are damaged, and removes what a kill left.
+
+    Returns the path of that checkpoint, which is another one if a kill came before it got its name.
+    """
+    for partial in (run / "checkpoints").glob(".*.partial"):
+        shutil.rmtree(partial)
+    for newer in itertools.takewhile(lambda folder: folder.resolve() != path, _folders(run)):
+        aside = newer.with_name(f"{newer.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        newer.rename(aside)
+        log.warning("%s was renamed to %s", newer, aside.name)
+    if path.suffix == ".new":
+        path = _put_in_place(path)
+    _link(run / "checkpoints" / "latest", path.name)
     best = run / "checkpoints" / "best"
     if best.is_symlink() and not best.exists():  # it was renamed; the next better validation links it again
         best.unlink()
+    return path
 
 
 def load_objective(checkpoint: Checkpoint, allow: Collection[str] = ()) -> Objective:
@@ -291,9 +294,8 @@ def open_run_folder(run: Path, config: Config, data_identity: dict) -> Checkpoin
                 for line in changed_keys(before, config, changeable=True):
                     log.info("changed since the run was started: %s", line)
                 check_same_data(found.state["stream"], data_identity, run)
-                set_aside_after(run, found.state["step"])
+                path = set_aside_newer(run, found.path)
                 mark_best(run, found.state["best_step"])
-                path = found.path
             elif damage:
                 raise ValueError(f"no checkpoint of {run} is intact; move the folder away to start a new run")
     path = from_rank_zero(path)
@@ -321,12 +323,42 @@ def versions() -> dict[str, str]:
     return found
 
 
+def _verified(path: Path) -> Checkpoint:
+    """Opens a checkpoint folder and verifies every checksum. Raises DamagedCheckpoint, which names the file."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpoint(f"checkpoint {path} is damaged: manifest.json cannot be read ({error})") from error
+    for name in FILES:
+        if not (path / name).is_file():
+            raise DamagedCheckpoint(f"checkpoint {path} is damaged: {name} is missing")
+        if sha256_of(path / name) != manifest.get(name):
+            raise DamagedCheckpoint(f"checkpoint {path} is damaged: {name} does not match its checksum")
+    state = json.loads((path / "state.json").read_text())
+    return Checkpoint(path, read_config(path / "config.yaml"), state, manifest["model.safetensors"])
+
+
 def _folders(run: Path) -> list[Path]:
-    """Returns the checkpoint folders of a run, newest first."""
+    """Returns the checkpoint folders of a run, newest first; of one step, the folder that is to replace the other is newer."""
     found = (path for path in (run / "checkpoints").glob("step-*") if path.is_dir())
-    return sorted(
-        (path for path in found if path.name.removeprefix("step-").isdecimal()), reverse=True
-    )  # other names are copies by the user
+    named = [path for path in found if _step_of(path) is not None]
+    return sorted(named, key=lambda path: (_step_of(path), path.name), reverse=True)
+
+
+def _step_of(path: Path) -> int | None:
+    """Returns the step in the name of a checkpoint folder; None for another name, such as that of a copy by the user."""
+    number = path.name.removeprefix("step-").removesuffix(".new")
+    return int(number) if path.name.startswith("step-") and number.isdecimal() else None
+
+
+def _put_in_place(replacement: Path) -> Path:
+    """Replaces the checkpoint step-N by step-N.new, which is whole; one of the two is whole at every moment."""
+    target = replacement.with_suffix("")
+    fsync(target.parent)
+    if target.exists():
+        shutil.rmtree(target)
+    replacement.rename(target)
+    return target
 
 
 def _link(link: Path, target: str) -> None:

@@ -1,6 +1,7 @@
 """Checkpoints: whole or not at all, checked before use, and nothing in them is ever run."""
 
 import errno
+import itertools
 import json
 import logging
 import math
@@ -296,7 +297,7 @@ def test_what_lies_after_the_resumed_step_is_set_aside_and_what_a_kill_left_remo
     for step in (5, 10, 15):
         write(tmp_path, step)
     (tmp_path / "checkpoints" / ".step-00000020.partial").mkdir()
-    checkpoints.set_aside_after(tmp_path, 10)
+    checkpoints.set_aside_newer(tmp_path, tmp_path / "checkpoints" / "step-00000010")
     assert names_in(tmp_path) == {"step-00000005", "step-00000010", "step-00000015.damaged", "latest"}
     assert open_checkpoint(tmp_path).state["step"] == 10
 
@@ -533,3 +534,94 @@ def test_file_may_be_replaced_by_several_at_once(tmp_path):
             list(pool.map(lambda content: replace_file(path, content), contents))  # raises what a thread raised
             assert path.read_text() in contents
     assert list(tmp_path.iterdir()) == [path]
+
+
+# Killed between any two operations on files
+
+CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.symlink", "os.link", "shutil.rmtree"}
+
+
+def killed_before(operation: int, work: Callable[[], object]) -> bool:
+    """Does the work in a process that is killed before that operation on files; returns False if the work has no so many."""
+    if (child := os.fork()) == 0:
+        left = operation
+
+        def count(event: str, arguments: tuple) -> None:
+            nonlocal left
+            if event in CHANGES or (event == "open" and isinstance(arguments[2], int) and arguments[2] & os.O_CREAT):
+                left -= 1
+                if left < 0:
+                    os._exit(9)
+
+        sys.addaudithook(count)
+        try:
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, 9), status
+    return status == 9
+
+
+def saved_again(run: Path, step: int, mark: str, keep: int = 3) -> None:
+    """Saves as training does: the checkpoint, the link to the best, and what is no longer kept."""
+    state = {"step": step, "images": 26 * step, "image_shape": list(SHAPE), "stream": IDENTITY, "best_step": step, "mark": mark}
+    checkpoints.save(run, CONFIG, {"weight": torch.zeros(3)}, {}, state)
+    checkpoints.mark_best(run, step)
+    checkpoints.prune(run, keep)
+
+
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize("before", [[], [5, 10], pytest.param([5], marks=slow), pytest.param([5, 10, 15], marks=slow)])
+def test_kill_at_any_moment_of_a_save_leaves_the_checkpoint_before_or_the_new_one(tmp_path, monkeypatch, before):
+    """Of a step that was saved before and of one that was not; the start after the kill continues, and a save works again."""
+    monkeypatch.setattr(checkpoints, "versions", dict)  # takes most of the time of a save
+    opened(tmp_path / "before")
+    for step in before:
+        saved_again(tmp_path / "before", step, "before")
+    for operation in itertools.count():
+        run = Path(shutil.copytree(tmp_path / "before", tmp_path / str(operation), symlinks=True))
+        again = max(before, default=10)  # the newest step, as after a stop
+        killed = killed_before(operation, lambda run=run, again=again: saved_again(run, again, "again", keep=1))
+        expected = {"before", "again"} if before else {"again", None}
+        if before:
+            assert open_checkpoint(run).state["step"] == again, operation  # what evaluate would read
+        if killed and operation % 3 == 0:  # the start that is to recover is killed as well
+            killed_before(operation // 3 % 7, lambda run=run: opened(run))
+        found = opened(run)
+        assert (found and found.state["mark"]) in (expected if killed else {"again"}), operation
+        assert found is None or (found.state["step"] == again and latest_name(run) == f"step-{again:08d}")
+        assert found is None or not [name for name in names_in(run) if name.endswith((".partial", ".new", ".damaged"))]
+        if operation % 4 == 0:
+            saved_again(run, again, "third", keep=1)
+            assert open_checkpoint(run).state["mark"] == "third"
+            assert names_in(run) == {f"step-{again:08d}", "latest", "best"}
+        if not killed:
+            break
+    assert operation > 10
+
+
+def latest_name(run: Path) -> str:
+    return os.readlink(run / "checkpoints" / "latest")
+
+
+def test_replacement_that_is_damaged_gives_way_to_the_checkpoint_that_it_was_to_replace(tmp_path, write):
+    opened(tmp_path)
+    path = write(tmp_path, 5)
+    replacement = Path(shutil.copytree(path, path.with_name("step-00000005.new")))
+    DAMAGE["a byte inside"](replacement / "model.safetensors")
+    assert opened(tmp_path).path == path
+    assert names_in(tmp_path) == {"step-00000005", "step-00000005.new.damaged", "latest"}
+
+
+def test_whole_replacement_is_read_beside_the_half_removed_checkpoint(tmp_path, write):
+    path = write(tmp_path, 5)
+    replacement = Path(shutil.copytree(path, path.with_name("step-00000005.new")))
+    (path / "manifest.json").unlink()
+    for given in (tmp_path, path, tmp_path / "checkpoints" / "latest"):
+        assert open_checkpoint(given).path == replacement
+    assert opened(tmp_path).path == path and names_in(tmp_path) == {"step-00000005", "latest"}
+    assert open_checkpoint(path).state["step"] == 5
