@@ -8,7 +8,6 @@ parts. The bits do not depend on the number of ranks.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,9 +21,10 @@ from eae_dist.data.remote import Cache
 from eae_dist.data.stream import walk
 from eae_dist.distributed import on_every_rank, on_rank_zero, rank, world_size
 from eae_dist.distributed.launch import run_on_ranks
-from eae_dist.latent.store import PART_ROWS, VERSION, LatentFolder, description, finished_part, write_part
+from eae_dist.latent.store import PART, PART_ROWS, VERSION, LatentFolder, description, finished_part, write_part
 from eae_dist.model.autoencoder import encoded
 from eae_dist.numerics.atomic_files import replace_file
+from eae_dist.numerics.json_files import read_json, sealed
 from eae_dist.training.checkpoint import evaluation_config, load_objective, named_networks, open_checkpoint, open_data
 
 IDENTITY = ("model_sha256", "index_sha256", "batch")  # what the bits of a latent depend on, on one kind of processor
@@ -89,10 +89,10 @@ def encode(directory: Path, out: Path, assignments: Sequence[str]) -> LatentFold
         if first:
             splits: dict[str, list] = {split: [] for split in samples}
             for split, part, _ in parts:
-                splits[split].append(json.loads(description(out, name_of(split, part)).read_text()))
+                splits[split].append(read_json(description(out, name_of(split, part)), PART, "run the same command again"))
             if (found := {split: sum(part["rows"] for part in splits[split]) for split in splits}) != samples:
                 raise ValueError(f"{out} holds {found} latents, the data set has {samples}; encode into an empty folder")
-            replace_file(out / "manifest.json", json.dumps({"version": VERSION, "about": about, "splits": splits}, indent=2))
+            replace_file(out / "manifest.json", sealed({"version": VERSION, "about": about, "splits": splits}))
             for split, part, _ in parts:
                 description(out, name_of(split, part)).unlink()
             (out / ".encoding.json").unlink()
@@ -113,7 +113,7 @@ def start_folder(out: Path, about: dict) -> None:
             if (out / "manifest.json").is_file():
                 begun, found = out / "manifest.json", LatentFolder.open(out).about
             elif begun.is_file():
-                found = json.loads(begun.read_text())
+                found = read_json(begun, dict.fromkeys(IDENTITY, object), "take another folder for the latents")
             elif any(out.iterdir()):
                 raise ValueError(f"--out={out} is not empty and holds no latents; take another folder")
             else:
@@ -122,7 +122,7 @@ def start_folder(out: Path, about: dict) -> None:
                 what = "; take another folder, or the inputs of these latents:\n  "
                 raise ValueError(f"{begun} describes other latents{what}" + "\n  ".join(changed))
             if begun.name == ".encoding.json":
-                replace_file(begun, json.dumps(about, indent=2))
+                replace_file(begun, sealed(about))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

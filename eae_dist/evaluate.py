@@ -38,6 +38,7 @@ from eae_dist.metrics.frechet import warnings_about
 from eae_dist.metrics.image_sets import ImageSet, compare, describe, headline
 from eae_dist.model.autoencoder import Autoencoder, encoded, to_unit
 from eae_dist.numerics.atomic_files import replace_file
+from eae_dist.numerics.json_files import read_json, sealed
 from eae_dist.objectives import objective_class
 from eae_dist.report.grids import ACROSS, SAMPLES, draw_grids, grid, grid_inputs, save_grids
 from eae_dist.training.checkpoint import (
@@ -124,7 +125,7 @@ def evaluate(directory: Path, assignments: Sequence[str], out: Path | None = Non
             images = next(walk(config.data.root, settings.split, 64, rank=0, world=1, cache=Cache.of(config.data)))["image"]
             inputs = grid_inputs(to_unit(images, device), autoencoder.latent_dim, settings.seed)
             save_grids(draw_grids(autoencoder, inputs) | sample_grids(autoencoder, fitted, settings, device), out)
-            replace_file(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+            replace_file(out / "metrics.json", sealed(metrics))
             done.remove()
     return metrics | {"out": str(out)}
 
@@ -175,7 +176,7 @@ def evaluate_folders(real: Path, generated: Path, assignments: Sequence[str], ou
     with on_rank_zero() as is_rank_zero:
         if is_rank_zero and out is not None:
             out.mkdir(parents=True, exist_ok=True)
-            replace_file(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+            replace_file(out / "metrics.json", sealed(metrics))
     return metrics
 
 
@@ -224,7 +225,7 @@ class Progress:
         with on_rank_zero() as is_rank_zero:
             if is_rank_zero:
                 folder.mkdir(parents=True, exist_ok=True)
-                found = json.loads(self.path.read_text()) if self.path.is_file() else {}
+                found = self._read()
                 if found and found["key"] != self.key:  # the densities of that evaluation will be overwritten
                     self.remove()
                 elif found:
@@ -249,14 +250,26 @@ class Progress:
     def remove_numbers_of_others(self) -> None:
         """Removes the metrics of another evaluation, whose densities will be overwritten."""
         numbers = self.path.with_name("metrics.json")
-        if numbers.is_file() and not self.key.items() <= json.loads(numbers.read_text()).items():
+        try:
+            if numbers.is_file() and not self.key.items() <= read_json(numbers, {}, "it is removed").items():
+                numbers.unlink()
+        except ValueError as error:
+            log.warning("%s", error)
             numbers.unlink()
+
+    def _read(self) -> dict:
+        """Returns what an interrupted evaluation left; nothing if it cannot be read."""
+        form = {"key": dict, "sets": dict, "densities": dict}
+        try:
+            return read_json(self.path, form, "its sets are judged again", is_sealed=True) if self.path.is_file() else {}
+        except ValueError as error:
+            log.warning("%s", error)
+            return {}
 
     def _write(self) -> None:
         with on_rank_zero() as is_rank_zero:
             if is_rank_zero:
-                text = json.dumps({"key": self.key, "sets": self.sets, "densities": self.densities})
-                replace_file(self.path, text)
+                replace_file(self.path, sealed({"key": self.key, "sets": self.sets, "densities": self.densities}))
 
 
 def reference_images(config: Config, index: ShardIndex, extractor: Extractor, device: torch.device) -> ImageSet:

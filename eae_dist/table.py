@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -28,7 +29,6 @@ from eae_dist.config import (
     find_config,
     is_assignment,
     load_config,
-    read_config,
     save_config,
 )
 from eae_dist.data.remote import Cache
@@ -38,6 +38,7 @@ from eae_dist.distributed.launch import CommandFailed, JobPool
 from eae_dist.evaluate import check_splits, density_names, open_features
 from eae_dist.inference.trained_model import load
 from eae_dist.numerics.atomic_files import replace_file
+from eae_dist.numerics.json_files import read_json
 from eae_dist.objectives import OBJECTIVES, resolve
 from eae_dist.report.figure import save_figure
 from eae_dist.report.table import Results, as_csv, as_latex, as_markdown
@@ -186,6 +187,8 @@ def finish(run: Run, first_stage: Run | None, ends: Future | None, job_pool: Job
             raise CommandFailed(
                 f"training was stopped after {steps_taken(run)} of {wanted} steps; run the same command to continue"
             )
+    if intact(chosen(run)) is None:
+        raise ValueError(f"{chosen(run)}, which has the lowest validation loss, is missing or damaged; remove {run.folder}")
     training = clock(time.monotonic() - started)
     command = ["--ckpt", str(chosen(run)), *(f"data.{key}={getattr(run.config.data, key)}" for key in WHERE_DATA_LIES)]
     for key, value in asdict(run.config.evaluate).items():
@@ -199,40 +202,59 @@ def finish(run: Run, first_stage: Run | None, ends: Future | None, job_pool: Job
 
 def trained(run: Run) -> bool:
     """Returns True if the run's folder holds the end of this training."""
-    config = run.folder / "checkpoints" / "latest" / "config.yaml"
-    if steps_taken(run) != last_step(run.config, run.index) or changed_keys(read_config(config), run.config, changeable=False):
+    last = intact(run.folder / "checkpoints" / "latest")
+    if last is None or last.state["step"] != last_step(run.config, run.index):
         return False
-    state = state_of(run)
-    return state["stream"]["index_sha256"] == run.index.sha256 and not state.get("unfinished")
+    if changed_keys(last.config, run.config, changeable=False) or last.state.get("unfinished"):
+        return False
+    return last.state["stream"]["index_sha256"] == run.index.sha256
 
 
 def steps_taken(run: Run) -> int:
     """Returns the number of steps of the last checkpoint."""
-    return state_of(run).get("step", 0)
+    last = intact(run.folder / "checkpoints" / "latest")
+    return 0 if last is None else last.state["step"]
 
 
-def state_of(run: Run) -> dict:
-    """Returns the state of the last checkpoint; empty without one."""
-    path = run.folder / "checkpoints" / "latest" / "state.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+def intact(path: Path) -> checkpoints.Checkpoint | None:
+    """Returns the verified checkpoint in a folder, or None if there is none or it is damaged, which is said."""
+    try:
+        changed = tuple((path / name).stat().st_mtime_ns for name in checkpoints.FILES)
+        return _opened(path.resolve(), changed)
+    except FileNotFoundError:
+        return None
+    except checkpoints.DamagedCheckpoint as error:
+        log.warning("%s", error)
+        return None
+
+
+@lru_cache(maxsize=256)
+def _opened(path: Path, changed: tuple[int, ...]) -> checkpoints.Checkpoint:
+    return checkpoints.open_checkpoint(path)  # verifies checksums, and every row is asked about several times
 
 
 def chosen(run: Run) -> Path:
-    """Returns the checkpoint to judge: the one with the lowest validation loss, or the last one without validation."""
-    best = run.folder / "checkpoints" / "best"
-    return (best if best.exists() else run.folder / "checkpoints" / "latest").resolve()
+    """Returns the checkpoint to judge: the one with the lowest validation loss, or the last one without validation.
+
+    The run is trained. The state names the best step, since a link can be lost.
+    """
+    last = run.folder / "checkpoints" / "latest"
+    best_step = intact(last).state.get("best_step")
+    return last.with_name(f"step-{best_step:08d}") if best_step else last.resolve()
 
 
 def judged(run: Run) -> dict | None:
     """Returns the metrics of a trained run, or None if they are not of its checkpoint under the present settings."""
     path = run.folder / "evaluation" / "metrics.json"
-    if not path.is_file() or not trained(run):
+    if not path.is_file() or not trained(run) or (weights := intact(chosen(run))) is None:
         return None
-    metrics = json.loads(path.read_text())
-    weights = json.loads((chosen(run) / "manifest.json").read_text())["model.safetensors"]
-    wanted = {"model_sha256": weights, "settings": asdict(run.config.evaluate), "index_sha256": run.index.sha256}
-    # Metrics without a headline are of an earlier version, and the run is judged again.
-    return metrics if "headline" in metrics and all(metrics.get(key) == value for key, value in wanted.items()) else None
+    try:  # metrics of earlier versions have no headline or no checksum, and the run is judged again
+        metrics = read_json(path, {"headline": str, "sets": dict}, "the row is judged again", is_sealed=True)
+    except ValueError as error:
+        log.warning("%s", error)
+        return None
+    wanted = {"model_sha256": weights.model_sha256, "settings": asdict(run.config.evaluate), "index_sha256": run.index.sha256}
+    return metrics if all(metrics.get(key) == value for key, value in wanted.items()) else None
 
 
 def same_training(run: Run, other: Run) -> bool:

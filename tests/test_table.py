@@ -21,6 +21,7 @@ from eae_dist.data.shard_index import ShardIndex
 from eae_dist.distributed.launch import CommandFailed, JobPool
 from eae_dist.latent.densities import save_density
 from eae_dist.latent.two_stage import TwoStage
+from eae_dist.numerics.json_files import read_json, sealed
 from eae_dist.objectives import OBJECTIVES, build_objective, resolve
 from eae_dist.report.figure import COLUMNS, KINDS, figure, pictures
 from eae_dist.report.table import BLOCKS, MODELS, Results, as_csv, as_latex, as_markdown
@@ -83,7 +84,7 @@ class Here:
         metrics |= {"index_sha256": ShardIndex.load(config.data.root).sha256, "reference_images": config.evaluate.count or 33}
         folder = checkpoints.evaluation_folder(checkpoint)
         folder.mkdir(exist_ok=True)
-        (folder / "metrics.json").write_text(json.dumps(metrics))
+        (folder / "metrics.json").write_text(sealed(metrics))
         if config.objective.name == "two_stage_vae":
             density = TwoStage(width=4, epochs=1)
             density.fit(torch.randn(20, 5))
@@ -126,9 +127,9 @@ def test_folder_of_any_name_holds_the_table_and_its_runs(configs, tmp_path, name
 def test_rows_that_were_judged_by_different_features_are_no_table(configs, tmp_path):
     assert failures_of(configs, ["eae", "rae"], 1, Here(), tmp_path, []) == []
     numbers = tmp_path / "runs" / "rae-0" / "evaluation" / "metrics.json"
-    metrics = json.loads(numbers.read_text())
+    metrics = read_json(numbers, {}, "")
     metrics["features"]["preprocessing"] = "of another version"
-    numbers.write_text(json.dumps(metrics))
+    numbers.write_text(sealed(metrics))
     with pytest.raises(ValueError, match="different features, or versions of them: .*-0, .*-0; remove their evaluation"):
         failures_of(configs, ["eae", "rae"], 1, Here(), tmp_path, [])
 

@@ -34,6 +34,7 @@ from eae_dist.config import DataConfig
 from eae_dist.data.decoding import decode_image
 from eae_dist.data.remote import FETCHES, Cache, FetchAhead, RemoteFolder, checked_address, is_address
 from eae_dist.numerics.atomic_files import sha256_of
+from eae_dist.numerics.json_files import check_form
 
 INDEX_VERSION = 1
 SHARD_NAME = re.compile(r"(?P<split>.+)-\d{6,}\.tar")
@@ -122,10 +123,13 @@ class ShardIndex:
                 )
             text = path.read_bytes()
         try:
-            info = json.loads(text)
+            check_form(info := json.loads(text), {"version": int})
             if info["version"] != INDEX_VERSION:
                 raise ValueError(f"version {info['version']}, this program reads version {INDEX_VERSION}")
-            info["splits"] = dict(info["splits"])
+            check_form(info, {"name": str, "image": dict, "splits": dict, "classes": list})
+            for split in info["splits"].values():
+                check_form(split, {"samples": int, "table_sha256": str})
+            check_form(info["image"], {"shape": list})
             header = info["image"]["npy_header"]
             base = info.get("base")
             if base is not None and tables.remote:
@@ -151,7 +155,11 @@ class ShardIndex:
             known, change = ", ".join(sorted(splits)), f"; change {setting}" if setting else ""
             raise ValueError(f"data set {self.name} has no split {name!r}; it has {known}{change}")
         with self.open_table(f"{name}.shards.npy", splits[name]["table_sha256"], "index.json") as file:
-            return Split(name, splits[name]["samples"], np.load(file.name, mmap_mode="r", allow_pickle=False))
+            table = np.load(file.name, mmap_mode="r", allow_pickle=False)
+        if (samples := splits[name]["samples"]) != table["samples"].sum():
+            index = self.tables.place("index.json")
+            raise ValueError(f"{index} says {samples} samples of {name}, its table {table['samples'].sum()}; see `pack --index`")
+        return Split(name, samples, table)
 
     def open_table(self, name: str, sha256: str, holder: str, stop: threading.Event | None = None) -> BinaryIO:
         """Opens a table whose checksum is in `holder`. Raises ValueError if it is missing or its checksum differs."""

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from eae_dist.latent.gaussian import Gaussian, Isotropic, Seeds
 from eae_dist.latent.mixture import Mixture
 from eae_dist.latent.two_stage import TwoStage
 from eae_dist.numerics.atomic_files import replace_file
+from eae_dist.numerics.tensor_files import read_tensors, tensors_to_bytes
 
 
 class Density(Protocol):
@@ -53,18 +52,17 @@ DENSITIES: dict[str, type[Density]] = {"isotropic": Isotropic, "mvg": Gaussian, 
 def save_density(density: Density, path: Path, model_sha256: str) -> None:
     """Writes `path`, a safetensors file, atomically. model_sha256: sha256 of the weights that encoded the latents."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.contiguous() for name, tensor in density.state_dict().items()}
-    replace_file(path, save(state, metadata={"model_sha256": model_sha256}))
+    replace_file(path, tensors_to_bytes(density.state_dict(), {"model_sha256": model_sha256}))
 
 
 def load_density(name: str, path: Path, model_sha256: str) -> Density:
     """Reads the density of that name. Raises ValueError if the file is damaged or belongs to another density or model."""
     density = DENSITIES[name]()
     try:
-        with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("model_sha256") != model_sha256:
-                raise ValueError("it was fitted to the latents of other weights")
-            density.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118  not a dict
-    except (SafetensorError, OSError, ValueError) as error:
+        state, about = read_tensors(path)
+        if about.get("model_sha256") != model_sha256:
+            raise ValueError("it was fitted to the latents of other weights")
+        density.load_state_dict(state)
+    except ValueError as error:
         raise ValueError(f"{path} is not a fitted density {name} of this model: {error}") from error
     return density

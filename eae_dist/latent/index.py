@@ -14,7 +14,6 @@ n: rows of all ranks, d: dimensions, m: queries.
 
 import errno
 import itertools
-import json
 import logging
 import os
 import secrets
@@ -42,6 +41,7 @@ from eae_dist.distributed import (
     world_size,
 )
 from eae_dist.numerics.atomic_files import fsync, sha256_of
+from eae_dist.numerics.json_files import read_json, sealed
 
 log = logging.getLogger("eae_dist")
 
@@ -232,7 +232,7 @@ class LatentIndex:
                 if is_rank_zero:
                     described = {"version": VERSION, "n": self.n, "d": self.d, "kind": self.kind, "reason": self.reason}
                     described |= {"effort": self.effort, "oversampling": self.oversampling, "about": self.about}
-                    (aside / "index.json").write_text(json.dumps(described | {"parts": ordered}, indent=2))
+                    (aside / "index.json").write_text(sealed(described | {"parts": ordered}))
                     fsync(aside / "index.json")
                     fsync(aside)
                     _exchange(aside, path, old)
@@ -312,7 +312,8 @@ def index_description(path: Path) -> dict:
     if not (path / "index.json").is_file():
         raise FileNotFoundError(f"{path} holds no index (index.json); LatentIndex.save writes one")
     try:
-        described = json.loads((path / "index.json").read_text())
+        form = {"version": int, "n": int, "d": int, "kind": str, "reason": str, "oversampling": int, "about": dict, "parts": list}
+        described = read_json(path / "index.json", form, "it can be made again")
         if described["version"] != VERSION:
             raise ValueError(f"version {described['version']}, this program reads version {VERSION}")
         names = ("n", "d", "kind", "reason", "effort", "oversampling", "about", "parts")

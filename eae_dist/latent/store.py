@@ -10,7 +10,7 @@ and a small file beside each finished part has its checksums.
 """
 
 import io
-import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -19,10 +19,16 @@ from pathlib import Path
 import numpy as np
 
 from eae_dist.numerics.atomic_files import replace_file, sha256_of
+from eae_dist.numerics.json_files import check_form, read_json, sealed
 
 VERSION = 1
 PART_ROWS = 16_384  # approximate size of a part; a killed encode loses at most one part per rank, and ranks share out parts
 FILES = ("latents", "labels", "keys")
+ABOUT = {"checkpoint": str, "model_sha256": str, "step": int, "data": str, "data_root": str, "index_sha256": str}
+ABOUT |= {"image_shape": list, "batch": int, "d": int}
+PART = {"name": str, "rows": int, "sha256": dict}
+
+log = logging.getLogger("eae_dist")
 
 
 class DamagedLatents(ValueError):
@@ -51,12 +57,17 @@ class LatentFolder:
             )
             raise FileNotFoundError(f"{root} holds no latents (manifest.json){unfinished or f'; make them with `{how} {root}`'}")
         try:
-            manifest = json.loads((root / "manifest.json").read_text())
+            form = {"version": int, "about": dict, "splits": dict}
+            manifest = read_json(root / "manifest.json", form, "encode again into another folder")
             if manifest["version"] != VERSION:
                 raise ValueError(f"version {manifest['version']}, this program reads version {VERSION}")
-            return cls(root, manifest["about"], manifest["splits"])
-        except (ValueError, KeyError, TypeError) as error:
+            check_form(manifest["about"], ABOUT)
+            for part in (part for parts in manifest["splits"].values() for part in parts):
+                check_form(part, PART)
+                check_form(part["sha256"], dict.fromkeys(FILES, str))
+        except (ValueError, TypeError, AttributeError) as error:
             raise DamagedLatents(f"{root}/manifest.json cannot be read as a manifest of latents: {error}") from error
+        return cls(root, manifest["about"], manifest["splits"])
 
     @property
     def d(self) -> int:
@@ -92,7 +103,10 @@ class LatentFolder:
             raise DamagedLatents(f"{path} is missing; encode again into another folder")
         if _checksum(path) != part["sha256"][what]:
             raise DamagedLatents(f"{path} does not match its checksum; encode again into another folder")
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if array.shape != ((part["rows"], self.d) if what == "latents" else (part["rows"],)):
+            raise DamagedLatents(f"{path} has the shape {array.shape}, but the manifest says {part['rows']} rows; encode again")
+        return array
 
 
 @cache
@@ -116,7 +130,7 @@ def write_part(root: Path, name: str, latents: np.ndarray, labels: np.ndarray, k
         np.save(file, array, allow_pickle=False)
         replace_file(path := root / file_name(name, what), file.getvalue())
         sha256[what] = sha256_of(path)
-    replace_file(description(root, name), json.dumps({"name": name, "rows": len(latents), "sha256": sha256}))
+    replace_file(description(root, name), sealed({"name": name, "rows": len(latents), "sha256": sha256}))
 
 
 def finished_part(root: Path, name: str) -> dict | None:
@@ -124,7 +138,11 @@ def finished_part(root: Path, name: str) -> dict | None:
     path = description(root, name)
     if not path.is_file():
         return None
-    part = json.loads(path.read_text())
+    try:
+        part = read_json(path, PART, "the part is encoded again", is_sealed=True)
+    except ValueError as error:
+        log.warning("%s", error)
+        return None
     files = {what: root / file_name(name, what) for what in FILES}
     whole = all(file.is_file() and sha256_of(file) == part["sha256"][what] for what, file in files.items())
     return part if whole else None

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from eae_dist.data.order import filled
 from eae_dist.distributed import gather_rows, sum_over_ranks
@@ -18,6 +16,7 @@ from eae_dist.metrics.features import Extractor
 from eae_dist.metrics.frechet import FeatureStats, frechet_distance, warnings_about
 from eae_dist.metrics.kid import kernel_distance
 from eae_dist.metrics.prdc import precision_recall_density_coverage
+from eae_dist.numerics.tensor_files import read_tensors, tensors_to_bytes
 
 SUBSET = 1000  # rows per subset of the kernel distance; half of the rows of smaller sets
 
@@ -31,19 +30,17 @@ class ImageSet:
 
     def to_bytes(self, key: str) -> bytes:
         """Returns a safetensors file with the set and the key that says what it was made from."""
-        return save({**self.stats.state_dict(), "rows": self.rows.contiguous()}, metadata={"key": key})
+        return tensors_to_bytes({**self.stats.state_dict(), "rows": self.rows}, {"key": key})
 
     @classmethod
     def from_file(cls, path: Path, key: str) -> "ImageSet":
         """Reads a set. Raises ValueError if the file is damaged or was made from something else."""
         try:
-            with safe_open(path, "pt") as file:
-                found = (file.metadata() or {}).get("key")
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}); remove it") from error
-        if found != key:
-            raise ValueError(f"{path} was made from {found}, expected {key}; remove it")
+            state, about = read_tensors(path)
+        except ValueError as error:
+            raise ValueError(f"{path} is not usable: {error}; remove it") from error
+        if about.get("key") != key:
+            raise ValueError(f"{path} was made from {about.get('key')}, expected {key}; remove it")
         stats = FeatureStats()
         stats.load_state_dict(state)
         return cls(stats, state["rows"])

@@ -35,6 +35,7 @@ from eae_dist.data.remote import Cache
 from eae_dist.data.shard_index import ShardIndex
 from eae_dist.distributed import from_rank_zero, on_rank_zero
 from eae_dist.numerics.atomic_files import fsync, sha256_of
+from eae_dist.numerics.json_files import read_json
 from eae_dist.objectives import Objective, build_objective
 
 log = logging.getLogger("eae_dist")
@@ -280,19 +281,17 @@ def open_run_folder(run: Path, config: Config, data_identity: dict) -> Checkpoin
     with on_rank_zero() as is_rank_zero:
         if is_rank_zero:
             run.mkdir(parents=True, exist_ok=True)
-            settings = run / "config.yaml"
             found, damage = newest_intact(run)
             for line in damage:
                 log.warning("%s; going back to the checkpoint before it", line)
             if found is not None:  # without a checkpoint, settings may still change
-                before = read_config(settings) if settings.is_file() else found.config
-                if changed := changed_keys(before, config, changeable=False):
+                if changed := changed_keys(found.config, config, changeable=False):
                     raise ValueError(
                         f"train.output={run} holds a run with other settings; choose another folder or the old values:\n  "
                         + "\n  ".join(changed)
                     )
-                for line in changed_keys(before, config, changeable=True):
-                    log.info("changed since the run was started: %s", line)
+                for line in changed_keys(found.config, config, changeable=True):
+                    log.info("changed since the last checkpoint: %s", line)
                 check_same_data(found.state["stream"], data_identity, run)
                 path = set_aside_newer(run, found.path)
                 mark_best(run, found.state["best_step"])
@@ -325,17 +324,24 @@ def versions() -> dict[str, str]:
 
 def _verified(path: Path) -> Checkpoint:
     """Opens a checkpoint folder and verifies every checksum. Raises DamagedCheckpoint, which names the file."""
+    advice = "take an earlier checkpoint, or start the training again, which does"
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
-    except (OSError, ValueError) as error:
-        raise DamagedCheckpoint(f"checkpoint {path} is damaged: manifest.json cannot be read ({error})") from error
+        manifest = read_json(path / "manifest.json", dict.fromkeys(FILES, str), advice)
+    except ValueError as error:
+        raise DamagedCheckpoint(f"checkpoint {path} is damaged: {error}") from error
     for name in FILES:
         if not (path / name).is_file():
             raise DamagedCheckpoint(f"checkpoint {path} is damaged: {name} is missing")
         if sha256_of(path / name) != manifest.get(name):
             raise DamagedCheckpoint(f"checkpoint {path} is damaged: {name} does not match its checksum")
-    state = json.loads((path / "state.json").read_text())
-    return Checkpoint(path, read_config(path / "config.yaml"), state, manifest["model.safetensors"])
+    try:
+        state, config = read_json(path / "state.json", {"step": int}, advice), read_config(path / "config.yaml")
+    except ValueError as error:
+        raise DamagedCheckpoint(f"checkpoint {path} is damaged: {error}") from error
+    if _step_of(path) not in (None, state["step"]):
+        name = f"step-{state['step']:08d}"
+        raise DamagedCheckpoint(f"checkpoint {path} holds step {state['step']}: the folder was renamed; call it {name} again")
+    return Checkpoint(path, config, state, manifest["model.safetensors"])
 
 
 def _folders(run: Path) -> list[Path]:
