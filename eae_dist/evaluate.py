@@ -45,6 +45,7 @@ from eae_dist.training.checkpoint import (
     evaluation_config,
     evaluation_folder,
     load_objective,
+    lock,
     named_networks,
     open_checkpoint,
     open_data,
@@ -86,6 +87,7 @@ def evaluate(directory: Path, assignments: Sequence[str], out: Path | None = Non
         "versions": versions(),
     }
     announce(extractor)
+    _lock = lock(out, "--out")  # held until this function returns
     done = Progress(out, judged)
 
     # The features of the real images, the densities of the training latents, the latents of the split.
@@ -99,15 +101,21 @@ def evaluate(directory: Path, assignments: Sequence[str], out: Path | None = Non
     # Every set of images is made, described by its features and compared with the real ones.
     read_first, warnings = headline(min(real.stats.count, len(errors)), real.stats.features, extractor)
     sets, warnings = {}, warnings + warnings_about(real.stats, f"the split {settings.reference}")
+    doubts_about: dict[str, list[str]] = {}
+    doubts_of_fits: dict[str, list[str]] = {}
     for name, (latents_of, count) in latent_sets(fitted, latents, through, real.stats.count, settings.seed).items():
         if name not in done.sets:
             images, what = decoded(autoencoder, latents_of, count, settings.batch, device, name), f"the set {name}"
             described = describe(images, extractor, settings.batch, settings.neighbor_images, device, what)
             done.record(name, compare(real, described, extractor, settings.frechet, device, what))
         sets[name], doubts = done.sets[name]
-        warnings += doubts
+        doubts_about[f"the set {name}"] = doubts
 
-    per_image, doubtful = errors.mean().item(), {"failed", "warning"}
+    warnings += said_once(doubts_about)
+    for name, report in reports.items():
+        doubts_of_fits[name] = [f"{name}: {report[what]}" for what in ("failed", "warning") if what in report]
+    warnings += said_once(doubts_of_fits)
+    per_image = errors.mean().item()
     metrics = judged | {
         "images": len(errors),
         "reference_images": real.stats.count,
@@ -117,8 +125,7 @@ def evaluate(directory: Path, assignments: Sequence[str], out: Path | None = Non
         "latents": gaussianity(latents[: settings.neighbor_images], seed=settings.seed),
         "sets": sets,
         "densities": reports,
-        "warnings": warnings
-        + [f"{name}: {report[what]}" for name, report in reports.items() for what in doubtful & report.keys()],
+        "warnings": list(dict.fromkeys(warnings)),
     }
     with on_rank_zero() as is_rank_zero:
         if is_rank_zero:
@@ -141,6 +148,7 @@ def evaluate_folders(real: Path, generated: Path, assignments: Sequence[str], ou
         raise ValueError(f"{other[0]}: only evaluate.* settings apply to two folders of images")
     settings, device = load_config(assignments).evaluate, PartialState().device
     described = []
+    _lock = None if out is None else lock(out, "--out")  # held until this function returns
     # Both are opened before the first goes through the network, so that an error in the second is reported at once.
     folders = (real, generated)
     walks = [walk_images(folder, settings.batch, count=settings.count) for folder in folders]
@@ -171,7 +179,7 @@ def evaluate_folders(real: Path, generated: Path, assignments: Sequence[str], ou
         "settings": asdict(settings),
         "versions": versions(),
         "sets": {"generated": numbers},
-        "warnings": warnings + warnings_about(reals.stats, f"the images of {real}") + doubts,
+        "warnings": list(dict.fromkeys(warnings + warnings_about(reals.stats, f"the images of {real}") + doubts)),
     }
     with on_rank_zero() as is_rank_zero:
         if is_rank_zero and out is not None:
@@ -209,6 +217,15 @@ def open_features(settings: EvaluateConfig, index: ShardIndex, assignments: Sequ
     if ":" in name and f"evaluate.features={name}" not in assignments:
         raise ValueError(f"evaluate.features={name} is named only by the checkpoint; give it on the command line to run it")
     return build_features(name, weights=settings.inception_weights, preprocessing=settings.preprocessing)
+
+
+def said_once(warnings: dict[str, list[str]]) -> list[str]:
+    """Returns the warnings about several things, each of which names its thing; those that differ in nothing else become one."""
+    about: dict[str, list[str]] = {}
+    for thing, texts in warnings.items():
+        for text in texts:
+            about.setdefault(text.replace(thing, "\0"), []).append(thing)
+    return [text.replace("\0", ", ".join(dict.fromkeys(things))) for text, things in about.items()]
 
 
 def announce(extractor: Extractor) -> None:

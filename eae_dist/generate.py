@@ -2,8 +2,8 @@
 
     python -m eae_dist.generate --ckpt DIR [--density NAME] [--count N] [--nproc N] OUT [key=value ...]
 
-It writes OUT/000000.png and so on; image i depends on (evaluate.seed, i) alone, on any number of ranks. Densities other than
-isotropic must have been fitted by `python -m eae_dist.evaluate`.
+It writes OUT/000000.png and so on; image i depends on (evaluate.seed, i) alone, on any number of ranks. The same command finishes
+a folder that was begun. Densities other than isotropic must have been fitted by `python -m eae_dist.evaluate`.
 """
 
 import argparse
@@ -16,10 +16,11 @@ from accelerate import PartialState
 from PIL import Image
 
 from eae_dist.config import is_assignment
-from eae_dist.distributed import on_rank_zero
+from eae_dist.distributed import on_every_rank, on_rank_zero
 from eae_dist.distributed.launch import run_on_ranks
 from eae_dist.inference.trained_model import decoded, sample_seeds, trained_model
 from eae_dist.numerics.atomic_files import replace_file
+from eae_dist.numerics.json_files import read_json, sealed
 from eae_dist.report.grids import png_bytes
 from eae_dist.training.checkpoint import evaluation_config, named_networks, open_checkpoint
 
@@ -37,15 +38,37 @@ def generate(directory: Path, out: Path, density: str, count: int, assignments: 
     def latents(numbers: np.ndarray) -> torch.Tensor:
         return drawn_from.sample(sample_seeds(settings.seed, numbers))
 
+    about = {"model_sha256": checkpoint.model_sha256, "density": density, "count": count}
+    about |= {"seed": settings.seed, "batch": settings.batch}
+    begun = out / ".generating.json"
     with on_rank_zero() as is_rank_zero:
         if is_rank_zero:
-            out.mkdir(parents=True, exist_ok=True)
-            if any(out.iterdir()):
-                raise ValueError(f"{out} is not empty, and images of two sets must not mix; take another folder")
-    for first, images in decoded(model.autoencoder, latents, count, settings.batch, device, f"drawing from {density}"):
-        for number, pixels in enumerate(images.permute(0, 2, 3, 1).cpu().numpy(), start=first):
-            image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
-            replace_file(out / f"{number:06d}.png", png_bytes(image))
+            start_folder(out, begun, about)
+
+    def write() -> None:
+        for first, images in decoded(model.autoencoder, latents, count, settings.batch, device, f"drawing from {density}"):
+            for number, pixels in enumerate(images.permute(0, 2, 3, 1).cpu().numpy(), start=first):
+                image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
+                replace_file(out / f"{number:06d}.png", png_bytes(image))
+
+    on_every_rank(write)
+    with on_rank_zero() as is_rank_zero:
+        if is_rank_zero:
+            begun.unlink()
+
+
+def start_folder(out: Path, begun: Path, about: dict) -> None:
+    """Makes the folder, or takes one in which the same images were begun, as before a full disk. Raises ValueError or OSError.
+
+    begun: the file that says which images are being written.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    if begun.is_file():
+        if read_json(begun, {}, f"remove {out} or take another folder") != about:
+            raise ValueError(f"{out} holds a part of other images, which {begun} describes; remove it or take another folder")
+    elif any(out.iterdir()):
+        raise ValueError(f"{out} is not empty, and images of two sets must not mix; take another folder")
+    replace_file(begun, sealed(about))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

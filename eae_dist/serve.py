@@ -30,7 +30,7 @@ from eae_dist.inference.service.model import ServedModel
 log = logging.getLogger("eae_dist")
 
 WAITING = 1_024  # rows that may wait; a request has at most a quarter of them
-CONNECTIONS = 512
+CONNECTIONS, CONNECTIONS_OF_ONE = 512, 128  # of all clients, and of one address
 EXTRA = ("fastapi", "uvicorn")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -39,7 +39,8 @@ def serve(directory: Path, latents: Path | None, host: str, port: int, assignmen
     """Serves until it is stopped. Raises ValueError or OSError for what a user can correct."""
     import uvicorn
 
-    from eae_dist.inference.service.app import create_app  # needs the extra, as uvicorn does
+    from eae_dist.inference.service.app import create_app  # need the extra, as uvicorn does
+    from eae_dist.inference.service.connections import limited_protocol
 
     with closing(bound(host, port)) as listening:
         served = ServedModel(directory, latents, assignments)
@@ -47,6 +48,8 @@ def serve(directory: Path, latents: Path | None, host: str, port: int, assignmen
         with closing(Batcher(served.computations, served.config.evaluate.batch, WAITING)) as batcher:
             settings = uvicorn.Config(
                 create_app(served, batcher, hosts),
+                # On this machine alone all clients have one address.
+                http=limited_protocol(None if hosts else CONNECTIONS_OF_ONE),
                 log_config=None,
                 log_level="warning",
                 access_log=False,

@@ -118,13 +118,17 @@ def planned(config: Path, file: Path, row: str, seed: int, out: Path, settings: 
     if own := [text for text in settings if text.startswith(("train.output=", "train.seed=", "objective.name="))]:
         raise ValueError(f"{own[0]}: the table sets this itself; give --out, --seeds or --only")
     arguments = ("--config", str(config), str(file), *settings, f"train.output={folder}", f"train.seed={seed}")
-    loaded = load_config(arguments)
-    if loaded.objective.name != row:
-        raise ValueError(f"{file}: objective.name={loaded.objective.name}, but the file's name says {row}")
-    data, cache = loaded.data, Cache.of(loaded.data)
-    index = ShardIndex.load(data.root, cache)
-    lanes = resolve_lanes(index, data.split, loaded.train.global_batch, data.lanes, cache)
-    return Run(row, seed, folder, arguments, resolve(loaded, index.image_shape, lanes), index)
+    try:
+        loaded = load_config(arguments)
+        if loaded.objective.name != row:
+            raise ValueError(f"objective.name={loaded.objective.name}, but the file's name says {row}")
+        data, cache = loaded.data, Cache.of(loaded.data)
+        index = ShardIndex.load(data.root, cache)
+        lanes = resolve_lanes(index, data.split, loaded.train.global_batch, data.lanes, cache)
+        return Run(row, seed, folder, arguments, resolve(loaded, index.image_shape, lanes), index)
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(text if str(file) in text else f"row {row}, {file}: {text}") from error
 
 
 def check_judging(runs: Sequence[Run]) -> None:

@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +30,7 @@ from eae_dist.training import checkpoint as checkpoints
 from eae_dist.training.metrics_log import lines_up_to
 
 IDENTITY = {"seed": 0, "global_batch": 26, "lanes": 26, "index_sha256": "0" * 64, "order_version": 1}
-SAMPLE, ALL = range(24), range(24, 200)
+SAMPLE, REST = range(24), range(24, 200)
 ERRORS = (ValueError, OSError)  # what the commands print as one line
 
 
@@ -184,7 +183,7 @@ def test_random_damage_ends_in_a_right_result_or_in_a_line_that_names_the_file(w
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", ALL)
+@pytest.mark.parametrize("seed", REST)
 def test_more_random_damages_end_well_too(world_of_folders, seed, tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="eae_dist"):
         damaged_and_used(world_of_folders, seed, tmp_path, caplog)

@@ -326,6 +326,8 @@ def check_values(config: Config) -> None:
         raise ValueError(
             "train.compile=true: compiled networks cannot be recomputed in backward; set train.checkpoint_activations=false"
         )
+    if objective.name == "wae" and train.global_batch < 2:
+        raise ValueError(f"objective.name=wae compares pairs of rows; train.global_batch={train.global_batch} must be at least 2")
     # Every row needs k other rows. Objectives without an entropy reject objective.k elsewhere.
     if objective.k >= train.global_batch and (objective.name.startswith("eae") or objective.k > 1):
         raise ValueError(f"objective.k={objective.k} needs more than {objective.k} rows, train.global_batch={train.global_batch}")

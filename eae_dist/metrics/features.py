@@ -87,6 +87,9 @@ class Extractor(nn.Module):
         if features.ndim != 2 or len(features) != len(images) or self.dimensions not in (None, features.shape[1]):
             expected = f"[{len(images)}, {self.dimensions or 'f'}]"
             raise ValueError(f"{self.metric}: the features have shape {tuple(features.shape)}, expected {expected}")
+        if features.shape[1] == 0 or features.is_complex():
+            shape = f"{features.dtype} {tuple(features.shape)}"
+            raise ValueError(f"{self.metric}: the features are {shape}, expected at least one real number for each image")
         return features.float()
 
 

@@ -3,6 +3,8 @@
 import hashlib
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -24,6 +26,15 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Names the path in every OSError: that of a full disk has no file name."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path} could not be written: {error.strerror or error}") from error
+
+
 def replace_file(path: Path, data: bytes | str) -> None:
     """Writes `data` to a temporary file and renames it to `path`; a reader sees the old or the new content, never a part.
 
@@ -31,11 +42,10 @@ def replace_file(path: Path, data: bytes | str) -> None:
     """
     aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
-        aside.write_bytes(data.encode() if isinstance(data, str) else data)
-        fsync(aside)
-        os.replace(aside, path)
-    except OSError as error:  # the error of a full disk has no file name
-        raise OSError(f"{path} could not be written: {error.strerror or error}") from error
+        with naming(path):
+            aside.write_bytes(data.encode() if isinstance(data, str) else data)
+            fsync(aside)
+            os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
     fsync(path.parent)

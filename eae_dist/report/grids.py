@@ -69,12 +69,14 @@ def grid(images: torch.Tensor, across: int, gap: int = 1) -> torch.Tensor:
     return picture
 
 
-def save_grids(grids: dict[str, torch.Tensor], folder: Path, prefix: str = "") -> None:
-    """Writes each grid to folder/{prefix}{name}.png, atomically."""
+def save_grids(grids: dict[str, torch.Tensor], folder: Path, prefix: str = "") -> dict[str, Path]:
+    """Writes each grid to folder/{prefix}{name}.png, atomically, and returns the files by the names of the grids."""
     folder.mkdir(parents=True, exist_ok=True)
+    saved = {name: folder / f"{prefix}{name}.png" for name in grids}
     for name, picture in grids.items():
         image = Image.fromarray(to_uint8(picture).permute(1, 2, 0).cpu().numpy())
-        replace_file(folder / f"{prefix}{name}.png", png_bytes(image))
+        replace_file(saved[name], png_bytes(image))
+    return saved
 
 
 def png_bytes(picture: Image.Image) -> bytes:

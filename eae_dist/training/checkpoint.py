@@ -34,7 +34,7 @@ from eae_dist.config import WHERE_DATA_LIES, Config, changed_keys, override, rea
 from eae_dist.data.remote import Cache
 from eae_dist.data.shard_index import ShardIndex
 from eae_dist.distributed import from_rank_zero, on_rank_zero
-from eae_dist.numerics.atomic_files import fsync, sha256_of
+from eae_dist.numerics.atomic_files import fsync, naming, sha256_of
 from eae_dist.numerics.json_files import read_json
 from eae_dist.objectives import Objective, build_objective
 
@@ -244,31 +244,33 @@ def evaluation_folder(checkpoint: Checkpoint) -> Path:
     return (folder.parent if folder.name == "checkpoints" else folder) / "evaluation"
 
 
-def lock(run: Path) -> IO | None:
-    """Creates the run folder and locks it against other jobs until the returned file is closed or the process ends.
+def lock(folder: Path, setting: str = "train.output") -> IO | None:
+    """Creates the folder and locks it against other jobs until the returned file is closed or the process ends.
 
-    Call on every rank; rank 0 holds the lock. Raises OSError if the folder cannot be written or is in use.
+    Call on every rank; rank 0 holds the lock. setting: what names the folder. Raises OSError if the folder cannot be written or
+    is in use.
     """
     held = None
     with on_rank_zero() as is_rank_zero:
         if is_rank_zero:
             try:
-                run.mkdir(parents=True, exist_ok=True)
-                held = open(run / ".lock", "a+")  # noqa: SIM115  it is open for as long as the lock is held
+                folder.mkdir(parents=True, exist_ok=True)
+                held = open(folder / ".lock", "a+")  # noqa: SIM115  it is open for as long as the lock is held
             except OSError as error:
-                raise OSError(f"train.output={run} cannot be written: {error}") from error
+                raise OSError(f"{setting}={folder} cannot be written: {error}") from error
             try:
                 fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError) as error:
                 held.seek(0)
                 holder = f"another job ({held.read()})"
-                raise OSError(f"train.output={run} is in use by {holder}; wait for it or choose another folder") from error
+                raise OSError(f"{setting}={folder} is in use by {holder}; wait for it or choose another folder") from error
             except OSError as error:  # some network file systems have no locks
-                log.warning("train.output=%s cannot be locked (%s); keep other jobs out of it", run, error)
+                log.warning("%s=%s cannot be locked (%s); keep other jobs out of it", setting, folder, error)
             else:
-                held.truncate(0)
-                held.write(f"process {os.getpid()} on {platform.node()}")
-                held.flush()
+                with naming(folder / ".lock"):
+                    held.truncate(0)
+                    held.write(f"process {os.getpid()} on {platform.node()}")
+                    held.flush()
     return held
 
 
@@ -285,7 +287,10 @@ def open_run_folder(run: Path, config: Config, data_identity: dict) -> Checkpoin
             for line in damage:
                 log.warning("%s; going back to the checkpoint before it", line)
             if found is not None:  # without a checkpoint, settings may still change
-                if changed := changed_keys(found.config, config, changeable=False):
+                changed = changed_keys(found.config, config, changeable=False)
+                if changed and found.state["stream"].get("index_sha256") != data_identity.get("index_sha256"):
+                    changed.insert(0, f"data: {found.config.data.root} -> {config.data.root}")  # the cause of others
+                if changed:
                     raise ValueError(
                         f"train.output={run} holds a run with other settings; choose another folder or the old values:\n  "
                         + "\n  ".join(changed)

@@ -118,8 +118,8 @@ def train(config: Config) -> None:
             run.saves.wait()
 
     # The run has ended or was stopped.
-    for tracker in accelerator.trackers:
-        tracker.finish()
+    with on_rank_zero():
+        run.metrics.finish()
     if stopping:
         say(
             f"stopped by a signal, or with its launcher, at step {state.step} of {end}; "

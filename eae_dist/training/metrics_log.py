@@ -3,6 +3,8 @@
 import json
 import logging
 import math
+import re
+import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,7 +12,9 @@ import torch
 from accelerate import Accelerator
 
 from eae_dist.distributed import gather_rows
-from eae_dist.numerics.atomic_files import replace_file
+from eae_dist.model.autoencoder import to_uint8
+from eae_dist.numerics.atomic_files import naming, replace_file
+from eae_dist.numerics.json_files import read_json, sealed
 
 log = logging.getLogger("eae_dist")
 
@@ -29,27 +33,69 @@ class MetricsLog:
     """
 
     def __init__(self, run: Path, accelerator: Accelerator, step: int, settings: dict):
-        self.path, self.accelerator = run / "metrics.jsonl", accelerator
+        self.path, self.trackers, self.accelerator = run / "metrics.jsonl", run / "trackers", accelerator
         if accelerator.is_main_process:
             replace_file(self.path, "".join(f"{line}\n" for line in lines_up_to(self.path, step)))
-        # TensorBoard hides what an interrupted run wrote after the checkpoint.
-        accelerator.init_trackers("run", init_kwargs={"tensorboard": {"purge_step": step + 1}})
-        for tracker in accelerator.trackers:
+        with naming(self.trackers):
+            self._start_trackers(run, step, settings)
+
+    def _start_trackers(self, run: Path, step: int, settings: dict) -> None:
+        """Starts the trackers; in a continued run, those of services continue their run, whose ids lie in the run folder."""
+        ids = self.trackers / "ids.json"
+        known = read_json(ids, {}, "remove it to start new runs of the trackers") if ids.is_file() else {}
+        known.setdefault("wandb", secrets.token_hex(8))
+        options = {
+            "tensorboard": {"purge_step": step + 1},  # hides what an interrupted run wrote after the checkpoint
+            "wandb": {"dir": str(run), "id": known["wandb"], "resume": "allow", "name": run.resolve().name},
+            "mlflow": {"run_id": known.get("mlflow"), "run_name": run.resolve().name},
+        }
+        self.accelerator.init_trackers(project_name(run), init_kwargs=options)
+        for tracker in self.accelerator.trackers:
             if tracker.name != "tensorboard":  # TensorBoard would show settings as a second run
                 tracker.store_init_configuration({key: str(value) for key, value in settings.items()})
+            if tracker.name == "mlflow" and self.accelerator.is_main_process:
+                known["mlflow"] = tracker.tracker.info.run_id
+        if self.accelerator.is_main_process and {"wandb", "mlflow"} & {tracker.name for tracker in self.accelerator.trackers}:
+            self.trackers.mkdir(exist_ok=True)
+            replace_file(ids, sealed(known))
 
     def write(self, record: Record) -> None:
         """Appends one record with "step", "images" and finite floats. Raises OSError on rank 0 if writing fails."""
         if self.accelerator.is_main_process:
-            try:
-                with open(self.path, "a") as file:
-                    file.write(json.dumps(record) + "\n")
-            except OSError as error:
-                raise OSError(f"{self.path} could not be written: {error.strerror or error}") from error
+            with naming(self.path), open(self.path, "a") as file:
+                file.write(json.dumps(record) + "\n")
         lists = {key: value for key, value in record.items() if isinstance(value, list)}
         scalars = {key: value for key, value in record.items() if key not in lists and key != "step"}
         scalars |= {f"{key}/rank-{who}": value for key, values in lists.items() for who, value in enumerate(values)}
-        self.accelerator.log(scalars, step=record["step"])
+        with naming(self.trackers):
+            self.accelerator.log(scalars, step=record["step"])
+
+    def show(self, grids: dict[str, torch.Tensor], files: dict[str, Path], step: int) -> None:
+        """Sends pictures, float [3, H, W] in [0, 1], to the trackers that take any. files: the same as PNG files."""
+        pictures = {name: to_uint8(grid).permute(1, 2, 0)[None].cpu().numpy() for name, grid in grids.items()}
+        with naming(self.trackers):
+            for tracker in self.accelerator.trackers:
+                if tracker.name == "tensorboard":
+                    tracker.log_images(pictures, step=step, dataformats="NHWC")
+                elif tracker.name == "wandb":
+                    tracker.log_images(pictures, step=step)
+                elif tracker.name == "mlflow":
+                    for file in files.values():
+                        tracker.log_artifact(str(file), artifact_path="samples")
+
+    def finish(self) -> None:
+        """Closes the trackers. Raises OSError if they could not be written."""
+        with naming(self.trackers):
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+
+
+def project_name(run: Path) -> str:
+    """Returns the name under which trackers show a run: that of its folder, without the characters that services refuse.
+
+    A run folder of an earlier version keeps the name that its curves have.
+    """
+    return "run" if (run / "trackers" / "run").is_dir() else re.sub(r"[/\\#?%:']", "-", run.resolve().name)[:128] or "run"
 
 
 def lines_up_to(path: Path, step: int) -> list[str]:

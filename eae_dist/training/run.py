@@ -86,7 +86,8 @@ class Run:
     def open_log(self) -> None:
         """Opens metrics.jsonl and the trackers, and fixes the inputs of all sample grids."""
         config, device = self.config, self.accelerator.device
-        self.metrics = metrics_log.MetricsLog(self.folder, self.accelerator, self.state.step, flatten(config))
+        with on_rank_zero():  # the disk may be full
+            self.metrics = metrics_log.MetricsLog(self.folder, self.accelerator, self.state.step, flatten(config))
         if "entropy" in self.objective.penalties:
             self.reference = {"entropy_gaussian_reference": entropy_reference(config, device)}
         self.grid_inputs: GridInputs | None = None
@@ -142,7 +143,8 @@ class Run:
             if is_rank_zero and "sample" in due:
                 assert self.grid_inputs is not None  # rank 0 has them
                 grids = draw_grids(self.objective.autoencoder.eval(), self.grid_inputs)
-                save_grids(grids, self.folder / "samples", f"step-{state.step:08d}-")
+                saved = save_grids(grids, self.folder / "samples", f"step-{state.step:08d}-")
+                self.metrics.show(grids, saved, state.step)
                 self.objective.train()
             self.metrics.write(record)
         self.last_record = record

@@ -13,7 +13,7 @@ import sys
 import threading
 import zlib
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 
 import httpx
 import numpy as np
@@ -21,6 +21,7 @@ import pytest
 import requests
 import schemathesis
 import torch
+import uvicorn
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from conftest import ROOT, rank_environment
@@ -36,6 +37,7 @@ from eae_dist.inference.encoded_dataset import EncodedDataset
 from eae_dist.inference.service import guard
 from eae_dist.inference.service.app import create_app
 from eae_dist.inference.service.batching import Batcher, Busy, Closed
+from eae_dist.inference.service.connections import limited_protocol
 from eae_dist.inference.service.guard import POLICY, Guard
 from eae_dist.inference.service.model import ServedModel
 from eae_dist.latent.densities import save_density
@@ -513,6 +515,99 @@ def test_description_names_every_status_of_an_answer(app):
 def test_a_body_that_does_not_say_that_it_is_json_is_415(app):
     answer = post(app, "/sample", b"{}", headers={"content-type": "text/plain"})  # a form of a foreign page could send it
     assert answer.status_code == 415 and answer.json()["detail"] == "content-type must be application/json, got text/plain"
+
+
+@pytest.mark.parametrize(
+    ("kind", "status"),
+    [
+        ("application/json", 200),
+        ("Application/JSON; charset=utf-8", 200),
+        ("application/json;charset=utf-8", 200),
+        ("application/jsonp", 415),
+        ("application/json-seq", 415),
+        ("application/jsonx; charset=utf-8", 415),
+        ("text/json", 415),
+        ("multipart/form-data", 415),
+        ("application/x-www-form-urlencoded", 415),
+    ],
+)
+def test_content_type_is_compared_whole(app, kind, status):
+    assert post(app, "/sample", b'{"count": 1}', headers={"content-type": kind}).status_code == status
+
+
+@pytest.mark.parametrize(
+    "path", ["/health", "/", "/page.js", "/model", "/keys?count=2", "/image?key=000003", "/curves", "/grids"]
+)
+def test_head_is_answered_as_get_without_the_body(app, path):
+    head, whole = answers(app, ("HEAD", path), ("GET", path))
+    assert head.status_code == whole.status_code == 200 and head.content == b"" != whole.content
+    assert head.headers["content-type"] == whole.headers["content-type"] and "content-security-policy" in head.headers
+    assert answers(app, ("HEAD", "/nothing"))[0].status_code == 404 and answers(app, ("HEAD", "/sample"))[0].status_code == 405
+
+
+async def hello(scope, receive, send):
+    await receive()
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"5")]})
+    await send({"type": "http.response.body", "body": b"hello"})
+
+
+@contextmanager
+def listening(most_of_one: int | None, header_seconds: float):
+    """The port of a server that answers hello, with these limits."""
+    server = uvicorn.Server(
+        uvicorn.Config(hello, http=limited_protocol(most_of_one, header_seconds), log_config=None, lifespan="off")
+    )
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+        thread.start()
+        yield bound.getsockname()[1]
+        server.should_exit = True
+        thread.join()
+
+
+def until_closed(connection: socket.socket) -> bytes:
+    connection.settimeout(60)
+    return b"".join(iter(lambda: connection.recv(10_000), b""))
+
+
+HELLO = b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n"
+
+
+@pytest.mark.parametrize("sent", [b"", b"G", b"GET / HTTP/1.1\r\n", HELLO[:-2], HELLO[:-1], HELLO + HELLO[:-2], HELLO + b"GE"])
+def test_header_that_does_not_come_ends_its_connection(sent):
+    with listening(None, 0.5) as port, ExitStack() as open_:
+        silent = [open_.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(5)]
+        for connection in silent:
+            connection.sendall(sent)
+        for connection in silent:
+            answer = until_closed(connection)
+            assert answer.count(b"HTTP/1.1 200 ") == sent.count(HELLO)
+            assert b"HTTP/1.1 408 Request Timeout" in answer and answer.endswith(b'did not arrive in time"}')
+
+
+def test_request_in_time_is_answered_however_slowly_its_header_came():
+    with listening(None, 30) as port, socket.create_connection(("127.0.0.1", port)) as slow:
+        for byte in HELLO:
+            slow.sendall(bytes([byte]))
+        assert slow.recv(10_000).startswith(b"HTTP/1.1 200 ")
+        slow.sendall(HELLO)  # on the same connection
+        assert b"hello" in slow.recv(10_000)
+
+
+def test_connections_of_one_address_are_limited_and_counted_down_again():
+    with listening(3, 60) as port, ExitStack() as open_:
+        connect = lambda: open_.enter_context(socket.create_connection(("127.0.0.1", port)))  # noqa: E731
+        held = []
+        for _ in range(3):
+            held.append(connect())
+            held[-1].sendall(HELLO)
+            assert held[-1].recv(10_000).startswith(b"HTTP/1.1 200 ")
+        assert until_closed(connect()).startswith(b"HTTP/1.1 503 Service Unavailable")
+        held[0].sendall(HELLO.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n"))
+        until_closed(held[0])
+        again = connect()
+        again.sendall(HELLO)
+        assert again.recv(10_000).startswith(b"HTTP/1.1 200 ")
 
 
 def test_a_local_service_answers_to_local_names_only(served, batcher):

@@ -3,11 +3,14 @@
 import json
 import math
 import os
+import types
 
+import accelerate
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import GeneralTracker
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -17,7 +20,15 @@ from eae_dist.model.autoencoder import Autoencoder, build_autoencoder, resolve_m
 from eae_dist.report.grids import BETWEEN, PAIRS, SAMPLES, draw_grids, grid_inputs, save_grids
 from eae_dist.training import metrics_log
 from eae_dist.training.crash_report import reported_crashes
-from eae_dist.training.metrics_log import FINITE_NORMS, MetricsLog, TrainingDiverged, averaged, lines_up_to, require_finite
+from eae_dist.training.metrics_log import (
+    FINITE_NORMS,
+    MetricsLog,
+    TrainingDiverged,
+    averaged,
+    lines_up_to,
+    project_name,
+    require_finite,
+)
 
 CPU = torch.device("cpu")
 
@@ -260,7 +271,7 @@ def test_log_of_a_continued_run_holds_every_step_once(tmp_path, fresh_accelerato
     assert [(record["step"], record["loss"]) for record in records] == expected
     assert all(record["images"] == 26 * record["step"] for record in records)
 
-    events = EventAccumulator(str(tmp_path / "trackers" / "run"))
+    events = EventAccumulator(str(tmp_path / "trackers" / tmp_path.name))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == expected
     assert sorted(events.Tags()["scalars"]) == ["images", "loss"]
@@ -270,7 +281,7 @@ def test_what_every_rank_has_a_number_of_is_a_curve_of_each_in_tensorboard(tmp_p
     log = MetricsLog(tmp_path, fresh_accelerator(["tensorboard"]), 0, {})
     log.write({"step": 10, "images": 260, "rank_data_wait": [0.25, 0.5]})
     log.accelerator.trackers[0].finish()
-    events = EventAccumulator(str(tmp_path / "trackers" / "run"))
+    events = EventAccumulator(str(tmp_path / "trackers" / tmp_path.name))
     events.Reload()
     curves = {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
     assert curves == {"images": [(10, 260)], "rank_data_wait/rank-0": [(10, 0.25)], "rank_data_wait/rank-1": [(10, 0.5)]}
@@ -280,7 +291,85 @@ def test_tensorboard_shows_one_run_a_folder(tmp_path, fresh_accelerator):
     # Settings stored as hyperparameters would make a folder of their own, a second run on the page.
     run_log(tmp_path, fresh_accelerator(["tensorboard"]), 0, {10: 1.0})
     folders = {file.parent for file in (tmp_path / "trackers").rglob("events.out.tfevents.*")}
-    assert folders == {tmp_path / "trackers" / "run"}
+    assert folders == {tmp_path / "trackers" / tmp_path.name}
+
+
+def test_curves_of_an_earlier_version_are_continued_under_their_name(tmp_path, fresh_accelerator):
+    (tmp_path / "trackers" / "run").mkdir(parents=True)
+    run_log(tmp_path, fresh_accelerator(["tensorboard"]), 0, {10: 1.0})
+    assert {file.parent.name for file in (tmp_path / "trackers").rglob("events.out.tfevents.*")} == {"run"}
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [("mnist5k-eae", "mnist5k-eae"), ("a: b #1", "a- b -1"), ("50%?", "50--"), ("it's", "it-s"), ("x" * 140, "x" * 128)],
+)
+def test_trackers_call_a_run_by_its_folder(tmp_path, folder, name):
+    assert project_name(tmp_path / folder) == name
+
+
+class Service(GeneralTracker):
+    """Stands for a tracker of a service; keeps how each start called it and what it was sent."""
+
+    requires_logging_directory = False
+    started, sent = [], []
+
+    def __init__(self, project: str, **options):
+        super().__init__()
+        self.project, self.options = project, options
+
+    def start(self):
+        self.started.append((self.project, self.options))
+        given = self.options.get("run_id") or f"run-{len(self.started)}"
+        self.active = types.SimpleNamespace(info=types.SimpleNamespace(run_id=given))
+
+    tracker = property(lambda self: self.active)
+
+    def store_init_configuration(self, values):
+        self.sent.append(("settings", values))
+
+    def log(self, values, step, **options):
+        self.sent.append((step, values))
+
+    def log_images(self, values, step, **options):
+        self.sent.append((step, {name: picture.shape for name, picture in values.items()}))
+
+    def log_artifact(self, path, artifact_path):
+        self.sent.append((artifact_path, path))
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_service_gets_the_grids_and_a_restart_continues_its_run(tmp_path, monkeypatch, fresh_accelerator, name):
+    service = type(name, (Service,), {"name": name, "started": [], "sent": []})
+    monkeypatch.setitem(accelerate.accelerator.LOGGER_TYPE_TO_CLASS, name, service)
+    run = tmp_path / "photos-eae"
+    run.mkdir()
+    for start in (0, 20):
+        accelerator = fresh_accelerator([])
+        accelerator.log_with = [name]
+        log = MetricsLog(run, accelerator, start, {"train.seed": 0})
+        log.write({"step": start + 10, "images": 26, "loss": 0.5})
+        grids = {"samples": torch.rand(3, 12, 23)}
+        log.show(grids, save_grids(grids, run / "samples", "step-"), start + 10)
+    (first, again), sent = service.started, service.sent
+    assert first[0] == again[0] == "photos-eae" and ("settings", {"train.seed": "0"}) in sent
+    assert (10, {"images": 26, "loss": 0.5}) in sent and (30, {"images": 26, "loss": 0.5}) in sent
+    if name == "wandb":
+        assert first[1] == again[1] and first[1]["resume"] == "allow" and first[1]["dir"] == str(run)
+        assert (30, {"samples": (1, 12, 23, 3)}) in sent
+    else:
+        assert first[1]["run_id"] is None and again[1]["run_id"] == "run-1"
+        assert ("samples", str(run / "samples" / "step-samples.png")) in sent
+
+
+def test_grids_are_pictures_in_tensorboard(tmp_path, fresh_accelerator):
+    log = MetricsLog(tmp_path, fresh_accelerator(["tensorboard"]), 0, {})
+    log.show({"samples": torch.rand(3, 12, 23)}, {}, 10)
+    log.finish()
+    events = EventAccumulator(str(tmp_path / "trackers" / tmp_path.name))
+    events.Reload()
+    (event,) = events.Images("samples")
+    assert (event.step, event.width, event.height) == (10, 23, 12)
 
 
 def test_torn_line_is_gone_before_the_next_is_written(tmp_path, fresh_accelerator):

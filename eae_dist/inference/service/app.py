@@ -254,7 +254,7 @@ def _answer_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         kind = request.headers.get("content-type", "nothing")
-        if request.method == "POST" and not kind.startswith("application/json"):
+        if request.method == "POST" and kind.partition(";")[0].strip().lower() != "application/json":
             return _problem(415, f"content-type must be application/json, got {kind}")
         if any(problem["type"] == "json_invalid" for problem in error.errors()):
             return _problem(422, "the body is not JSON")

@@ -45,10 +45,15 @@ class Guard:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
 
+        if is_head := scope["method"] == "HEAD":  # answered as GET is, without the body
+            scope = {**scope, "method": "GET"}
+
         async def send_guarded(message: "Message") -> None:
             if message["type"] == "http.response.start":
                 headers = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
                 message = {**message, "headers": [*message["headers"], *headers]}
+            elif is_head:
+                message = {**message, "body": b""}
             await send(message)
 
         host = name_in(dict(scope["headers"]).get(b"host", b""))

@@ -179,7 +179,7 @@ async function fitted(file) {
   const bitmap = await createImageBitmap(file).catch(() => {
     throw new Problem(`${file.name} is not an image that this browser reads`);
   });
-  const [, height, width] = model.image_shape;
+  const [channels, height, width] = model.image_shape;
   const scale = Math.min(bitmap.width / width, bitmap.height / height);
   let [w, h] = [Math.round(width * scale), Math.round(height * scale)];
   let from = canvas(w, h, bitmap, (bitmap.width - w) / 2, (bitmap.height - h) / 2, w, h);
@@ -188,7 +188,17 @@ async function fitted(file) {
     from = canvas(halfW, halfH, from, 0, 0, w, h);
     [w, h] = [halfW, halfH];
   }
-  return canvas(width, height, from, 0, 0, w, h).toDataURL("image/png");
+  const whole = canvas(width, height, from, 0, 0, w, h);
+  return (channels === 1 ? gray(whole) : whole).toDataURL("image/png");
+}
+
+// Shows what a gray model sees, to the bit: the service weighs the colors alike.
+function gray(made) {
+  const pen = made.getContext("2d"), image = pen.getImageData(0, 0, made.width, made.height), { data } = image;
+  for (let at = 0; at < data.length; at += 4)
+    data.fill((19595 * data[at] + 38470 * data[at + 1] + 7471 * data[at + 2] + 32768) >> 16, at, at + 3);
+  pen.putImageData(image, 0, 0);
+  return made;
 }
 
 function canvas(width, height, image, ...part) {
