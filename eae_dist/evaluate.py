@@ -471,7 +471,7 @@ def summary(metrics: dict) -> str:
     lines = [
         f"{metrics['checkpoint']} on {metrics['images']:,} {metrics['split']} images of {metrics['data']}: squared error "
         f"{metrics['reconstruction']:.3f} per image, {metrics['reconstruction_per_pixel']:.6f} per pixel and channel",
-        f"against {metrics['reference_images']:,} {metrics['reference']} images, {metrics['features']['preprocessing']}:",
+        f"against {metrics['reference_images']:,} {metrics['reference']} images, {compared_by(metrics['features'])}:",
         *summary_of_sets(metrics),
         f"latents of {latents['images']:,} images, beside as many draws of N(0, I): sliced Wasserstein distance from N(0, I) "
         f"{latents['sliced_wasserstein']:.3f} beside {latents['sliced_wasserstein_of_draws']:.3f}, entropy "
@@ -485,10 +485,16 @@ def summary_of_folders(metrics: dict) -> str:
     return "\n".join(
         [
             f"{metrics['sets']['generated']['images']:,} images of {metrics['generated']} against "
-            f"{metrics['reference_images']:,} of {metrics['real']}, {metrics['features']['preprocessing']}:",
+            f"{metrics['reference_images']:,} of {metrics['real']}, {compared_by(metrics['features'])}:",
             *summary_of_sets(metrics),
         ]
     )
+
+
+def compared_by(features: dict) -> str:
+    """Returns the name of the features in a metrics file, and what is done to images before them."""
+    name = "inception" if features["metric"] == "fid" else features["metric"].removeprefix("fd_")
+    return f"by the features {name}, {features['preprocessing']}"
 
 
 def summary_of_sets(metrics: dict) -> list[str]:

@@ -64,6 +64,45 @@ def test_every_sample_of_every_split_is_encoded_once_in_order(run, latents, shar
     )
 
 
+SMALL = {"empty": "", "null": "null", "list": "[]", "cut": '{"version": 1, "about', "no keys": "{}", "number": "1"}
+
+
+@pytest.mark.parametrize("text", SMALL.values(), ids=SMALL)
+def test_manifest_that_cannot_be_read_is_named(latents, text):
+    (latents.root / "manifest.json").write_text(text)
+    with pytest.raises(DamagedLatents, match=f"{latents.root}/manifest.json cannot be read .*encode again into another folder"):
+        LatentFolder.open(latents.root)
+
+
+@pytest.mark.parametrize(("old", "new"), [('"rows": 32', '"rows": 23'), ('"batch": 16', '"batch": 17'), ('"d": 5', '"d": 4')])
+def test_changed_digit_in_a_manifest_is_seen(latents, old, new):
+    manifest = latents.root / "manifest.json"
+    assert old in manifest.read_text()
+    manifest.write_text(manifest.read_text().replace(old, new, 1))
+    with pytest.raises(DamagedLatents, match="does not match its checksum"):
+        LatentFolder.open(latents.root)
+
+
+@pytest.mark.parametrize("text", SMALL.values(), ids=SMALL)
+def test_part_whose_description_cannot_be_read_is_encoded_again(run, latents, tmp_path, monkeypatch, caplog, text):  # noqa: F811
+    original, written = encode_module.write_part, []
+
+    def stopped(root, name, *arrays):
+        if len(written) == 3:
+            raise OSError("no space")
+        original(root, name, *arrays)
+        written.append(name)
+
+    monkeypatch.setattr(encode_module, "write_part", stopped)
+    with pytest.raises(OSError, match="no space"):
+        encode(run, tmp_path / "out", [])
+    monkeypatch.undo()
+    monkeypatch.setattr(encode_module, "PART_ROWS", 32)
+    (broken := tmp_path / "out" / f".{written[1]}.json").write_text(text)
+    assert bits(encode(run, tmp_path / "out", []).root) == bits(latents.root)
+    assert f"{broken} cannot be read" in caplog.text
+
+
 @pytest.mark.parametrize("ranks", RANKS[1:])
 def test_latents_and_neighborhoods_are_the_same_on_any_number_of_ranks(world, ranks):
     one, several = (world(w)["encoded_latents"] for w in (1, ranks))

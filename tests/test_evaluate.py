@@ -26,7 +26,7 @@ from eae_dist.data.shard_index import ShardIndex
 from eae_dist.data.stream import walk
 from eae_dist.distributed import failures
 from eae_dist.distributed.launch import first_host, srun_ranks, tasks_of_nodes
-from eae_dist.evaluate import evaluate, evaluate_folders, main
+from eae_dist.evaluate import evaluate, evaluate_folders, main, said_once
 from eae_dist.inference import trained_model as generation
 from eae_dist.inference.trained_model import sample_seeds, spherical_middle
 from eae_dist.latent.densities import DENSITIES
@@ -36,6 +36,7 @@ from eae_dist.metrics.features import FEATURES, Extractor, build_features
 from eae_dist.metrics.frechet import FeatureStats, frechet_distance
 from eae_dist.metrics.image_sets import compare, describe
 from eae_dist.model.autoencoder import Autoencoder
+from eae_dist.numerics.json_files import read_json
 from eae_dist.training import checkpoint as checkpoints
 from eae_dist.training.checkpoint import DamagedCheckpoint, open_checkpoint
 
@@ -102,9 +103,9 @@ def test_metrics_and_pictures_are_written_into_the_run_folder(run):
     assert metrics.pop("out") == str(folder)
     densities = ("isotropic", "mvg", "gmm")
     drawn = {f"samples-{name}.png" for name in densities}
-    assert {file.name for file in folder.iterdir()} == PICTURES | drawn | {"metrics.json", "densities"}
+    assert {file.name for file in folder.iterdir()} == PICTURES | drawn | {"metrics.json", "densities", ".lock"}
     assert {file.name for file in (folder / "densities").iterdir()} == {f"{name}.safetensors" for name in densities}
-    assert json.loads((folder / "metrics.json").read_text()) == metrics
+    assert read_json(folder / "metrics.json", {}, "", is_sealed=True) == metrics
     # Tiles of 16 pixels, a line of 1 between them and around: 100 samples by ten, 33 images beside their reconstructions
     # by ten, 16 pairs by eight steps.
     sizes = {name: Image.open(folder / name).size for name in PICTURES}
@@ -319,6 +320,42 @@ def test_progress_of_other_settings_is_not_used(run, tmp_path, monkeypatch):
     monkeypatch.undo()
     other = evaluate(run, ["evaluate.seed=1"], tmp_path / "out")
     assert other["sets"]["isotropic"] != evaluate(run, [], tmp_path / "plain")["sets"]["isotropic"]
+
+
+PROGRESS = {"empty": "", "null": "null", "list": "[]", "cut": '{"key": {"che', "no sets": '{"key": {}}', "number": "1"}
+
+
+@pytest.mark.parametrize("text", PROGRESS.values(), ids=PROGRESS)
+def test_progress_and_numbers_that_cannot_be_read_are_made_again(run, tmp_path, caplog, text):
+    whole = evaluate(run, ["evaluate.densities=[mvg]"], tmp_path / "out")
+    for name in (".progress.json", "metrics.json"):
+        (tmp_path / "out" / name).write_text(text)
+    again = evaluate(run, ["evaluate.densities=[mvg]"], tmp_path / "out")
+    assert again == whole and f"{tmp_path}/out/.progress.json cannot be read" in caplog.text
+    assert read_json(tmp_path / "out" / "metrics.json", {"sets": dict}, "", is_sealed=True)["sets"] == whole["sets"]
+
+
+def test_second_evaluation_into_a_folder_is_refused_while_the_first_runs(run, tmp_path):
+    script = (
+        f"from eae_dist.training.checkpoint import lock; from pathlib import Path; _held = lock(Path({str(tmp_path / 'out')!r}))"
+    )
+    script += "; print('held', flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=rank_environment()
+    ) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(OSError, match=f"--out={tmp_path}/out is in use by another job .process {other.pid} on "):
+            evaluate(run, [], tmp_path / "out")
+        other.stdin.write(b"\n")
+    assert evaluate(run, ["evaluate.densities=[mvg]"], tmp_path / "out")["images"] == 33
+
+
+def test_warnings_that_differ_in_their_set_alone_are_one():
+    doubts = {f"the set {name}": [f"features of the set {name} are odd"] for name in ("mvg", "gmm")} | {
+        "the set x": ["the set x!"]
+    }
+    assert said_once(doubts) == ["features of the set mvg, the set gmm are odd", "the set x!"]
+    assert said_once({"mvg": ["mvg: rank 3"], "gmm": ["gmm: rank 3", "gmm: other"]}) == ["mvg, gmm: rank 3", "gmm: other"]
 
 
 def test_densities_never_lie_beside_the_numbers_of_another_evaluation(run, tmp_path, monkeypatch):

@@ -209,6 +209,57 @@ def test_run_that_was_trained_for_longer_is_refused(configs, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("objective: {name: eae}\nmodel: {width: wide}\n", "model.width"),
+        ("objective: {name: eae}\nmodel: {widht: 3}\n", "did you mean model.width"),
+        ("objective: {name: eae, kl_weight: 0.2}\n", "objective.kl_weight=0.2 has no effect"),
+        ("objective: {name: eae}\nmodel: {network: resnet}\n", "resnet"),
+        ("objective: {name: eae}\ntrain: {global_batch: 0}\n", "train.global_batch=0"),
+        ("objective: {name: eae}\ndata: {root: /nowhere}\n", "/nowhere"),
+        ("objective: {name: eae}\ndata: {lanes: 5}\n", "data.lanes=5"),
+        ("- eae\n", "expected sections"),
+        ("", "is empty"),
+        ("objective: {name: [\n", "not a YAML mapping"),
+    ],
+)
+def test_error_in_the_file_of_a_row_names_the_file(configs, tmp_path, text, message):
+    file = configs.parent / "tiny" / "eae.yaml"
+    file.write_text(text)
+    with pytest.raises(SystemExit) as ended:
+        main([str(configs), "--only", "eae", "--out", str(tmp_path / "out")])
+    assert str(file) in str(ended.value) and message in str(ended.value) and "\n" not in str(ended.value)
+
+
+DAMAGES = {"empty": "", "null": "null", "list": "[]", "cut": '{"sets": {"iso', "number": "3", "no sets": "{}", "bytes": "\0\1"}
+
+
+@pytest.mark.parametrize("text", DAMAGES.values(), ids=DAMAGES)
+def test_row_whose_small_files_cannot_be_read_is_done_again(configs, tmp_path, caplog, text):
+    out, rows = tmp_path / "out", ["eae", "rae"]
+    before = table(configs, rows, 1, Here(), out, [])
+    numbers = out / "runs" / "eae-0" / "evaluation" / "metrics.json"
+    numbers.write_text(text)
+    assert table(configs, rows, 1, again := Here(), out, []) == before
+    assert (again.trained, again.judged) == ([], ["eae-0"]) and str(numbers) in caplog.text
+    for name in ("state.json", "manifest.json", "config.yaml"):
+        (out / "runs" / "rae-0" / "checkpoints" / "latest" / name).write_text(text)
+        assert table(configs, rows, 1, again := Here(), out, []) == before, name
+        assert (again.trained, again.judged) == (["rae-0"], []) and name in caplog.text
+
+
+def test_changed_digit_in_the_numbers_of_a_row_is_seen(configs, tmp_path):
+    out = tmp_path / "out"
+    before = table(configs, ["eae"], 1, Here(), out, [])
+    numbers = out / "runs" / "eae-0" / "evaluation" / "metrics.json"
+    text = numbers.read_text()
+    places = [at for at, character in enumerate(text) if character.isdigit() and at < text.index('"checksum"')]
+    for place in places[:: max(len(places) // 5, 1)]:
+        numbers.write_text(text[:place] + str((int(text[place]) + 1) % 10) + text[place + 1 :])
+        assert table(configs, ["eae"], 1, again := Here(), out, []) == before and again.judged == ["eae-0"]
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["nowhere.yaml"], "nowhere.yaml: there is no such configuration file"),

@@ -27,6 +27,22 @@ RENAMED_KEYS = {"index.queries": "index.query_split", "index.near": "index.dupli
 RENAMED_VALUES = {("train.precision", "no"): "fp32"}
 
 
+USAGE = """\
+usage: python -m eae_dist.train [--config FILE ...] [key=value ...]
+
+Trains one objective on one data set. Under accelerate launch, torchrun or srun it uses their ranks:
+
+  python -m eae_dist.train --config mnist5k mnist5k/eae train.epochs=10 train.output=runs/first
+  torchrun --nproc-per-node=2 -m eae_dist.train --config cifar10 cifar10/eae data.root=shards/cifar10
+
+options:
+  --config FILE ...  YAML files with settings, or names of shipped ones, such as mnist5k or mnist5k/eae; a later file wins
+  key=value          a setting; it wins over files; text is taken as it is, null stands for no value
+  -h, --help         this text
+
+settings, as key=value or in YAML files after --config:"""
+
+
 def load_config(argv: Sequence[str] = ()) -> Config:
     """Reads the configuration from a command line `[--config FILE.yaml ...] [key=value ...]`; --help prints every key and exits.
 
@@ -104,7 +120,7 @@ def changed_keys(before: Config, after: Config, *, changeable: bool) -> list[str
 
 def help_text() -> str:
     """Returns the text of --help: every key with its default and its meaning."""
-    lines = ["settings, as key=value or in YAML files after --config:"]
+    lines = USAGE.splitlines()
     for section, cls in _sections().items():
         meanings = _field_docstrings(cls)
         lines += ["", f"{section}: {cls.__doc__}"]

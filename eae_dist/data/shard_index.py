@@ -145,7 +145,7 @@ class ShardIndex:
                 tables=tables,
                 tars=tables if base is None else RemoteFolder(checked_address(base, "base"), cache),
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} cannot be read as a shard index ({error}); write it again with `pack --index`") from error
 
     def split(self, name: str, setting: str | None = None) -> Split:

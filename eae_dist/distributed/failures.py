@@ -1,5 +1,6 @@
 """Failures are passed to all ranks: an error on one rank ends all ranks with its message, instead of a timeout."""
 
+import os
 import sys
 import threading
 import time
@@ -11,6 +12,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from eae_dist.distributed.collectives import from_rank_zero, gather_objects, is_initialized, rank, world_size
+from eae_dist.distributed.stop import launcher_process
 
 Result = TypeVar("Result")
 
@@ -82,13 +84,39 @@ def ending_ranks(*known: type[Exception]) -> Iterator[None]:
     except RankZeroFailed:  # rank 0 prints the message
         sys.exit(1)
     except known as error:
-        sys.exit(f"error: {error}" if rank() == 0 else 1)
+        sys.exit(last_word(f"error: {error}") if rank() == 0 else 1)
     except (ValueError, OSError) as error:
         where = f" [rank {rank()}]" if world_size() > 1 else ""
-        sys.exit(f"error{where}: {error}")
+        sys.exit(last_word(f"error{where}: {error}"))
     finally:
         if is_initialized():
             dist.destroy_process_group()
+
+
+def last_word(text: str) -> str:
+    """Returns the text, and prints it once more when the launcher of this rank has ended, within at most 30 seconds.
+
+    accelerate and torchrun print a traceback of their own after a rank has failed, below which nobody looks for the cause.
+    """
+    launcher = launcher_process()
+    if launcher is not None and os.fork() == 0:
+        try:
+            os.setsid()  # a launcher ends the process groups of its ranks
+            end = time.monotonic() + 30
+            while _runs(launcher) and time.monotonic() < end:
+                time.sleep(0.02)
+            os.write(2, f"{text}\n".encode(errors="replace"))
+        finally:
+            os._exit(0)
+    return text
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except OSError:
+        return False
+    return True
 
 
 def silent_ranks(patience: float) -> list[int]:

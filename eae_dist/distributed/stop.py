@@ -15,6 +15,12 @@ LAUNCHERS = {"accelerate": "ACCELERATE_DYNAMO_BACKEND", "torchrun": "TORCHELASTI
 _LAUNCHER = os.getppid() if set(LAUNCHERS.values()) & os.environ.keys() else None
 
 
+def launcher_process() -> int | None:
+    """Returns the process id of accelerate's or torchrun's launcher, if this process was started by one that still runs."""
+    started_by = {LAUNCHERS["accelerate"], LAUNCHERS["torchrun"]} & os.environ.keys()
+    return _LAUNCHER if started_by and os.getppid() == _LAUNCHER else None
+
+
 class StopRequest:
     """Turns SIGTERM and Ctrl-C on any rank into a decision of all ranks to stop after the same step.
 

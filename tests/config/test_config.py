@@ -191,6 +191,10 @@ def test_choices_take_the_listed_values_and_name_them_otherwise(key, known):
     [
         (["train.schedule=plateau", "data.validation=null"], "train.schedule=plateau .* set data.validation"),
         (["train.global_batch=6", "objective.k=6"], "objective.k=6 needs more than 6 rows"),
+        (
+            ["train.global_batch=1", "objective.name=wae"],
+            "objective.name=wae compares pairs of rows; train.global_batch=1 must be",
+        ),
         (["train.global_batch=12", "objective.k=12"], "objective.k=12 needs more than 12 rows, train.global_batch=12"),
     ],
 )
@@ -261,6 +265,11 @@ def test_help_lists_every_key_with_its_default_and_its_meaning_and_exits(capsys,
         load_config(["train.seed=1", option])
     assert stop.value.code == 0
     lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "usage: python -m eae_dist.train [--config FILE ...] [key=value ...]"
+    example = next(line for line in lines if line.startswith("  python -m eae_dist.train "))
+    assert load_config(example.split()[3:]).train.epochs == 10  # the example is one
+    places = [next(at for at, line in enumerate(lines) if text in line) for text in ("  --config FILE", "data: ", "index: ")]
+    assert places == sorted(places) and places[0] < 12
     for key, default in DEFAULTS.items():
         shown = "null" if default is None else default
         at = [number for number, line in enumerate(lines) if line.startswith(f"  {key}={shown}  (")]

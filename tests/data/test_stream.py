@@ -322,7 +322,7 @@ def test_index_without_splits_is_an_error_that_names_it(shards, tmp_path):
     info = json.loads((root / "index.json").read_text())
     del info["splits"]
     (root / "index.json").write_text(json.dumps(info))
-    with pytest.raises(ValueError, match=f"^{root}/index.json cannot be read as a shard index .'splits'.*pack --index"):
+    with pytest.raises(ValueError, match=f"^{root}/index.json cannot be read as a shard index .splits is missing.*pack --index"):
         ShardStream(root, "train", 26)
 
 
@@ -361,3 +361,21 @@ def test_closing_a_stream_ends_its_thread(shards):
         if thread.name == "shard-stream":
             thread.join(timeout=10)
     assert threading.active_count() <= before
+
+
+@pytest.mark.parametrize("text", ["", "null", "[]", "{}", "3", '{"version": 1', '{"version": 1, "splits": []}', "\0", "[" * 100_000])
+def test_index_with_another_content_is_an_error_that_names_it(shards, tmp_path, text):
+    root = copy(shards, tmp_path)
+    (root / "index.json").write_text(text)
+    with pytest.raises(ValueError, match=f"^{root}/index.json cannot be read as a shard index .*pack --index"):
+        ShardStream(root, "train", 8)
+
+
+@pytest.mark.parametrize("change", [1, -1, 1000, -150])
+def test_number_of_samples_that_the_table_does_not_have_is_an_error(shards, tmp_path, change):
+    root = copy(shards, tmp_path)
+    info = json.loads((root / "index.json").read_text())
+    info["splits"]["train"]["samples"] += change
+    (root / "index.json").write_text(json.dumps(info))
+    with pytest.raises(ValueError, match=f"{root}/index.json says {150 + change} samples of train, its table 150"):
+        ShardStream(root, "train", 8)

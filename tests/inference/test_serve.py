@@ -39,6 +39,7 @@ from eae_dist.inference.service.app import create_app
 from eae_dist.inference.service.batching import Batcher, Busy, Closed
 from eae_dist.inference.service.connections import limited_protocol
 from eae_dist.inference.service.guard import POLICY, Guard
+from eae_dist.inference.service.images import images_from_text
 from eae_dist.inference.service.model import ServedModel
 from eae_dist.latent.densities import save_density
 from eae_dist.latent.gaussian import Gaussian
@@ -673,6 +674,18 @@ def test_the_page_loads_nothing_from_other_hosts(app):
     for directive in ("default-src 'none'", "script-src 'self'", "connect-src 'self'", "frame-ancestors 'none'"):
         assert directive in POLICY
     assert "http" not in POLICY and "unsafe" not in POLICY
+
+
+def test_the_page_makes_colors_gray_as_the_service_does():
+    script = (ROOT / "eae_dist" / "inference" / "service" / "page" / "page.js").read_text()
+    weights = re.search(r"\((\d+) \* data\[at\] \+ (\d+) \* data\[at \+ 1\] \+ (\d+) \* data\[at \+ 2\] \+ (\d+)\) >> 16", script)
+    red, green, blue, half = map(int, weights.groups())
+    colors = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    seen = images_from_text([text(png(colors))], (1, 64, 64))[0, 0]
+    shown = (colors.astype(np.int64) @ [red, green, blue] + half) >> 16
+    np.testing.assert_array_equal(shown, seen)
+    again = np.repeat(seen[:, :, None], 3, 2)  # the page sends what it shows
+    np.testing.assert_array_equal(images_from_text([text(png(again))], (1, 64, 64))[0, 0], seen)
 
 
 def test_every_reference_of_the_page_is_there():

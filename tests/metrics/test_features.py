@@ -131,6 +131,31 @@ def test_a_function_that_gives_no_tensor_is_refused():
         build_features("test_features:mean_color_in_numpy")(images(0, 3))
 
 
+def complex_features(images: torch.Tensor) -> torch.Tensor:
+    return torch.fft.fft(images.float().mean((2, 3)))
+
+
+def complex_double_features(images: torch.Tensor) -> torch.Tensor:
+    return torch.complex(images.double().mean((2, 3)), images.double().mean((2, 3)))
+
+
+def no_features(images: torch.Tensor) -> torch.Tensor:
+    return images.float().mean((2, 3))[:, :0]
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("complex_features", r"torch.complex64 \(2, 3\)"),
+        ("complex_double_features", r"torch.complex128 \(2, 3\)"),
+        ("no_features", r"torch.float32 \(2, 0\)"),
+    ],
+)
+def test_a_function_that_gives_no_real_numbers_is_refused(name, found):
+    with pytest.raises(ValueError, match=f"fd_test_features_{name}: the features are {found}, expected at least one real number"):
+        build_features(f"test_features:{name}")(images(0, 2))
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [

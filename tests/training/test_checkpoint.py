@@ -457,6 +457,52 @@ def test_run_is_not_continued_on_other_data_or_in_another_order(tmp_path, write,
     assert opened(tmp_path).state["step"] == 5
 
 
+def test_other_data_is_said_before_the_settings_that_follow_from_it(tmp_path, write):
+    opened(tmp_path)
+    write(tmp_path, 5)
+    other = replace(CONFIG, data=replace(CONFIG.data, root="photos"), model=replace(CONFIG.model, latent_dim=64))
+    with pytest.raises(ValueError, match="holds a run with other settings") as refused:
+        opened(tmp_path, other, IDENTITY | {"index_sha256": "f" * 64})
+    assert [line.strip() for line in str(refused.value).splitlines()[1:]] == [
+        "data: unread -> photos",
+        "model.latent_dim: 5 -> 64",
+    ]
+
+
+def test_folders_of_checkpoints_whose_names_were_swapped_are_told_by_their_steps(tmp_path, write):
+    opened(tmp_path)
+    one, other = write(tmp_path, 5), write(tmp_path, 10)
+    kept = write(tmp_path, 3)
+    one.rename(tmp_path / "aside")
+    other.rename(one)
+    (tmp_path / "aside").rename(other)
+    with pytest.raises(DamagedCheckpoint, match=f"{other} holds step 5: the folder was renamed; call it step-00000005 again"):
+        open_checkpoint(other)
+    assert opened(tmp_path).path == kept  # rather than steps 6 to 10 with the weights of step 5
+    copy = Path(shutil.copytree(kept, tmp_path / "my best one"))
+    assert open_checkpoint(copy).state["step"] == 3
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "", "3", '"x"', "{", '{"model.safetensors": 3}', "[" * 100_000, "\0"])
+@pytest.mark.parametrize("name", ["manifest.json", "state.json"])
+def test_small_file_with_another_content_is_damage_and_the_checkpoint_before_is_used(tmp_path, write, name, text):
+    opened(tmp_path)
+    good, bad = write(tmp_path, 5), write(tmp_path, 10)
+    (bad / name).write_text(text)
+    with pytest.raises(DamagedCheckpoint, match=f"{bad}.*{name}"):
+        open_checkpoint(tmp_path)
+    assert opened(tmp_path).path == good
+
+
+def test_cut_configuration_of_a_run_folder_does_not_let_other_settings_in(tmp_path, write):
+    opened(tmp_path)
+    write(tmp_path, 5)
+    (tmp_path / "config.yaml").write_text("data:\n")
+    with pytest.raises(ValueError, match="train.learning_rate: .* -> 0.5"):
+        opened(tmp_path, changed("train", learning_rate=0.5))
+    assert opened(tmp_path).state["step"] == 5
+
+
 def test_run_goes_back_behind_damaged_checkpoints_and_says_so(tmp_path, write, caplog):
     opened(tmp_path)
     good, bad = write(tmp_path, 5), write(tmp_path, 10)
