@@ -363,7 +363,9 @@ def test_closing_a_stream_ends_its_thread(shards):
     assert threading.active_count() <= before
 
 
-@pytest.mark.parametrize("text", ["", "null", "[]", "{}", "3", '{"version": 1', '{"version": 1, "splits": []}', "\0", "[" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["", "null", "[]", "{}", "3", '{"version": 1', '{"version": 1, "splits": []}', "\0", "[" * 100_000]
+)
 def test_index_with_another_content_is_an_error_that_names_it(shards, tmp_path, text):
     root = copy(shards, tmp_path)
     (root / "index.json").write_text(text)
