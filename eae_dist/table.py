@@ -243,7 +243,9 @@ def chosen(run: Run) -> Path:
     The run is trained. The state names the best step, since a link can be lost.
     """
     last = run.folder / "checkpoints" / "latest"
-    best_step = intact(last).state.get("best_step")
+    checkpoint = intact(last)
+    assert checkpoint is not None  # the run is trained
+    best_step = checkpoint.state.get("best_step")
     return last.with_name(f"step-{best_step:08d}") if best_step else last.resolve()
 
 

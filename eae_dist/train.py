@@ -23,9 +23,9 @@ from eae_dist.training.metrics_log import TrainingDiverged
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command on this rank; argv: default: the command line."""
     os.environ |= srun_ranks(os.environ)
-    if note := note_on_defaults(os.environ, launcher_command(), Path(default_config_file)):
-        if os.environ.get("RANK", "0") == "0":
-            print(note, file=sys.stderr, flush=True)
+    note = note_on_defaults(os.environ, launcher_command(), Path(default_config_file))
+    if note and os.environ.get("RANK", "0") == "0":
+        print(note, file=sys.stderr, flush=True)
     with ending_ranks(TrainingDiverged):
         train(load_config(sys.argv[1:] if argv is None else argv))
         barrier()

@@ -84,7 +84,7 @@ def test_changed_digit_in_a_manifest_is_seen(latents, old, new):
 
 
 @pytest.mark.parametrize("text", SMALL.values(), ids=SMALL)
-def test_part_whose_description_cannot_be_read_is_encoded_again(run, latents, tmp_path, monkeypatch, caplog, text):  # noqa: F811
+def test_part_whose_description_cannot_be_read_is_encoded_again(run, latents, tmp_path, monkeypatch, caplog, text):
     original, written = encode_module.write_part, []
 
     def stopped(root, name, *arrays):

@@ -177,7 +177,7 @@ def _from_file(file: str) -> tuple[object, str]:
     if tree is None and not path.read_text().strip():
         raise ValueError(f"{file} is empty; expected sections with keys, such as train: {{seed: 1}}")
     for (section, key), text in _texts_of(tree):
-        loaded[section][key] = text
+        OmegaConf.update(loaded, f"{section}.{key}", text)
     return loaded, file
 
 

@@ -8,7 +8,7 @@ import yaml
 from eae_dist.distributed.stop import LAUNCHERS
 
 # What accelerate assumes without a file, for the keys that change how a run is computed or on how many ranks.
-ASSUMED = {
+ASSUMED: dict[str, tuple[object, ...]] = {
     "mixed_precision": ("no", False, None),
     "num_processes": (None,),
     "num_machines": (1, None),

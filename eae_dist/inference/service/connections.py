@@ -3,9 +3,14 @@
 Without them, clients that connect and send nothing, or half a header, would hold all connections for ever.
 """
 
+import asyncio
 from collections import Counter
+from typing import TYPE_CHECKING
 
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+if TYPE_CHECKING:  # AutoHTTPProtocol is one of two classes with these methods
+    from uvicorn.protocols.http.h11_impl import H11Protocol as AutoHTTPProtocol
+else:
+    from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 HEADER_SECONDS = 10
 TOO_LATE = b"408 Request Timeout", b"the header of the request did not arrive in time"
@@ -22,9 +27,10 @@ def limited_protocol(most_of_one: int | None, header_seconds: float = HEADER_SEC
     class LimitedProtocol(AutoHTTPProtocol):
         """One connection. `_deadline` runs while no request is being answered and something was, or is to be, received."""
 
-        _deadline = _address = None
+        _deadline: asyncio.TimerHandle | None = None
+        _address = ""
 
-        def connection_made(self, transport):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn declares it
             super().connection_made(transport)
             self._address = (transport.get_extra_info("peername") or ("",))[0]
             held[self._address] += 1
@@ -33,34 +39,34 @@ def limited_protocol(most_of_one: int | None, header_seconds: float = HEADER_SEC
             else:
                 self._await_header()
 
-        def connection_lost(self, exc):
+        def connection_lost(self, exc: Exception | None) -> None:
             self._stop_waiting()
             held[self._address] -= 1
             if not held[self._address]:
                 del held[self._address]
             super().connection_lost(exc)
 
-        def data_received(self, data):
+        def data_received(self, data: bytes) -> None:
             super().data_received(data)
             if self.cycle is not None and not self.cycle.response_complete:
                 self._stop_waiting()
             elif self._deadline is None:
                 self._await_header()
 
-        def on_response_complete(self):
+        def on_response_complete(self) -> None:
             super().on_response_complete()
             if self._deadline is None and not self.transport.is_closing() and self.cycle.response_complete:
                 self._await_header()
 
-        def _await_header(self):
+        def _await_header(self) -> None:
             self._deadline = self.loop.call_later(header_seconds, self._end, TOO_LATE)
 
-        def _stop_waiting(self):
+        def _stop_waiting(self) -> None:
             if self._deadline is not None:
                 self._deadline.cancel()
                 self._deadline = None
 
-        def _end(self, answer: tuple[bytes, bytes]):
+        def _end(self, answer: tuple[bytes, bytes]) -> None:
             if not self.transport.is_closing():
                 status, reason = answer
                 body = b'{"detail": "%s"}' % reason
