@@ -148,7 +148,6 @@ def evaluate_folders(real: Path, generated: Path, assignments: Sequence[str], ou
         raise ValueError(f"{other[0]}: only evaluate.* settings apply to two folders of images")
     settings, device = load_config(assignments).evaluate, PartialState().device
     described = []
-    _lock = None if out is None else lock(out, "--out")  # held until this function returns
     # Both are opened before the first goes through the network, so that an error in the second is reported at once.
     folders = (real, generated)
     walks = [walk_images(folder, settings.batch, count=settings.count) for folder in folders]
@@ -156,6 +155,7 @@ def evaluate_folders(real: Path, generated: Path, assignments: Sequence[str], ou
     name = settings.features or features_for(*size)
     extractor = build_features(name, weights=settings.inception_weights, preprocessing=settings.preprocessing).to(device)
     announce(extractor)
+    _lock = None if out is None else lock(out, "--out")  # held until this function returns
     for folder, (_, total, blocks) in zip(folders, walks, strict=True):
 
         def compute(folder: Path = folder, total: int = total, blocks: Iterable = blocks) -> ImageSet:
