@@ -126,7 +126,7 @@ def planned(config: Path, file: Path, row: str, seed: int, out: Path, settings: 
         index = ShardIndex.load(data.root, cache)
         lanes = resolve_lanes(index, data.split, loaded.train.global_batch, data.lanes, cache)
         return Run(row, seed, folder, arguments, resolve(loaded, index.image_shape, lanes), index)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         text = str(error)
         raise ValueError(text if str(file) in text else f"row {row}, {file}: {text}") from error
 

@@ -508,7 +508,7 @@ def test_folders_are_judged_by_all_their_images(folders, tmp_path, capsys):
     # Blocks of 8 or all at once: float32 features differ by rounding.
     expected = frechet_distance(folder_stats(range(33)), folder_stats(range(20, 40)))
     assert numbers["fd_thumbnails64"] == pytest.approx(expected, rel=1e-4) and expected > 0.5
-    assert f"20 images of {folders[1]} against 33 of {folders[0]}, v/64" in capsys.readouterr().out
+    assert f"20 images of {folders[1]} against 33 of {folders[0]}, by the features thumbnails64, v/64" in capsys.readouterr().out
     first = evaluate_folders(*folders, ["evaluate.features=thumbnails", "evaluate.count=7"])
     assert (first["sets"]["generated"]["images"], first["reference_images"]) == (7, 7)
 
