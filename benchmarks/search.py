@@ -13,9 +13,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+# torch comes first: importing FAISS' wheel makes its own CUDA libraries visible to all that is loaded later.
+import torch
+
+# isort: split
 import faiss
 import numpy as np
-import torch
 
 from benchmarks.images import write_shards
 from benchmarks.table import Row, Seconds, at_least, at_most, take_turns

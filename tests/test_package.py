@@ -31,6 +31,12 @@ def test_import_alone_imports_no_torch():
     assert python("import eae_dist, sys; print('torch' in sys.modules, 'load' in dir(eae_dist))") == "False True\n"
 
 
+@pytest.mark.parametrize("module", ["eae_dist.latent.index", "eae_dist.latent.gpu_search"])
+def test_torch_loads_its_cuda_libraries_before_faiss_loads_others(module):
+    said = python(f"import {module}, sys; names = list(sys.modules); print(names.index('torch') < names.index('faiss'))")
+    assert said == "True\n"
+
+
 def test_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'knn'"):
         eae_dist.knn  # noqa: B018

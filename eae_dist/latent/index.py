@@ -40,6 +40,7 @@ from eae_dist.distributed import (
     row_counts,
     world_size,
 )
+from eae_dist.latent import gpu_search
 from eae_dist.numerics.atomic_files import fsync, sha256_of
 from eae_dist.numerics.json_files import read_json, sealed
 
@@ -49,7 +50,6 @@ Array = TypeVar("Array", np.ndarray, torch.Tensor)
 KINDS = ("flat", "ivf_flat", "ivf_pq", "hnsw")
 EFFORT = {"ivf_flat": "nprobe", "ivf_pq": "nprobe", "hnsw": "efSearch"}  # the FAISS parameter that trades time for recall
 EXACT_UNTIL = 100_000  # rows; an exact search of 1,000 queries, d = 64, takes a fifth of a second on one core
-MOST_OF_GPUS = 2_048  # the most neighbors per query that FAISS' GPU indexes find
 SPARE = 8  # candidates beyond k; with them the first search usually satisfies `_rounding`
 GRAPH = 32  # edges per row in hnsw
 TRAINING = 64  # rows per cell that k-means is trained on
@@ -69,13 +69,13 @@ class DamagedIndex(ValueError):
 class Part:
     """Rows [start, start + len(rows)) of the whole index, float32, and the FAISS indexes that search them.
 
-    Without `index`, queries are compared with the rows one by one.
+    Without `index`, queries are compared with the rows one by one. `on_gpu`: a copy that is searched instead where it can be.
     """
 
     start: int
     rows: np.ndarray
     index: faiss.Index | None = None
-    on_gpus: faiss.Index | None = None
+    on_gpu: faiss.Index | None = None
 
     @cached_property
     def longest(self) -> float:
@@ -146,11 +146,12 @@ class LatentIndex:
             raise ValueError(f"kind=ivf_pq needs {FEWEST_FOR_CODES:,} latents on a rank, got {fewest:,}; take flat")
         part = Part(sum(counts[: rank()]), rows)
         if len(rows) and choice.kind != "flat":
-            part.index = _trained(choice.kind, rows, np.random.default_rng(seed))
+            part.index = _trained(choice.kind, part, np.random.default_rng(seed))
             for start in range(0, len(rows), BLOCK):
                 part.index.add(np.ascontiguousarray(rows[start : start + BLOCK]))
         effort = {"ivf_flat": 8, "ivf_pq": 8, "hnsw": 32}.get(choice.kind)
-        index = cls([_on_gpus(part)] if len(rows) else [], sum(counts), d, choice, None, 4, about or {})
+        part.on_gpu = gpu_search.copied(rows, part.index) if len(rows) else None
+        index = cls([part] if len(rows) else [], sum(counts), d, choice, None, 4, about or {})
         index._set_effort(effort)
         return index
 
@@ -209,6 +210,8 @@ class LatentIndex:
             middle = (low + high) // 2
             low, high = (low, middle) if found(middle) >= recall else (middle, high)
         share = found(high)
+        if high > gpu_search.MOST and any(part.on_gpu is not None for part in self._parts):
+            log.info("the CPU searches the latents: nprobe=%d, of which a GPU takes %d at most", high, gpu_search.MOST)
         if share < recall:
             log.warning("recall=%s is not reached: %s finds %.4f at most; kind=flat is exact", recall, self.kind, share)
         return share
@@ -262,9 +265,9 @@ class LatentIndex:
         self.effort = effort if self.kind in EFFORT else None
         if self.effort is not None:
             for part in self._parts:
-                for index in (part.index, part.on_gpus):
+                for index in (part.index, part.on_gpu):
                     if index is not None:
-                        space = faiss.GpuParameterSpace() if index is part.on_gpus else faiss.ParameterSpace()
+                        space = faiss.GpuParameterSpace() if index is part.on_gpu else faiss.ParameterSpace()
                         space.set_index_parameter(index, EFFORT[self.kind], self.effort)
 
     def _search_everywhere(self, asked: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -288,10 +291,15 @@ class LatentIndex:
     def _candidates(self, part: Part, queries: np.ndarray, count: int) -> np.ndarray:
         """Returns ids within the part of about `count` rows near each query, [m, up to count]; -1 if fewer were found."""
         count = min(count * (self.oversampling if self.kind == "ivf_pq" else 1), len(part.rows))
-        searched = part.on_gpus if part.on_gpus is not None and count <= MOST_OF_GPUS else part.index
-        if searched is None:
+        if part.on_gpu is not None and max(count, self.effort or 0) <= gpu_search.MOST:
+            try:
+                return part.on_gpu.search(queries, count)[1]
+            except RuntimeError as error:  # usually no memory is left
+                log.warning("from here on the CPU searches the latents: FAISS failed on the GPU (%s)", error)
+                part.on_gpu = None
+        if part.index is None:
             return faiss.knn(queries, part.rows, count)[1]
-        return searched.search(queries, count)[1]
+        return part.index.search(queries, count)[1]
 
     def _save_part(self, part: Part, folder: Path) -> dict:
         name = f"part-{part.start:012d}"
@@ -343,42 +351,25 @@ def _memory(given: int | None) -> int:
     return from_rank_zero(given or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 // ranks)
 
 
-def _trained(kind: str, rows: np.ndarray, generator: np.random.Generator) -> faiss.Index:
-    """Returns an empty index whose quantizers are trained on some of the rows."""
-    m, d = rows.shape
+def _trained(kind: str, part: Part, generator: np.random.Generator) -> faiss.Index:
+    """Returns an empty index whose quantizers are trained on some of the part's rows."""
+    m, d = part.rows.shape
     if kind == "hnsw":
         return faiss.index_factory(d, f"HNSW{GRAPH},Flat")
     cells = max(1, min(int(4 * m**0.5), m // 39))
-    index = faiss.index_factory(d, f"IVF{cells},Flat" if kind == "ivf_flat" else _coded(d, cells))
+    index = faiss.index_factory(d, f"IVF{cells},Flat" if kind == "ivf_flat" else _coded(part, cells))
     sample = np.sort(generator.choice(m, min(m, max(TRAINING * cells, FEWEST_FOR_CODES)), replace=False))
-    index.train(np.ascontiguousarray(rows[sample]))
+    index.train(np.ascontiguousarray(part.rows[sample]))
     return index
 
 
-def _coded(d: int, cells: int) -> str:
+def _coded(part: Part, cells: int) -> str:
     """Returns the FAISS factory string for codes of half a byte per dimension.
 
     A CPU is three times as fast with codes that fit into its registers. GPUs do not support these.
     """
-    if not faiss.get_num_gpus():
-        return f"IVF{cells},PQ{d}x4fs"
-    even = d + d % 2
-    return (f"Pad{even}," if even > d else "") + f"IVF{cells},PQ{even // 2}x8np"
-
-
-def _on_gpus(part: Part) -> Part:
-    """Copies the part to the GPUs if FAISS sees any: to this rank's own GPU, or to all GPUs for a single rank."""
-    if not (gpus := faiss.get_num_gpus()) or isinstance(part.index, faiss.IndexHNSW | faiss.IndexIVFPQFastScan):
-        return part
-    index = part.index
-    if index is None:
-        index = faiss.IndexFlatL2(part.rows.shape[1])
-        index.add(np.ascontiguousarray(part.rows))
-    options = faiss.GpuMultipleClonerOptions()
-    options.shard = True
-    mine = list(range(gpus)) if world_size() == 1 else [int(os.environ.get("LOCAL_RANK", rank())) % gpus]
-    part.on_gpus = faiss.index_cpu_to_gpus_list(index, options, mine)
-    return part
+    d = part.rows.shape[1]
+    return f"IVF{cells},PQ{d}x4fs" if gpu_search.gpu() is None else gpu_search.coded(d, cells, part.longest)
 
 
 def _most_effort(index: faiss.Index, kind: str) -> int:
@@ -491,4 +482,4 @@ def _load_part(folder: Path, part: dict, d: int, kind: str) -> Part:
     # FAISS has two ways to map files. The older one maps only the cells of an index, and would read a graph into memory.
     mapped = faiss.IO_FLAG_MMAP_IFC if kind == "hnsw" else faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY
     index = faiss.read_index(str(names[".faiss"]), mapped) if ".faiss" in names else None
-    return _on_gpus(Part(part["start"], rows, index))
+    return Part(part["start"], rows, index, gpu_search.copied(rows, index))

@@ -264,21 +264,6 @@ def test_index_of_a_later_version_is_refused(tmp_path):
         LatentIndex.load(tmp_path / "index")
 
 
-@pytest.mark.skipif(not faiss.get_num_gpus(), reason="FAISS sees no GPU")
-@pytest.mark.parametrize("kind", KINDS[:3])
-def test_search_on_gpus_finds_what_it_finds_on_a_cpu(kind, clustered, tmp_path):
-    rows, asked = clustered
-    index = LatentIndex.build(rows, kind)
-    assert all(part.on_gpus is not None for part in index._parts)
-    assert index.tune(asked[:50], 0.95) >= 0.95
-    _, ids = index.search(asked[50:], 10)
-    _, nearest = by_comparison(rows, asked[50:], 10)
-    assert np.mean([len(set(a) & set(b)) for a, b in zip(ids, nearest, strict=True)]) / 10 >= (1 if kind == "flat" else 0.85)
-    index.save(tmp_path / "index")
-    again = LatentIndex.load(tmp_path / "index").search(asked[50:], 10)
-    assert np.array_equal(again[1], ids)
-
-
 def test_nearest_other_row_of_a_copy_is_another_copy():
     squared, ids = nearest_others(LatentIndex.build(latents()), latents(), 0)
     assert (ids != np.arange(ROWS)).all()
