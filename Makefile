@@ -3,6 +3,10 @@
 # make test-cluster   tests on a SLURM cluster of two nodes and two hosts on this machine, DeepSpeed, kills and what else takes
 #                     long; root gets missing Debian packages installed
 # make test-page   the page of `serve` in a headless Chromium, which must be there, and the pictures of it in docs/results
+# make test-gpu    what a GPU computes, on the GPUs that there are; without any in a reduced form on the CPU
+# make bench-gpu   what a GPU does in a second, written to docs/results/gpu.md; likewise
+#                  Both take .venv or, where there is none, PYTHON with this package's dependencies and pytest; they read nothing
+#                  from the network, leave out with a reason what is not installed, and end within ten minutes
 # make setup   the environment alone, made or brought up to date
 # make bench   speed, against what one would use otherwise
 # make lint    style, docstrings and types; make clean removes the environment, not the runs
@@ -14,11 +18,13 @@ RUN := runs/mnist5k-eae
 INSTALLED := $(VENV)/.installed
 SHARDS := shards/mnist5k/index.json
 CLUSTER_TESTS := tests/slurm tests/cluster
+GPU_TESTS := tests/test_gpu.py tests/latent/test_gpu_search.py
+AS_IT_IS = timeout --signal=INT --kill-after=20s 570s $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 # GPUs where torch sees any, else two CPU ranks.
 LAUNCH = $(BIN)/accelerate launch $(shell $(BIN)/python -c "import torch; print('' if torch.cuda.is_available() else '--config_file launch/cpu.yaml')")
 
-.PHONY: train test test-cluster test-page setup bench lint clean
+.PHONY: train test test-cluster test-page test-gpu setup bench bench-gpu lint clean
 
 train: $(INSTALLED) $(SHARDS)
 	$(LAUNCH) -m eae_dist.train
@@ -46,6 +52,12 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet -e '.[bench]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks
+
+test-gpu:
+	$(AS_IT_IS) -m pytest -m gpu -rs $(GPU_TESTS)
+
+bench-gpu:
+	$(AS_IT_IS) -m benchmarks.gpu
 
 setup: $(INSTALLED)
 
