@@ -14,8 +14,8 @@ container=()
 srun_options=()
 # srun_options=(--container-image="$PWD/eae_dist.sqsh" --container-mounts="$PWD:$PWD" --container-workdir="$PWD") # pyxis, enroot
 
-# NCCL finds its network by itself; where it does not, name it:
-# export NCCL_SOCKET_IFNAME=ib0 NCCL_DEBUG=INFO
+# NCCL, and gloo for messages between CPUs, find their network by themselves; where nodes have several, name it:
+# export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0 NCCL_DEBUG=INFO
 
 ranks=${NPROC:-${SLURM_GPUS_ON_NODE:-1}} # of a node: a rank for each GPU of the allocation, without any one CPU rank
 cores=${SLURM_CPUS_PER_TASK:-1} # of a node; since SLURM 22.05 srun wants to be told again
