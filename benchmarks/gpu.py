@@ -67,13 +67,13 @@ KINDS, K, RECALL = ("flat", "ivf_flat", "ivf_pq"), 10, 0.95
 # The most that a card can do by its data sheet, dense, in 10^12 operations a second: float32, TF32, bfloat16; None: not at all.
 # The name is what torch calls the card.
 PEAKS = {
-    r"H100 80GB HBM3$|H200$": (66.9, 494.7, 989.4),
-    r"H100 PCIe$": (51.2, 378.0, 756.0),
-    r"A100\b": (19.5, 156.0, 312.0),
-    r"A40$": (37.4, 74.8, 149.7),
-    r"A10$": (31.2, 62.5, 125.0),
-    r"L40S$": (91.6, 183.0, 362.0),
-    r"L4$": (30.3, 60.0, 121.0),
+    r"\bH100 80GB HBM3$|\bH200$": (66.9, 494.7, 989.4),
+    r"\bH100 PCIe$": (51.2, 378.0, 756.0),
+    r"\bA100\b": (19.5, 156.0, 312.0),
+    r"\bA40$": (37.4, 74.8, 149.7),
+    r"\bA10$": (31.2, 62.5, 125.0),
+    r"\bL40S$": (91.6, 183.0, 362.0),
+    r"\bL4$": (30.3, 60.0, 121.0),
     r"RTX 4090$": (82.6, 82.6, 165.2),
     r"RTX 3090$": (35.6, 35.6, 71.0),
     r"V100-SXM2": (15.7, None, None),
