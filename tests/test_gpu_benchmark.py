@@ -112,7 +112,6 @@ def test_every_data_sets_network_is_measured_in_every_arithmetic_with_and_withou
 
 
 @pytest.mark.slow
-@pytest.mark.gpu
 def test_command_on_a_cpu_measures_every_row_or_says_why_not(tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path / "gpu.md")]
     environment = rank_environment() | {"CUDA_VISIBLE_DEVICES": ""}
