@@ -276,7 +276,7 @@ def ranks(bench: Bench) -> Iterator[Task]:
 def on_ranks(bench: Bench, count: int, each: int, engine: str | None, zero: str | None, one: dict[str, float]) -> Measured:
     """Measures training steps in processes of their own. one: takes and gives the images a second of one process."""
     if zero and (missing := [name for name in ("deepspeed", "transformers") if find_spec(name) is None]):
-        raise LeftOut(f"{', '.join(missing)} is not installed")
+        raise LeftOut(f"not installed: {', '.join(missing)}")
     settings = (*bench.scale.settings, "train.precision=bf16", f"train.global_batch={count * each}")
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])

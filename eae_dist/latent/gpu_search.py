@@ -85,6 +85,6 @@ def copied(rows: np.ndarray, index: faiss.Index | None) -> faiss.Index | None:
 
 
 @functools.cache
-def resources() -> faiss.StandardGpuResources:
+def resources() -> "faiss.StandardGpuResources":  # quoted, as faiss-cpu has no such class
     """Returns the memory and the streams that all copies of this process share."""
     return faiss.StandardGpuResources()

@@ -67,6 +67,12 @@ class Parameters:
         setattr(index, name, int(value))
 
 
+class Options:
+    """In the place of FAISS' own, which faiss-cpu lacks."""
+
+    useFloat16 = False
+
+
 class Memory:
     """Bytes of GPU memory that are free."""
 
@@ -83,6 +89,7 @@ def stand_in(monkeypatch) -> Memory:
         (torch.cuda, "mem_get_info", lambda device: (memory.free, 80 * 2**30)),
         (faiss, "get_num_gpus", lambda: 2),
         (faiss, "StandardGpuResources", object),
+        (faiss, "GpuClonerOptions", getattr(faiss, "GpuClonerOptions", Options)),
         (faiss, "index_cpu_to_gpu", Copy),
         (faiss, "GpuParameterSpace", Parameters),
     ):
