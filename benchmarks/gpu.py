@@ -83,8 +83,10 @@ PEAKS = {
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is measured: settings of all networks beside those of the data set, a larger batch or None, numbers of latents
-    and their dimensions, latents and queries of a search with their dimensions, images for features, seconds a row.
+    """How much is measured.
+
+    Settings of all networks beside those of the data set, a larger batch or None, numbers of latents and their dimensions,
+    latents and queries of a search with their dimensions, images for features, seconds per row.
     """
 
     settings: tuple[str, ...]

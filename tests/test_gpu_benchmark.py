@@ -93,7 +93,7 @@ def test_operations_are_two_for_each_product():
 
 
 def test_median_is_of_one_call_only_where_that_takes_long(monkeypatch):
-    taken = iter([9.0] + [0.3, 0.1, 0.2, 0.4])
+    taken = iter([9.0, 0.3, 0.1, 0.2, 0.4])
     monkeypatch.setattr(gpu, "_seconds_of_one", lambda work, device: next(taken))
     assert gpu.median_seconds(lambda: None, CPU, 1.0) == 9.0
     assert gpu.median_seconds(lambda: None, CPU, 0.1) == 0.2  # of the three after the one that tells how many fit
