@@ -223,7 +223,7 @@ def steps_taken(run: Run) -> int:
 def intact(path: Path) -> checkpoints.Checkpoint | None:
     """Returns the verified checkpoint in a folder, or None if there is none or it is damaged, which is said."""
     try:
-        changed = tuple((path / name).stat().st_mtime_ns for name in checkpoints.FILES)
+        changed = tuple((path / name).stat().st_mtime_ns for name in (*checkpoints.FILES, "manifest.json"))
         return _opened(path.resolve(), changed)
     except FileNotFoundError:
         return None
