@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 Value = TypeVar("Value")
 MESSAGE = 6_500_000  # entries averaged in one message, 25 MiB of float32
+DEVICES = {"nccl": "cuda"}  # backend -> device of the tensors that it sends, if that is not the CPU
 
 
 def is_initialized() -> bool:
@@ -219,7 +220,7 @@ def subgroup(ranks: int) -> "dist.ProcessGroup | None":
 
 def message_device() -> str:
     """Returns the device of tensors to send: NCCL supports only GPUs."""
-    return "cuda" if is_initialized() and dist.get_backend() == "nccl" else "cpu"
+    return DEVICES.get(dist.get_backend(), "cpu") if is_initialized() else "cpu"
 
 
 class Stopwatch:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from eae_dist.data.order import blocks_of, filled, permutation
 from eae_dist.distributed import rank, world_size
 from eae_dist.latent.densities import DENSITIES, Density, ReconstructingDensity, load_density
+from eae_dist.latent.gaussian import Isotropic
 from eae_dist.model.autoencoder import Autoencoder, to_uint8
 from eae_dist.numerics.keyed_random import derive_key, keyed_hash
 from eae_dist.objectives import objective_class
@@ -69,9 +70,7 @@ class TrainedModel(nn.Module):
         if name not in DENSITIES:
             raise ValueError(f"the density {name} is unknown; it is one of {', '.join(DENSITIES)}")
         if name == "isotropic":  # N(0, I) does not depend on the latents
-            density = DENSITIES[name]()
-            density.fit(torch.zeros(1, self.latent_dim))
-            return density
+            return Isotropic(self.latent_dim)
         folder = evaluation_folder(self._checkpoint)
         path = folder / "densities" / f"{name}.safetensors"
         advice = f"run `python -m eae_dist.evaluate --ckpt {self._checkpoint.path} evaluate.densities=[{name}]`"

@@ -18,7 +18,13 @@ Seeds = Sequence[int] | np.ndarray | torch.Tensor
 
 
 class Isotropic:
-    """N(0, I), for any latents. The fit only stores their number of dimensions and their mean log-likelihood under N(0, I)."""
+    """N(0, I), for any latents. The fit only stores their number of dimensions and their mean log-likelihood under N(0, I).
+
+    With `dimensions` it can be sampled without a fit.
+    """
+
+    def __init__(self, dimensions: int = 0):
+        self.dimensions, self.log_likelihood = dimensions, math.nan
 
     def fit(self, latents: torch.Tensor | np.ndarray) -> None:
         """Stores d and the mean log-likelihood [nats]; see `Density.fit`."""

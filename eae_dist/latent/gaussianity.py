@@ -6,7 +6,7 @@ n: rows, d: dimensions, s: directions.
 import numpy as np
 import torch
 
-from eae_dist.distributed import gather_padded, rank, world_size
+from eae_dist.distributed import gather_padded, message_device, rank, world_size
 from eae_dist.losses.entropy import knn_entropy
 from eae_dist.numerics.keyed_random import derive_key, normal, row_keys
 
@@ -47,5 +47,5 @@ def sliced_wasserstein(latents: torch.Tensor, *, directions: int = 512, seed: in
 def entropy(latents: torch.Tensor) -> float:
     """Returns the nearest-neighbor entropy of rows [n, d] that every rank has, in nats; each rank computes a part of it."""
     start, stop = (part * len(latents) // world_size() for part in (rank(), rank() + 1))
-    share = knn_entropy(latents[start:stop])
+    share = knn_entropy(latents[start:stop].to(message_device()))
     return float(gather_padded(share[None], [1] * world_size()).mean())

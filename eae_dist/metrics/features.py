@@ -90,7 +90,7 @@ class Extractor(nn.Module):
         if features.shape[1] == 0 or features.is_complex():
             shape = f"{features.dtype} {tuple(features.shape)}"
             raise ValueError(f"{self.metric}: the features are {shape}, expected at least one real number for each image")
-        return features.float()
+        return features.to(images.device, torch.float32)  # a user's function may return them on the CPU
 
 
 def features_for(height: int, width: int) -> str:
