@@ -95,7 +95,7 @@ def evaluate(directory: Path, assignments: Sequence[str], out: Path | None = Non
     fitted, reports = fit_densities(autoencoder, config, densities, done, device, needed={*settings.densities, second_stage})
     stage = fitted[second_stage] if second_stage else None
     assert stage is None or isinstance(stage, ReconstructingDensity)
-    through = (lambda latents: latents) if stage is None else stage.reconstruct
+    through = None if stage is None else stage.reconstruct
     errors, latents = reconstructed(autoencoder, config, device, through)
 
     # Every set of images is made, described by its features and compared with the real ones.
@@ -344,11 +344,14 @@ def walked(config: Config, split: str, description: str, count: int | None = Non
 
 @torch.no_grad()
 def reconstructed(
-    autoencoder: Autoencoder, config: Config, device: torch.device, through: Callable[[torch.Tensor], torch.Tensor]
+    autoencoder: Autoencoder,
+    config: Config,
+    device: torch.device,
+    through: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the squared errors and latents of the split in order, float64 [n] and float32 [n, d], on every rank.
 
-    through: the function that a latent passes before it is decoded, [b, d] -> [b, d].
+    through: the function on the CPU that a latent passes before it is decoded, [b, d] -> [b, d].
 
     A row's float32 result can depend on how many rows share its batch. So ranks take whole blocks of evaluate.batch, the last
     block is filled up, and the bits are the same on any number of ranks.
@@ -359,7 +362,8 @@ def reconstructed(
     for batch in walked(config, split, f"reconstructing {split}", config.evaluate.count):
         images = filled(to_unit(batch["image"], device), block)
         z = autoencoder.encode(images)
-        error = squared_error(autoencoder.decode(through(z.cpu()).to(z)), images)
+        decoded_from = z if through is None else through(z.cpu()).to(z, non_blocking=True)
+        error = squared_error(autoencoder.decode(decoded_from), images)
         errors.append(error[: len(batch["image"])].double())
         latents.append(z[: len(batch["image"])])
     return gather_rows(torch.cat(errors)).cpu(), gather_rows(torch.cat(latents)).cpu()
@@ -420,10 +424,14 @@ def fit_densities(
 
 
 def latent_sets(
-    fitted: dict[str, Density], latents: torch.Tensor, through: Callable, draws: int, seed: int
+    fitted: dict[str, Density], latents: torch.Tensor, through: Callable | None, draws: int, seed: int
 ) -> dict[str, tuple[LatentsOf, int]]:
     """Returns for each set of images a function from the numbers of images to their latents, and how many images there are."""
-    sets: dict[str, tuple[LatentsOf, int]] = {"reconstruction": (lambda numbers: through(latents[numbers]), len(latents))}
+
+    def reconstruction(numbers: np.ndarray) -> torch.Tensor:
+        return latents[numbers] if through is None else through(latents[numbers])
+
+    sets: dict[str, tuple[LatentsOf, int]] = {"reconstruction": (reconstruction, len(latents))}
     for name, density in fitted.items():
 
         def drawn(numbers: np.ndarray, density: Density = density) -> torch.Tensor:

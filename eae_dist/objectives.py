@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from eae_dist.config import Config, ModelConfig, ObjectiveConfig
+from eae_dist.distributed import rank, world_size
 from eae_dist.losses.entropy import entropy_terms
 from eae_dist.losses.terms import gaussian_divergence, kernel_discrepancy, mean_share, squared_error, sum_of_squares
 from eae_dist.model.autoencoder import LATENT_EPS, Autoencoder, build_autoencoder, resolve_model
@@ -61,16 +62,18 @@ class Objective(nn.Module):
         self.autoencoder, self.config, self.seed = autoencoder, config, seed
         # Process group (distributed.subgroup) over which training computes the entropy; None: all ranks.
         self.group: dist.ProcessGroup | None = None
+        self.row_counts: list[int] | None = None  # rows of each rank in every batch of training; None: asked in every batch
         channels, height, width = autoencoder.image_shape
         self.pixels = channels * height * width
         self.reconstruction_weight = config.reconstruction_weight or 1 / (self.pixels if self.mean_over_pixels else channels)
 
     def forward(
-        self, images: torch.Tensor, is_first_copy: torch.Tensor, global_batch: int, row_ids: np.ndarray, key: int
+        self, images: torch.Tensor, is_first_copy: torch.Tensor | None, global_batch: int, row_ids: np.ndarray, key: int
     ) -> dict[str, torch.Tensor]:
         """Returns shares of the loss and its terms: images [b, c, h, w] in [0, 1] -> scalars by name.
 
-        is_first_copy: bool [b], False for a second copy of a sample, which counts in every mean but is not a neighbor.
+        is_first_copy: bool [b], False for a second copy of a sample, which counts in every mean but is not a neighbor. None on
+        every rank: there is no second copy in the global batch.
         global_batch: n. row_ids: int64 [b], numbers of these rows in the global batch. row_ids and key fix all noise.
         "loss" is minimized, "reconstruction" is the squared error per image, and "reconstruction_per_pixel" is the squared
         error per pixel and channel.
@@ -97,7 +100,12 @@ class Objective(nn.Module):
         return {"error": squared_error(self.autoencoder.decode(mean), images), "latent": mean}
 
     def terms(
-        self, per_row: dict[str, torch.Tensor], is_first_copy: torch.Tensor, global_batch: int, row_ids: np.ndarray, key: int
+        self,
+        per_row: dict[str, torch.Tensor],
+        is_first_copy: torch.Tensor | None,
+        global_batch: int,
+        row_ids: np.ndarray,
+        key: int,
     ) -> dict[str, torch.Tensor]:
         """Returns the terms from the values of `per_row`, in float32 or better; validation calls it once for a whole split."""
         with full_precision(per_row["latent"].device):
@@ -153,16 +161,27 @@ class Objective(nn.Module):
 
     def mmd(self, latents: torch.Tensor, is_first_copy: torch.Tensor, global_batch: int, row_ids: np.ndarray, key: int) -> Terms:
         """Returns the squared MMD between the latents and draws of N(0, I)."""
-        return {"mmd": kernel_discrepancy(latents, noise(latents, row_ids, key, PRIOR))}
+        counts = self.row_counts if self.training else None
+        return {"mmd": kernel_discrepancy(latents, noise(latents, row_ids, key, PRIOR), counts)}
 
     def entropy(
         self, latents: torch.Tensor, is_first_copy: torch.Tensor, global_batch: int, row_ids: np.ndarray, key: int
     ) -> Terms:
         """Returns the entropy and the number of floored pairs: pairs of neighbors closer than sqrt(eps2)."""
         config, group = self.config, self.group if self.training else None  # validation must not depend on the number of ranks
+        counts = self.row_counts if self.training else None
+        if counts is not None and group is not None:
+            first = rank() - rank(group)  # a group has consecutive ranks
+            counts = counts[first : first + world_size(group)]
         try:
             entropy, floored = entropy_terms(
-                latents, k=config.k, average_k=config.average_k, eps2=config.eps2, valid=is_first_copy, group=group
+                latents,
+                k=config.k,
+                average_k=config.average_k,
+                eps2=config.eps2,
+                valid=is_first_copy,
+                counts=counts,
+                group=group,
             )
         except ValueError as error:
             compared = "a global batch" if group is None else "groups (objective.group)"
@@ -313,7 +332,8 @@ class EAELinear(EAE):
     ) -> Terms:
         """Returns the entropy of the mapped, batch-normed latents and the number of floored pairs."""
         matrix = self.map if self.config.map == "fixed" else orthonormal(latents.shape[1], self.map_dim, key)
-        return super().entropy(self.map_norm(latents @ matrix.to(latents)), is_first_copy, global_batch, row_ids, key)
+        mapped = latents @ matrix.to(latents, non_blocking=True)
+        return super().entropy(self.map_norm(mapped), is_first_copy, global_batch, row_ids, key)
 
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -341,7 +361,7 @@ def objective_class(name: str) -> type[Objective]:
 
 def noise(like: torch.Tensor, row_ids: np.ndarray, key: int, purpose: int) -> torch.Tensor:
     """Returns draws of N(0, 1), [b, m] as `like`, that depend only on the key of the batch, the purpose and the row number."""
-    return normal(row_keys(derive_key(key, purpose), row_ids), like.shape[1]).to(like)
+    return normal(row_keys(derive_key(key, purpose), row_ids), like.shape[1], like.device).to(like)
 
 
 def orthonormal(d: int, m: int, key: int) -> torch.Tensor:

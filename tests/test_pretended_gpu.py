@@ -26,12 +26,14 @@ from eae_dist.generate import generate
 from eae_dist.inference.encoded_dataset import EncodedDataset
 from eae_dist.inference.service.model import ServedModel
 from eae_dist.latent.densities import DENSITIES
+from eae_dist.losses import entropy
 from eae_dist.metrics.features import FEATURES, INCEPTION_FILE, PREPROCESSING, build_features
 from eae_dist.neighbors import neighbors
 from eae_dist.numerics.keyed_random import derive_key
 from eae_dist.objectives import build_objective
 from eae_dist.training.engines import engine_of
 from eae_dist.training.loop import train, training_step
+from eae_dist.training.run import Run
 from eae_dist.training.validation import validate
 
 pytestmark = pytest.mark.skipif(gpu.MISSING is not None, reason=f"{gpu.MISSING} cannot pretend to have a GPU")
@@ -274,3 +276,79 @@ def served(run: Path, _) -> list[np.ndarray]:
 def test_service_answers_what_it_answers_on_the_cpu(judged, tmp_path):
     on_cpu, found = on_both(tmp_path, served, judged)
     assert len(found) == 5 + 2 * len(DENSITIES) and all(map(np.array_equal, found, on_cpu))
+
+
+# How often the host waits. Each entry is the beginning of a wait, with the reason why there is one.
+
+WHERE_PASSES_MEET = {
+    "_to_copy in training/loop.py: first = ": "second copies are known to the host, and left out of the entropy",
+    "_to_copy in training/accumulation.py: is_first_copy = ": "the same of an accumulated step",
+    "index in losses/entropy.py: rows = ": "the copies that are left out",
+    "index_put outside of this package": "the gradient of those that are not",
+    "copy_ in distributed/collectives.py: return _of_every_rank(torch.tensor(rows": "how many each rank leaves out",
+    "_to_copy in distributed/collectives.py: return _of_every_rank(torch.tensor(rows": "the answer",
+}
+
+
+def waits_of_steps(shards: Path, name: str, _=None) -> dict[str, list[list[str]]]:
+    """The waits of each of four steps, in the last of which two passes meet, and those of a validation of three blocks."""
+    found = {}
+    for accumulate in (1, 2):
+        AcceleratorState._reset_state()
+        config = configured(shards, name, f"train.accumulate={accumulate}", "train.clip_norm=1")
+        accelerator = Accelerator(cpu=True)
+        stream = ShardStream(shards, "train", BATCH, seed=3, start_step=2)
+        run = Run(config, accelerator, stream)
+        steps = []
+        for step, batch in zip((2, 3, 4, 5), stream, strict=False):
+            with gpu.waits() as waits:
+                arguments = (batch, stream.row_ids, derive_key(3, step), config.train)
+                training_step(accelerator, run.model, run.prepared_optimizer, *arguments)
+            steps.append(waits)
+        found[f"accumulate={accumulate}"] = steps
+    with StopRequest(config.train.timeout) as stop, gpu.waits() as waits:
+        validate(accelerator, run.objective, config, stop)
+    return found | {"validation": [waits]}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_host_waits_in_no_step_but_where_two_passes_meet(shards, tmp_path, name, ranks):
+    found = pretended(tmp_path, waits_of_steps, shards, name, ranks=ranks)
+    (validation,) = found.pop("validation")
+    for kind, (*_, between, meeting) in found.items():  # the first step makes the optimizer's state, the second DDP's buckets
+        assert between == [], kind
+        assert [wait for wait in meeting if not wait.startswith(tuple(WHERE_PASSES_MEET))] == [], kind
+    # Of three blocks of 16 images; what it reads in the end does not grow with their number.
+    assert len(validation) <= 3 + 8, validation
+
+
+def test_host_waits_for_no_neighbor_of_many_tiles(tmp_path):
+    pretended(tmp_path, search_in_tiles)
+
+
+def search_in_tiles() -> None:
+    z = torch.randn(300, 4, generator=torch.Generator().manual_seed(0))
+    expected = entropy.nearest_neighbors(z, 1, 20, 270)
+    entropy.GPU_TILE = 64
+    with gpu.waits() as waits:
+        found = entropy.nearest_neighbors(z.to(gpu.DEVICE, non_blocking=True), 1, 20, 270)
+    assert waits == [] and torch.equal(gpu.values_of(found), expected)
+
+
+def waits_of_evaluation(run: Path, folder: Path) -> list[int]:
+    """The waits of an evaluation in blocks of 16 images, and in blocks of 8."""
+    PartialState(cpu=True)
+    counts = []
+    for batch in (16, 8):
+        with gpu.waits() as waits:
+            evaluate(run, ["evaluate.densities=[isotropic]", f"evaluate.batch={batch}"], folder / str(batch))
+        counts.append(len(waits))
+    return counts
+
+
+def test_host_waits_once_a_block_of_an_evaluation(shards, tmp_path):
+    run = save_run(tmp_path / "run", configured(shards, "eae", f"evaluate.cache={tmp_path}/cache"))
+    of_three_blocks, of_five_blocks = pretended(tmp_path, waits_of_evaluation, run, tmp_path)
+    sets = 5  # the reference, reconstructions, draws, two interpolations; each has 33 images
+    assert of_five_blocks - of_three_blocks <= 2 * sets

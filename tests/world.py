@@ -339,7 +339,7 @@ def evaluation_of_every_row():
         with torch.no_grad():
             for parameter in objective.parameters():  # as they are drawn all images come out alike
                 parameter.mul_(2)
-        errors, latents = reconstructed(objective.autoencoder, config, cpu, lambda latents: latents)
+        errors, latents = reconstructed(objective.autoencoder, config, cpu)
         drawn = decoded(objective.autoencoder, lambda numbers, z=latents: z[numbers], len(latents), 8, cpu, name)
         images = gather_rows(torch.cat([torch.zeros(0, *shape, dtype=torch.uint8), *(block for _, block in drawn)]))
         found[name] = {"errors": errors, "latents": latents, "images": images}

@@ -34,7 +34,7 @@ class ShardStream(IterableDataset):
 
     Yields dicts with this rank's rows of each global batch: "image" uint8 [b, c, h, w], "label" int64 [b] (-1: none), "key"
     list of str, "first" bool [b] (False: the same sample is earlier in the global batch, which is possible where two passes
-    meet). A new iteration starts again at start_step.
+    meet), "distinct" (True on every rank: no sample is in the global batch twice). A new iteration starts again at start_step.
 
     root: a folder of shards, or the address of one, which is read through `cache` (default: that of the default configuration).
     lanes: number of lanes; it must divide the global batch and be at least the number of ranks. Default: see `resolve_lanes`.
@@ -141,12 +141,13 @@ class ShardStream(IterableDataset):
             steps = step + stride * np.arange(STEPS_PER_BLOCK)
             shards, members = self.order.rows(steps, lane_start, lane_stop)
             for t, shard, member in zip(steps.tolist(), shards, members, strict=True):
-                first = self.order.first(t)[lane_start * per_lane : lane_stop * per_lane]
+                of_all = self.order.first(t)
+                first = torch.from_numpy(of_all[lane_start * per_lane : lane_stop * per_lane])
                 if self.index.tars.remote:  # a lane requests its next shard when it enters a shard
                     before, entered = entered, shard[per_lane - 1 :: per_lane]
                     lanes = lane_start + np.flatnonzero(entered != before)
                     reader.fetch_ahead(dict.fromkeys(self.order.next_shards(t, lanes).tolist()))
-                yield reader.read(shard, member) | {"first": torch.from_numpy(first)}
+                yield reader.read(shard, member) | {"first": first, "distinct": bool(of_all.all())}
             step = int(steps[-1]) + stride
 
 

@@ -34,19 +34,20 @@ def world_size(group: "dist.ProcessGroup | None" = None) -> int:
     return dist.get_world_size(group) if is_initialized() else 1
 
 
-def gather_rows(x: torch.Tensor, group: "dist.ProcessGroup | None" = None) -> torch.Tensor:
+def gather_rows(x: torch.Tensor, group: "dist.ProcessGroup | None" = None, counts: list[int] | None = None) -> torch.Tensor:
     """Returns the rows of all ranks in rank order, [b, ...] -> [n, ...]; b may differ between ranks.
 
+    counts: from `row_counts`, if they are known.
     It can be differentiated twice. The gradient of a row is the sum of its gradients over all ranks. So if each rank computes a
     loss from the gathered rows, the mean of the gradients over ranks (as in DDP) is the gradient of the mean loss.
     """
     if world_size(group) == 1:
         return x
-    return _GatherRows.apply(x, row_counts(len(x), x.device, group), group)
+    return _GatherRows.apply(x, counts or row_counts(len(x), x.device, group), group)
 
 
 def row_counts(rows: int, device: torch.device | str, group: "dist.ProcessGroup | None" = None) -> list[int]:
-    """Returns the number of rows on each rank, in rank order."""
+    """Returns the number of rows on each rank, in rank order. The host waits for a GPU."""
     world = world_size(group)
     if world == 1:
         return [rows]

@@ -136,16 +136,22 @@ def decoded(
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Yields this rank's blocks of a set's images: the number of the first image, and uint8 [m, c, h, w].
 
-    Raises ValueError for pixels that are not finite, on the rank that finds them.
+    Raises ValueError for pixels that are not finite, on the rank that finds them, after its last block: to look at each block,
+    the host would wait for a GPU once more.
     """
     start, stop = blocks_of(count, block, rank(), world_size())
+    broken = torch.zeros((), dtype=torch.int64, device=device)
     for place in with_progress(range(start, stop), name, stop - start):
         numbers = np.arange(place * block, min((place + 1) * block, count))
-        z = filled(latents_of(numbers).to(device, torch.get_default_dtype()), block)
+        z = filled(latents_of(numbers).to(device, torch.get_default_dtype(), non_blocking=True), block)
         images = autoencoder.decode(z)[: len(numbers)]
-        if broken := int((~images.isfinite()).flatten(1).any(1).sum()):  # as uint8 they would be black
-            raise ValueError(f"{name}: the decoder made pixels that are not finite numbers, in {broken} of {len(images)} images")
+        broken += (~images.isfinite()).flatten(1).any(1).sum()
         yield int(numbers[0]), to_uint8(images)
+    if found := int(broken):  # as uint8 they are black
+        raise ValueError(
+            f"{name}: the decoder made pixels that are not finite numbers, in {found} of the images {start * block} to "
+            f"{min(stop * block, count) - 1}"
+        )
 
 
 def with_progress(blocks: Iterable, description: str, total: int) -> Iterable:

@@ -125,8 +125,8 @@ class TwoStage:
 
     def _losses(self, network: SecondStage, x: torch.Tensor, chosen: np.ndarray, key: int) -> torch.Tensor:
         """Returns the losses of the chosen rows, [b]; the noise depends only on the key and the row's number."""
-        noise = normal(row_keys(key, chosen), x.shape[1]).to(x)
-        error, divergence = network(x[torch.from_numpy(chosen).to(x.device)], noise)
+        noise = normal(row_keys(key, chosen), x.shape[1], x.device).to(x)
+        error, divergence = network(x[torch.from_numpy(chosen).to(x.device, non_blocking=True)], noise)
         return error + self.kl_weight * divergence
 
     def sample(self, seeds: Seeds) -> torch.Tensor:

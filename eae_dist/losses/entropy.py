@@ -22,6 +22,7 @@ import torch.distributed as dist
 from eae_dist.distributed import gather_padded, rank, row_counts, world_size
 from eae_dist.numerics.precision import full_precision
 
+PAIRS = 2**26  # pairs of neighbors times dimensions that are computed at once, 256 MiB of float32
 CPU_TILE, GPU_TILE = 512, 2048  # tile sides: 1 MiB of float32 fits into a core's cache; a GPU needs fewer, larger calls
 
 
@@ -39,6 +40,7 @@ def knn_entropy(
     average_k: bool = False,
     eps2: float = 1e-4,
     valid: torch.Tensor | None = None,
+    counts: list[int] | None = None,
     group: "dist.ProcessGroup | None" = None,
 ) -> torch.Tensor:
     """Returns this rank's share of the entropy of all ranks' rows in nats, [b, d] -> scalar; the mean over ranks is H.
@@ -48,12 +50,14 @@ def knn_entropy(
     eps2: added to squared distances inside the log, so that a pair of duplicates has gradient 0 and every gradient is bounded;
         it is meant for latents of unit variance.
     valid: bool [b]; rows that are False are neither queries nor neighbors.
+    counts: the rows of each rank of the group, if they are known and all are valid. Otherwise the ranks tell each other, and the
+        host waits for a GPU.
     The gradient is correct if every rank backpropagates the same upstream factor, as with losses averaged by DDP. Among equally
     distant neighbors it uses one; the choice depends on the number of ranks.
     The computation is in float32 (float64 stays float64), regardless of autocast and TF32.
     Raises ValueError unless k >= 1 and more than k rows are valid over all ranks.
     """
-    return entropy_terms(latents, k=k, average_k=average_k, eps2=eps2, valid=valid, group=group).entropy
+    return entropy_terms(latents, k=k, average_k=average_k, eps2=eps2, valid=valid, counts=counts, group=group).entropy
 
 
 def entropy_terms(
@@ -63,6 +67,7 @@ def entropy_terms(
     average_k: bool = False,
     eps2: float = 1e-4,
     valid: torch.Tensor | None = None,
+    counts: list[int] | None = None,
     group: "dist.ProcessGroup | None" = None,
 ) -> EntropyTerms:
     """Returns `knn_entropy` and the number of floored pairs, for the same arguments."""
@@ -70,7 +75,7 @@ def entropy_terms(
     if latents.ndim != 2:
         raise ValueError(f"knn_entropy needs latents [rows, dimensions], got shape {tuple(latents.shape)}")
     rows = latents if valid is None else latents[valid]
-    return EntropyTerms(*_KnnEntropy.apply(rows, k, average_k, eps2, group))
+    return EntropyTerms(*_KnnEntropy.apply(rows, k, average_k, eps2, None if valid is not None else counts, group))
 
 
 def log_unit_ball_volume(d: int) -> float:
@@ -99,12 +104,18 @@ def gaussian_reference(
 class _KnnEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, latents: torch.Tensor, k: int, average_k: bool, eps2: float, group: "dist.ProcessGroup | None"
+        ctx: Any,
+        latents: torch.Tensor,
+        k: int,
+        average_k: bool,
+        eps2: float,
+        counts: list[int] | None,
+        group: "dist.ProcessGroup | None",
     ) -> tuple[torch.Tensor, torch.Tensor]:
         # Autocast stays on inside forward and would use bfloat16 for the products; TF32 gives 1 row in 1,000 a wrong neighbor.
         with full_precision(latents.device):
             local = latents.detach().to(torch.promote_types(latents.dtype, torch.float32)).contiguous()
-            counts = row_counts(len(local), local.device, group)
+            counts = counts or row_counts(len(local), local.device, group)
             n, d, world = sum(counts), local.shape[1], world_size(group)
             if k < 1:
                 raise ValueError(f"k={k} must be at least 1")
@@ -130,27 +141,37 @@ class _KnnEntropy(torch.autograd.Function):
                 pull = difference.mul_((d * world / (n * m)) / (squared + eps2)[..., None])
                 gradient = pull.sum(1)
                 # Second, the local rows as neighbors of queries on any rank. Only ids are sent; pulls are computed again.
-                asking = torch.arange(offset, offset + len(local), device=local.device)[:, None].expand_as(neighbors)
                 if world == 1:
                     gradient.index_add_(0, neighbors.flatten(), pull.flatten(0, 1), alpha=-1)
                 else:
                     ids = gather_padded(neighbors.to(torch.int32), counts, group).long()
-                    mine = (ids >= offset) & (ids < offset + len(local))
-                    asking, slot = mine.nonzero(as_tuple=True)
-                    asked = ids[asking, slot]
-                    difference = keys[asking] - keys[asked]
-                    squared_here = difference.square().sum(1)
-                    pull = difference.mul_((d * world / (n * m)) / (squared_here + eps2)[:, None])
-                    gradient.index_add_(0, asked - offset, pull, alpha=-1)
+                    if len(local):
+                        _add_pulls_on(gradient, keys, ids, offset, eps2, d * world / (n * m))
                 ctx.save_for_backward(gradient.to(latents.dtype))
         floored = (squared < eps2).sum()
         ctx.mark_non_differentiable(floored)
         return share, floored
 
     @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor, _: None) -> tuple[torch.Tensor, None, None, None, None]:
+    def backward(ctx: Any, upstream: torch.Tensor, _: None) -> tuple[torch.Tensor, None, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream.to(gradient.dtype), None, None, None, None
+        return gradient * upstream.to(gradient.dtype), None, None, None, None, None
+
+
+def _add_pulls_on(gradient: torch.Tensor, keys: torch.Tensor, ids: torch.Tensor, offset: int, eps2: float, scale: float) -> None:
+    """Adds to the gradient of the local rows [b, d] what they get as neighbors.
+
+    keys: [n, d]; ids: int64 [n, m], their neighbors. The local rows are the keys from `offset` on. Pairs whose neighbor is on
+    another rank are computed too and add zero: to leave them out, the host would wait until a GPU has counted them.
+    """
+    b = len(gradient)
+    at_once = max(PAIRS // (ids.shape[1] * keys.shape[1]), 1)
+    for asking, asked in zip(keys.split(at_once), ids.split(at_once), strict=True):
+        mine = (asked >= offset) & (asked < offset + b)
+        difference = asking[:, None] - keys[asked]
+        squared = difference.square().sum(2)
+        pull = difference.mul_(torch.where(mine, scale / (squared + eps2), 0.0)[..., None])
+        gradient.index_add_(0, ((asked - offset) % b).flatten(), pull.flatten(0, 1), alpha=-1)
 
 
 @torch.no_grad()
@@ -204,12 +225,18 @@ def nearest_neighbors(keys: torch.Tensor, k: int, offset: int, b: int) -> torch.
         block += first * blocks
         if symmetric:
             block = torch.where(best[start:stop, None] < smallest, best_block[start:stop, None], block)
-            # The queries after this part use the column minima of its tiles.
-            nearest = down[part + 1 : parts].amin(1).flatten()[: b - stop]
-            improved = (nearest < best[stop:]).nonzero()[:, 0]
-            columns, places = part + 1 + improved // side, improved % side
-            best[stop + improved], better_block = down[columns, :, places].min(1)
-            best_block[stop + improved] = part * blocks + better_block
+            # The queries after this part use the column minima of its tiles. On a GPU all of them look for the block of the
+            # minimum, because the host would wait for the number of those that improve; a CPU is faster with these alone.
+            improved = torch.arange(b - stop, device=device)
+            if device.type == "cpu":
+                nearest = down[part + 1 : parts].amin(1).flatten()[: b - stop]
+                improved = improved[nearest < best[stop:]]
+            column, place = part + 1 + improved // side, improved % side
+            nearest, better_block = down[column, :, place].min(1)
+            improved += stop
+            better = nearest < best[improved]
+            best[improved] = torch.where(better, nearest, best[improved])
+            best_block[improved] = torch.where(better, part * blocks + better_block, best_block[improved])
         candidates = (block // blocks * side + block % blocks)[..., None] + spread
         ids[start:stop] = _nearest_of(candidates.flatten(1), query, keys, k, start, buffer)
     return (ids + offset) % n

@@ -39,16 +39,16 @@ def gaussian_divergence(mean: torch.Tensor, log_sigma: torch.Tensor) -> torch.Te
     return 0.5 * (mean.square() + (2 * log_sigma).exp() - 1 - 2 * log_sigma).sum(1)
 
 
-def kernel_discrepancy(latents: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
+def kernel_discrepancy(latents: torch.Tensor, prior: torch.Tensor, counts: list[int] | None = None) -> torch.Tensor:
     """Returns MMD^2 between the latents of all ranks and as many prior draws, [b, d] x 2 -> scalar share; it can be negative.
 
     The kernel is inverse multiquadratic, sum_s C_s / (C_s + |x - y|^2) with C_s = 2 d s. The estimate is unbiased within each set
     and has the factor 2/n^2 across the sets (Tolstikhin et al. 2018, with the constants of the official RAE code). Each rank
-    compares its rows with the rows of all ranks.
+    compares its rows with the rows of all ranks. counts: the rows of each rank, if they are known.
     """
-    counts = row_counts(len(latents), latents.device)
+    counts = counts or row_counts(len(latents), latents.device)
     n, start = sum(counts), sum(counts[: rank()])
-    everyone, every_prior = gather_rows(latents), gather_rows(prior)
+    everyone, every_prior = gather_rows(latents, counts=counts), gather_rows(prior, counts=counts)
     within = imq_kernel(latents, everyone, start) + imq_kernel(prior, every_prior, start)
     across = imq_kernel(latents, every_prior)
     return world_size() * (within / (n * (n - 1)) - 2 * across / n**2)

@@ -57,7 +57,8 @@ def describe(
     """
     stats, kept, broken = FeatureStats(), [], 0
     for start, images in blocks:
-        features = extractor(filled(images, block).to(device))[: len(images)]
+        # The one wait for a GPU of a block; the moments are summed on the CPU.
+        features = extractor(filled(images, block).to(device, non_blocking=True))[: len(images)].cpu()
         finite = features.isfinite().all(1)
         broken += int((~finite).sum())
         stats.add(features[finite])
@@ -69,8 +70,8 @@ def describe(
     total = stats.sum_over_ranks(device)
     if total.count < 2:
         raise ValueError(f"{what} has {total.count} images; a distance between sets needs at least 2")
-    mine = torch.cat(kept) if kept else torch.zeros(0, total.features, device=device)
-    return ImageSet(total, gather_rows(mine).cpu())
+    mine = torch.cat(kept) if kept else torch.zeros(0, total.features)
+    return ImageSet(total, gather_rows(mine.to(device)).cpu())
 
 
 def compare(

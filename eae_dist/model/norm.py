@@ -34,8 +34,8 @@ class GlobalBatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_features)) if affine else None
         self.register_buffer("running_mean", torch.zeros(num_features) if track else None)
         self.register_buffer("running_var", torch.ones(num_features) if track else None)
-        # True until a non-finite input is seen on this rank; reset by finite_norms().
-        self.register_buffer("finite", torch.tensor(True), persistent=False)
+        # The sum of this rank's sums since the last finite_norms(): finite as long as every input was.
+        self.register_buffer("seen", torch.zeros((), dtype=torch.float64), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns the normalized rows, in the shape of x."""
@@ -48,8 +48,8 @@ class GlobalBatchNorm(nn.Module):
 
     def over_ranks(self, x: torch.Tensor) -> torch.Tensor:
         """Returns the training result of `forward` from our own code, on any device and any number of ranks."""
-        out, mean, variance, count, finite = _GlobalBatchNorm.apply(x, self.weight, self.bias, self.eps)
-        self.finite &= finite
+        out, mean, variance, count, sums = _GlobalBatchNorm.apply(x, self.weight, self.bias, self.eps)
+        self.seen += sums
         if self.running_mean is not None and self.running_var is not None:
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (count / (count - 1)).to(variance.dtype), self.momentum)
@@ -61,22 +61,24 @@ class GlobalBatchNorm(nn.Module):
         return f"affine={affine}, eps={self.eps}, momentum={self.momentum}, track={track}"
 
 
-def finite_norms(network: nn.Module) -> int | torch.Tensor:
+def finite_norms(network: nn.Module) -> torch.Tensor | None:
     """Returns the number of norms, in network order, before the first one that saw a non-finite input since the last call.
 
-    A norm spreads NaN to the rows of all ranks, so the error started on the ranks with the smallest number.
+    A norm spreads NaN to the rows of all ranks, so the error started on the ranks with the smallest number. None for a network
+    without norms.
     """
-    norms = [module for module in network.modules() if isinstance(module, GlobalBatchNorm)]
-    seen = torch.stack([norm.finite for norm in norms]).long().cumprod(0).sum() if norms else 0
-    for norm in norms:
-        norm.finite.fill_(True)
-    return seen
+    seen = [module.seen for module in network.modules() if isinstance(module, GlobalBatchNorm)]
+    if not seen:
+        return None
+    finite = torch.stack(seen).isfinite().long().cumprod(0).sum()
+    torch._foreach_zero_(seen)
+    return finite
 
 
 class _GlobalBatchNorm(torch.autograd.Function):
-    """(x, weight or None, bias or None, eps) -> (y, mean [c], biased variance [c], n, finite); only y is differentiable.
+    """(x, weight or None, bias or None, eps) -> (y, mean [c], biased variance [c], n, sums); only y is differentiable.
 
-    finite: whether this rank's part of the sums is finite, before the sum over ranks.
+    sums: the sum of this rank's part of all sums, float64: one number that is finite if they are.
     """
 
     @staticmethod
@@ -91,16 +93,17 @@ class _GlobalBatchNorm(torch.autograd.Function):
         total, center, about_center = total.double(), center.double(), about_center.double()
         squares = about_center + center * total
         count = torch.full_like(total[:1], rows)
-        finite = (total + squares).isfinite().all()
-        total, squares, count = sum_over_ranks(torch.cat([total, squares, count])).split([len(total), len(total), 1])
+        mine = torch.cat([total, squares, count])
+        sums = mine.sum()
+        total, squares, count = sum_over_ranks(mine).split([len(total), len(total), 1])
         mean = total / count
         variance = (squares / count - mean.square()).clamp_(min=0)
         ctx.inverse_count = 1 / count
         mean, variance = mean.to(wide), variance.to(wide)
         ctx.eps = eps
         ctx.save_for_backward(x, weight, mean, variance)
-        ctx.mark_non_differentiable(mean, variance, count, finite)
-        return _normalize(x, weight, bias, mean, variance, eps), mean, variance, count, finite
+        ctx.mark_non_differentiable(mean, variance, count, sums)
+        return _normalize(x, weight, bias, mean, variance, eps), mean, variance, count, sums
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor, *_: None) -> tuple[torch.Tensor | None, ...]:

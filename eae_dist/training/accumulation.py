@@ -35,7 +35,10 @@ def accumulate(
     ids_of = [row_ids[row_ids % parts == part] for part in range(parts)]
     split = [len(here) for here in ids_of]
     order = torch.from_numpy(np.argsort(row_ids % parts, kind="stable"))  # sorts rows by micro-batch
-    images, is_first_copy, row_ids = batch["image"][order].split(split), batch["first"][order], np.concatenate(ids_of)
+    is_first_copy = None if batch["distinct"] else batch["first"][order].to(device)
+    # As uint8 the whole batch is small. It is sorted on the device, because the host does not wait for a copy of pinned memory.
+    images = batch["image"].to(device, non_blocking=True)[order.to(device, non_blocking=True)].split(split)
+    row_ids = np.concatenate(ids_of)
     scaled = (lambda loss: loss) if accelerator.scaler is None else accelerator.scaler.scale
 
     def encoder_output(part: int) -> torch.Tensor:
@@ -62,7 +65,7 @@ def accumulate(
             scaled(objective.weighted(objective.terms_of_rows(per_row, global_batch))).backward()
             kept.append({name: row.detach() for name, row in per_row.items() if name != "latent"})
         per_row = {name: torch.cat([here[name] for here in kept]) for name in kept[0]} | {"latent": latents[0]}
-        terms = objective.terms(per_row, is_first_copy.to(device), global_batch, row_ids, key)
+        terms = objective.terms(per_row, is_first_copy, global_batch, row_ids, key)
         pulled = sum(
             (x * leaf.grad).sum()
             for x, leaf in zip(latents, leaves, strict=True)

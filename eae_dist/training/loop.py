@@ -153,10 +153,13 @@ def training_step(
         objective = accelerator.unwrap_model(model)
         terms = accumulate(accelerator, objective, batch, config.global_batch, row_ids, key, config.accumulate)
     else:
-        terms = model(to_unit(batch["image"], device), batch["first"].to(device), config.global_batch, row_ids, key)
+        first = None if batch["distinct"] else batch["first"].to(device)
+        terms = model(to_unit(batch["image"], device), first, config.global_batch, row_ids, key)
         accelerator.backward(terms["loss"])
     norm = engine_of(accelerator).step(model, optimizer, config.clip_norm)
-    shares = [torch.as_tensor(term, device=device).double() for term in (*terms.values(), finite_norms(model), norm)]
+    finite = finite_norms(model)
+    finite = torch.zeros_like(norm) if finite is None else finite
+    shares = [term.double() for term in (*terms.values(), finite, norm)]
     return [*terms, FINITE_NORMS, "gradient_norm"], torch.stack(shares).detach()
 
 
@@ -168,9 +171,8 @@ def warm_up_ddp_buckets(accelerator: Accelerator, model: torch.nn.Module, stream
     """
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     images = torch.zeros(stream.rows, *stream.index.image_shape, device=accelerator.device)
-    first = torch.ones(stream.rows, dtype=torch.bool, device=accelerator.device)
     for _ in range(2):  # DDP rebuilds the buckets at the start of the second pass
-        accelerator.backward(model(images, first, stream.order.global_batch, stream.row_ids, 0)["loss"])
+        accelerator.backward(model(images, None, stream.order.global_batch, stream.row_ids, 0)["loss"])
     model.zero_grad()
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from eae_dist.config import Config, flatten
 from eae_dist.data.remote import Cache
 from eae_dist.data.stream import ShardStream, walk
-from eae_dist.distributed import StopRequest, on_rank_zero, rank, ranks_of_group, subgroup, world_size
+from eae_dist.distributed import StopRequest, on_rank_zero, rank, ranks_of_group, row_counts, subgroup, world_size
 from eae_dist.model.autoencoder import to_unit
 from eae_dist.objectives import build_objective
 from eae_dist.report.grids import GridInputs, draw_grids, grid_inputs, save_grids
@@ -40,6 +40,7 @@ class Run:
         self.folder, self.state = Path(config.train.output), TrainingState()
         self.objective = build_objective(config.model, config.objective, stream.index.image_shape, config.train.seed)
         self.objective.group = subgroup(ranks_of_group(config.objective.group))
+        self.objective.row_counts = row_counts(stream.rows, accelerator.device)
         set_execution(self.objective, config.train, accelerator.device)
         self.optimizer = torch.optim.Adam(self.objective.parameters(), lr=config.train.learning_rate)
         self.engine = engine_of(accelerator)

@@ -32,8 +32,7 @@ def validate(accelerator: Accelerator, objective: Objective, config: Config, sto
         seen.append(batch["number"])
         if stop.signalled:
             break
-    stop.start_asking()
-    if stop.asked():
+    if stop.asked_now():
         objective.train()
         return None
     numbers = np.concatenate(seen)
@@ -42,8 +41,7 @@ def validate(accelerator: Accelerator, objective: Objective, config: Config, sto
         blocks.append({name: rows[:0] for name, rows in objective.per_row(image, np.zeros(1), key).items()})
     per_row = {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
     rows = int(sum_over_ranks(torch.tensor(len(numbers), device=accelerator.device)))
-    first = torch.ones(len(numbers), dtype=torch.bool, device=accelerator.device)
-    terms = objective.terms(per_row, first, rows, numbers, key)
+    terms = objective.terms(per_row, None, rows, numbers, key)
     objective.train()
     means = gather_rows(torch.stack([term.double() for term in terms.values()])[None]).mean(0)
     return dict(zip(terms, means.tolist(), strict=True))
