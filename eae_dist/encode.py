@@ -25,7 +25,7 @@ from eae_dist.latent.store import PART, PART_ROWS, VERSION, LatentFolder, descri
 from eae_dist.model.autoencoder import encoded
 from eae_dist.numerics.atomic_files import replace_file
 from eae_dist.numerics.json_files import read_json, sealed
-from eae_dist.training.checkpoint import evaluation_config, load_objective, named_networks, open_checkpoint, open_data
+from eae_dist.training.checkpoint import evaluation_config, load_objective, named_networks, open_data, open_on_rank_zero
 
 IDENTITY = ("model_sha256", "index_sha256", "batch")  # what the bits of a latent depend on, on one kind of processor
 
@@ -37,7 +37,7 @@ def encode(directory: Path, out: Path, assignments: Sequence[str]) -> LatentFold
     else, and latents that are not finite.
     """
     # The description of the latents, and their parts.
-    checkpoint = open_checkpoint(directory)
+    checkpoint = open_on_rank_zero(directory)
     config = evaluation_config(checkpoint, assignments)
     index = open_data(checkpoint, config)
     device = PartialState().device

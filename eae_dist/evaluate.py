@@ -47,8 +47,8 @@ from eae_dist.training.checkpoint import (
     load_objective,
     lock,
     named_networks,
-    open_checkpoint,
     open_data,
+    open_on_rank_zero,
     versions,
 )
 
@@ -62,7 +62,7 @@ def evaluate(directory: Path, assignments: Sequence[str], out: Path | None = Non
     images of another shape than the model's, and features that are not available.
     """
     # The checkpoint, the data and the features.
-    checkpoint = open_checkpoint(directory)
+    checkpoint = open_on_rank_zero(directory)
     config = evaluation_config(checkpoint, assignments)
     settings = config.evaluate
     index = open_data(checkpoint, config)

@@ -22,12 +22,12 @@ from eae_dist.inference.trained_model import decoded, sample_seeds, trained_mode
 from eae_dist.numerics.atomic_files import replace_file
 from eae_dist.numerics.json_files import read_json, sealed
 from eae_dist.report.grids import png_bytes
-from eae_dist.training.checkpoint import evaluation_config, named_networks, open_checkpoint
+from eae_dist.training.checkpoint import evaluation_config, named_networks, open_on_rank_zero
 
 
 def generate(directory: Path, out: Path, density: str, count: int, assignments: Sequence[str]) -> None:
     """Writes `count` images; call it on every rank. Raises ValueError or OSError for what a user can correct."""
-    checkpoint = open_checkpoint(directory)
+    checkpoint = open_on_rank_zero(directory)
     settings = evaluation_config(checkpoint, assignments).evaluate
     if count < 1:
         raise ValueError(f"--count={count} must be at least 1")

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from eae_dist.data.image_files import read_image
-from eae_dist.distributed import gather_objects, on_rank_zero, rank, sum_over_ranks
+from eae_dist.distributed import gather_objects, gather_rows, message_device, on_rank_zero, rank, sum_over_ranks
 from eae_dist.distributed.launch import run_on_ranks
 from eae_dist.inference.encoded_dataset import EncodedDataset
 from eae_dist.inference.trained_model import decoded, sample_seeds
@@ -67,8 +67,10 @@ def neighbors(space: EncodedDataset, out: Path) -> dict:
     first, rows = space.rows_of_this_rank(space.split)
     nearest, twin = nearest_others(index, rows, first)
 
-    every = gather_objects((squared, ids, squared_drawn, ids_drawn, nearest, twin))
-    squared, ids, squared_drawn, ids_drawn, nearest, twin = (np.concatenate(parts) for parts in zip(*every, strict=True))
+    squared, ids, squared_drawn, ids_drawn, nearest, twin = (
+        gather_rows(torch.from_numpy(rows).to(message_device())).cpu().numpy()
+        for rows in (squared, ids, squared_drawn, ids_drawn, nearest, twin)
+    )
     distances, distances_drawn = np.sqrt(squared), np.sqrt(squared_drawn)
     apart = np.sqrt(nearest.astype(np.float64))
     threshold = settings.duplicate_ratio * float(np.median(apart))

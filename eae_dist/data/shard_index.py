@@ -165,13 +165,20 @@ class ShardIndex:
         """Opens a table whose checksum is in `holder`. Raises ValueError if it is missing or its checksum differs."""
         try:
             file = self.tables.open(name, sha256, stop=stop)
-            if sha256_of(Path(file.name)) == sha256:
+            about = os.fstat(file.fileno())
+            if _sha256_of_version(file.name, about.st_ino, about.st_size, about.st_mtime_ns) == sha256:
                 return file
         except FileNotFoundError:
             pass
         raise ValueError(
             f"{self.tables.place(name)} is missing or is not the table that {holder} was written with (checksum mismatch)"
         )
+
+
+@lru_cache(maxsize=OPEN_FILES)
+def _sha256_of_version(path: str, *_version: int) -> str:
+    """Returns the sha256 of a table. It is computed once per process, until the file is replaced: a split is opened often."""
+    return sha256_of(Path(path))
 
 
 def member_table(shard: str) -> str:

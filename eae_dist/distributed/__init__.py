@@ -3,6 +3,7 @@
 from eae_dist.distributed.collectives import (
     average_over_ranks,
     barrier,
+    exchange_rows,
     from_rank_zero,
     gather_objects,
     gather_padded,
@@ -32,6 +33,7 @@ __all__ = [
     "average_over_ranks",
     "barrier",
     "ending_ranks",
+    "exchange_rows",
     "from_rank_zero",
     "gather_objects",
     "gather_padded",

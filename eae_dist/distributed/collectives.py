@@ -97,6 +97,20 @@ def gather_padded(x: torch.Tensor, counts: list[int], group: "dist.ProcessGroup 
     return torch.cat([part[:count] for part, count in zip(everyone, counts, strict=True)])
 
 
+def exchange_rows(x: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """Sends to each rank its rows of x, and returns what all ranks sent to this one, in rank order: [n, ...] -> [W, b, ...].
+
+    The rows for rank 0 come first. counts: from `row_counts`, the rows that each rank gets from every other. Without gradient.
+    """
+    world, mine = world_size(), counts[rank()]
+    if world == 1:
+        return x[None]
+    received = x.new_empty(world * mine, *x.shape[1:])
+    with waiting():
+        dist.all_to_all_single(received, x.contiguous(), [mine] * world, counts)
+    return received.view(world, mine, *x.shape[1:])
+
+
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, counts: list[int], group: "dist.ProcessGroup | None") -> torch.Tensor:

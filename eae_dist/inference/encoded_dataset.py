@@ -17,7 +17,7 @@ from eae_dist.inference.trained_model import TrainedModel, trained_model
 from eae_dist.latent.index import DamagedIndex, LatentIndex, index_description
 from eae_dist.latent.store import LatentFolder
 from eae_dist.model.autoencoder import encoded
-from eae_dist.training.checkpoint import Checkpoint, evaluation_config, named_networks, open_checkpoint, open_data
+from eae_dist.training.checkpoint import Checkpoint, evaluation_config, named_networks, open_data, open_on_rank_zero
 
 log = logging.getLogger("eae_dist")
 
@@ -34,7 +34,7 @@ class EncodedDataset:
         self.folder = LatentFolder.open(latents)
         about = self.folder.about
         try:
-            self.checkpoint: Checkpoint = open_checkpoint(checkpoint or about["checkpoint"])
+            self.checkpoint: Checkpoint = open_on_rank_zero(checkpoint or about["checkpoint"])
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{error}; {latents} was encoded from this checkpoint: give --ckpt if it moved") from error
         if self.checkpoint.model_sha256 != about["model_sha256"]:

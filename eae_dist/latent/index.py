@@ -30,6 +30,7 @@ import numpy as np
 import torch
 
 from eae_dist.distributed import (
+    exchange_rows,
     from_rank_zero,
     gather_objects,
     gather_padded,
@@ -55,7 +56,7 @@ GRAPH = 32  # edges per row in hnsw
 TRAINING = 64  # rows per cell that k-means is trained on
 FEWEST_FOR_CODES = 9_984  # rows, 39 for each of the 256 values of a byte; FAISS warns if there are fewer
 BY_PRODUCTS = 1_000  # queries times dimensions from which FAISS compares in matrix products
-BLOCK = 65_536  # rows added, or queries searched, at once
+BLOCK = 65_536  # rows added, or queries of all ranks searched, at once
 CANDIDATES = 2**23  # candidates compared at once; they take about half a gigabyte
 LONGEST = 2.0**62  # the norm from which squared distances may not be finite in float32
 VERSION = 1
@@ -171,8 +172,9 @@ class LatentIndex:
                 raise ValueError(wrong or f"ranks search for different numbers of neighbors, {[e[1] for e in every]}")
         longest = max(count for count, _, _ in every)
         found = [(np.empty((0, k), np.float32), np.empty((0, k), np.int64))]
-        for start in range(0, longest, BLOCK):
-            found.append(self._search_everywhere(asked[start : start + BLOCK], int(k)))
+        at_once = max(BLOCK // world_size(), 1)  # of a rank: each searches for the queries of all
+        for start in range(0, longest, at_once):
+            found.append(self._search_everywhere(asked[start : start + at_once], int(k)))
         squared, ids = (np.concatenate(blocks) for blocks in zip(*found, strict=True))
         if isinstance(queries, torch.Tensor):
             return torch.from_numpy(squared).to(queries.device), torch.from_numpy(ids).to(queries.device)
@@ -279,13 +281,8 @@ class LatentIndex:
         squared, ids = _merged(found, k, len(everyone))
         if world_size() == 1:
             return squared, ids
-        # Every rank's answers to this rank's queries: [W, all queries, k].
-        start, rows = sum(counts[: rank()]), [len(everyone)] * world_size()
-        mine = slice(start, start + counts[rank()])
-        answers = []
-        for answer in (squared, ids):
-            of_ranks = gather_padded(torch.from_numpy(answer).to(device), rows).cpu().view(world_size(), len(everyone), k)
-            answers.append(of_ranks[:, mine].numpy())
+        # Every rank's answers to this rank's queries, [W, queries, k].
+        answers = [exchange_rows(torch.from_numpy(answer).to(device), counts).cpu().numpy() for answer in (squared, ids)]
         return _merged(list(zip(*answers, strict=True)), k, counts[rank()])
 
     def _candidates(self, part: Part, queries: np.ndarray, count: int) -> np.ndarray:

@@ -155,6 +155,18 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     return _verified(path)
 
 
+def open_on_rank_zero(directory: str | Path) -> Checkpoint:
+    """Returns `open_checkpoint(directory)` on every rank; rank 0 alone reads the files and verifies them. Call on every rank.
+
+    On rank 0 it raises as `open_checkpoint` does, and on the other ranks RankZeroFailed.
+    """
+    checkpoint = None
+    with on_rank_zero() as is_rank_zero:
+        if is_rank_zero:
+            checkpoint = open_checkpoint(directory)
+    return from_rank_zero(checkpoint)
+
+
 def newest_intact(run: Path) -> tuple[Checkpoint | None, list[str]]:
     """Returns the newest intact checkpoint of a run, or None, and error messages for newer, damaged ones."""
     damage: list[str] = []
@@ -279,7 +291,7 @@ def open_run_folder(run: Path, config: Config, data_identity: dict) -> Checkpoin
 
     Raises ValueError if the data or a setting that must not change has changed, and OSError if the folder cannot be written.
     """
-    path = None
+    found = None
     with on_rank_zero() as is_rank_zero:
         if is_rank_zero:
             run.mkdir(parents=True, exist_ok=True)
@@ -302,8 +314,7 @@ def open_run_folder(run: Path, config: Config, data_identity: dict) -> Checkpoin
                 mark_best(run, found.state["best_step"])
             elif damage:
                 raise ValueError(f"no checkpoint of {run} is intact; move the folder away to start a new run")
-    path = from_rank_zero(path)
-    return None if path is None else open_checkpoint(path)
+    return from_rank_zero(found)  # the other ranks do not read and verify all files once more
 
 
 def check_same_data(before: dict, now: dict, run: Path) -> None:
