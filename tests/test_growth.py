@@ -1,0 +1,188 @@
+"""What a rank sends and receives on 2 to 1,024 ranks, counted on one rank of a world whose collectives are recorded.
+
+The formulas are those of docs/scaling.md. W: ranks, b: rows of a rank, n = W b, d: latent dimensions.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from conftest import ROOT, image_of
+from ranks import run_ranks
+from thumbnails import thumbnails
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from world_cases import configured
+
+from eae_dist.data import shard_index
+from eae_dist.data.stream import walk
+from eae_dist.distributed import StopRequest, average_over_ranks, collectives, rank
+from eae_dist.latent import index as index_module
+from eae_dist.latent.index import LatentIndex
+from eae_dist.metrics.image_sets import describe
+from eae_dist.model.norm import GlobalBatchNorm
+from eae_dist.numerics.atomic_files import sha256_of
+from eae_dist.objectives import build_objective
+from eae_dist.training import checkpoint
+
+fake = pytest.importorskip("torch.testing._internal.distributed.fake_pg", reason="this torch has no recording process group")
+WORLDS = (2, 8, 64, 1024)
+B, SHAPE = 4, (1, 16, 16)
+SCALING = ROOT / "docs" / "scaling.md"
+
+
+class Traffic(TorchDispatchMode):
+    """The collectives in its context. `calls`: how often each was called. `moved`: the bytes that this rank received by each.
+
+    `sent`, `received`: bytes of all. `largest`: the bytes of the largest tensor on either side.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.moved = Counter(), Counter()
+        self.sent = self.received = self.largest = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation.namespace == "c10d":
+            name, others = operation.overloadpacket.__name__, (dist.get_world_size() - 1) / dist.get_world_size()
+            sizes = [sum(x.nbytes for x in pytree.tree_leaves(argument)) for argument in args[:2] if holds_tensors(argument)]
+            if name == "allreduce_":  # around the ring, each rank passes on all parts but its own, twice
+                sent = received = 2 * sizes[0] * others
+            else:  # in a gather each rank passes on what it received
+                out, given = sizes
+                sent, received = (out if "gather" in name else given) * others, out * others
+            self.calls[name] += 1
+            self.moved[name] += received
+            self.sent, self.received = self.sent + sent, self.received + received
+            self.largest = max([self.largest, *sizes])
+        return operation(*args, **(kwargs or {}))
+
+
+def holds_tensors(argument) -> bool:
+    return isinstance(argument, torch.Tensor | list) and all(isinstance(x, torch.Tensor) for x in pytree.tree_leaves(argument))
+
+
+@contextmanager
+def world_of(ranks: int, monkeypatch) -> Iterator[Traffic]:
+    """Makes this process rank 0 of so many; what the others send has the right shape and any values."""
+    dist.init_process_group("fake", store=fake.FakeStore(), rank=0, world_size=ranks)
+    monkeypatch.setattr(collectives, "_is_small", lambda *_: False)  # as on GPUs
+    try:
+        with Traffic() as traffic:
+            yield traffic
+    finally:
+        dist.destroy_process_group()
+
+
+def counted(text: str, **sizes: int) -> float:
+    """What a formula of docs/scaling.md gives; `text` is how its line begins."""
+    lines = [line for line in SCALING.read_text().splitlines() if line.startswith(f"| {text} |")]
+    assert len(lines) == 1, f"docs/scaling.md has {len(lines)} lines about {text}"
+    return eval(lines[0].split("|")[-2].strip(" `").replace("^", "**"), {"ceil": math.ceil, "max": max}, sizes)
+
+
+def sizes_of(objective: torch.nn.Module, ranks: int) -> dict[str, int]:
+    channels = [module.running_mean.numel() for module in objective.modules() if isinstance(module, GlobalBatchNorm)]
+    parameters = sum(p.numel() for p in objective.parameters())
+    return {"W": ranks, "b": B, "d": 5, "N": len(channels), "C": sum(channels), "P": parameters}
+
+
+@pytest.mark.parametrize("ranks", WORLDS)
+@pytest.mark.parametrize("name", ["eae", "ae", "vae", "wae"])
+def test_training_step_moves_what_the_page_on_scaling_says(monkeypatch, name, ranks):
+    config = configured(Path(), name)
+    objective = build_objective(config.model, config.objective, SHAPE, 0)
+    objective.row_counts = [B] * ranks
+    images = torch.rand(B, *SHAPE, generator=torch.Generator().manual_seed(0))
+    with world_of(ranks, monkeypatch) as traffic:
+        objective(images, None, ranks * B, np.arange(B), 0)["loss"].backward()
+        average_over_ranks(p.grad for p in objective.parameters())
+    sizes = sizes_of(objective, ranks)
+    expected = counted("batch norms", **sizes) + counted("gradients", **sizes)
+    calls = {"allreduce_": 2 * sizes["N"] + 1}
+    if name == "eae":
+        expected += counted("entropy", **sizes)
+        calls["_allgather_base_"] = 2
+    if name == "wae":
+        expected += counted("MMD", **sizes)
+        calls = {"allreduce_": calls["allreduce_"] + 1, "_allgather_base_": 2}
+    assert traffic.calls == calls
+    assert traffic.received == traffic.sent == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("ranks", WORLDS)
+def test_stop_question_costs_a_rank_two_bytes_however_many_there_are(monkeypatch, ranks):
+    monkeypatch.setattr(dist, "new_group", lambda **_: dist.group.WORLD)
+    with world_of(ranks, monkeypatch) as traffic, StopRequest(60) as stop:
+        for _ in range(64):
+            stop.start_asking()
+            stop.asked()
+    questions = counted("stop question", W=ranks, steps=64)
+    assert traffic.calls == {"allreduce_": questions} and traffic.sent <= 2 * questions
+
+
+@pytest.mark.parametrize("ranks", WORLDS)
+def test_blocks_of_an_evaluation_move_nothing_and_its_moments_do_not_grow(monkeypatch, ranks):
+    extractor = thumbnails()
+    images = torch.from_numpy(np.stack([image_of(number).transpose(2, 0, 1) for number in range(12)]))
+    traffics = []
+    for blocks in (1, 3):
+        walk = [(4 * block, images[4 * block : 4 * block + 4]) for block in range(blocks)]
+        with world_of(ranks, monkeypatch) as traffic:
+            describe(walk, extractor, 4, 0, torch.device("cpu"), "images")
+        traffics.append(traffic)
+    one, three = traffics
+    assert one.calls == three.calls
+    reduced = [traffic.moved["allreduce_"] for traffic in traffics]
+    assert reduced[0] == reduced[1] == pytest.approx(counted("moments", W=ranks, f=64))
+
+
+@pytest.mark.parametrize("ranks", WORLDS)
+def test_search_exchanges_candidates_in_messages_that_do_not_grow(monkeypatch, ranks):
+    monkeypatch.setattr(index_module, "BLOCK", 256)
+    generator, k, m, d = np.random.default_rng(0), 5, 24, 6
+    with world_of(ranks, monkeypatch):
+        index = LatentIndex.build(generator.normal(size=(50, d)).astype(np.float32), "flat")
+    with world_of(ranks, monkeypatch) as traffic:
+        index.search(generator.normal(size=(m, d)).astype(np.float32), k)
+    rounds = -(-m // max(256 // ranks, 1))
+    assert traffic.calls["alltoall_base_"] == 2 * rounds
+    assert traffic.moved["alltoall_base_"] == pytest.approx(counted("search: candidates", W=ranks, m=m, k=k))
+    # Queries and their number in every round; the objects before them say what is asked.
+    assert traffic.moved["_allgather_base_"] == pytest.approx(
+        counted("search: queries", W=ranks, m=m, d=d) + 8 * (ranks - 1) * rounds
+    )
+    assert traffic.largest <= max(256, ranks) * max(8 * k, 4 * d)
+
+
+def note_hashes(shards: Path, run: Path) -> None:
+    """What each rank hashes where a command opens a checkpoint and looks at its data three times."""
+    hashed = []
+
+    def noted(path: Path) -> str:
+        hashed.append(Path(path).name)
+        return sha256_of(path)
+
+    checkpoint.sha256_of = shard_index.sha256_of = noted
+    PartialState(cpu=True)
+    opened = checkpoint.open_on_rank_zero(run)
+    assert opened.state["step"] == 4 and opened.path.parent.name == "checkpoints"
+    index = shard_index.ShardIndex.load(shards)
+    for _ in range(3):
+        list(walk(shards, "test", 8))
+        index.split("test")
+    tables = ["test.shards.npy", *(f"test-00000{shard}.members.npy" for shard in range(2))]
+    assert sorted(hashed) == sorted([*(checkpoint.FILES if rank() == 0 else ()), *(name for name in hashed if name in tables)])
+    assert all(hashed.count(name) <= 1 for name in hashed) and "test.shards.npy" in hashed
+
+
+def test_checkpoint_is_read_by_one_rank_and_a_table_once(shards, run, tmp_path):
+    ended = run_ranks(2, tmp_path / "logs", note_hashes, shards, run)
+    assert ended.codes == [0, 0], ended.said
