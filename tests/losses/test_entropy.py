@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from eae_dist.losses import entropy
 from eae_dist.losses.entropy import (
     CPU_TILE,
     entropy_terms,
@@ -174,3 +175,19 @@ def test_maximizing_the_entropy_under_a_batch_norm_spreads_a_degenerate_batch():
         optimizer.step()
     reference = gaussian_reference(256, 2, k=1, average_k=False, eps2=1e-4, seed=0)
     assert before < reference - 0.5 < float(knn_entropy(norm(h.detach())))
+
+
+@pytest.mark.parametrize("at_once", [1, 100, 10**6])
+def test_rows_of_one_rank_get_their_pulls_as_neighbors_however_many_pairs_are_computed_at_once(monkeypatch, at_once):
+    keys, k, offset, b, scale, eps2 = normal(40, 6), 3, 13, 9, 0.7, 1e-4
+    ids = nearest_neighbors(keys, k, 0, len(keys))
+    expected = torch.zeros(b, 6, dtype=torch.float64)
+    for asking in range(len(keys)):
+        for asked in ids[asking].tolist():
+            if offset <= asked < offset + b:
+                difference = keys[asking] - keys[asked]
+                expected[asked - offset] -= scale * difference / (difference.square().sum() + eps2)
+    monkeypatch.setattr(entropy, "PAIRS", at_once)
+    found = torch.zeros_like(expected)
+    entropy._add_pulls_on(found, keys, ids, offset, eps2, scale)
+    assert expected.abs().max() > 0.1 and (found - expected).abs().max() < 1e-14

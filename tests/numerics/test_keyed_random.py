@@ -3,13 +3,20 @@
 import numpy as np
 import torch
 
-from eae_dist.numerics.keyed_random import derive_key, normal, row_keys, uniform
+from eae_dist.numerics.keyed_random import derive_key, keyed_hash, normal, row_keys, uniform
 
 
 def test_each_row_depends_on_its_key_alone():
     keys = row_keys(derive_key(3, 7), np.arange(50))
     assert torch.equal(normal(keys, 9)[17:23], normal(keys[17:23], 9))
     assert torch.equal(normal(keys, 9)[:, :4], normal(keys, 4))
+
+
+def test_draws_are_the_first_52_bits_of_the_hash():
+    keys = row_keys(5, np.arange(40))
+    bits = keyed_hash(keys[:, None], np.arange(7)[None]) >> np.uint64(12)
+    assert keys.max() >= 2**63 and bits.max() > 2**51  # as signed numbers these keys are negative
+    assert np.array_equal(uniform(keys, 7).numpy() * 2.0**52, bits + 0.5)
 
 
 def test_draws_have_the_moments_of_their_distribution_and_no_correlation():
