@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pretended_gpu
 import pytest
 import torch
 from accelerate import Accelerator
@@ -90,11 +89,11 @@ def run_in_group(name: str, logs: Path, work: Callable, *arguments) -> None:
 
 
 def ranks_on(device: str) -> int:
-    return min(2, torch.cuda.device_count()) if device == "cuda" else 2
+    return 2 if device == "cpu" else min(2, torch.cuda.device_count())
 
 
 def environment_of(device: str) -> dict[str, str]:
-    return {"CUDA_VISIBLE_DEVICES": ""} if device in ("cpu", "pretended") else {}
+    return {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
 
 
 def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
@@ -102,7 +101,7 @@ def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool
     return bool((found.cpu() - expected.cpu()).abs().max() <= tolerance * expected.abs().max())
 
 
-# Over NCCL, and over gloo. One GPU alone has one rank, on which every collective is bypassed: so two also share it.
+# Over NCCL, and over gloo.
 
 
 def entropy_gradient_norm(device: torch.device) -> dict[str, torch.Tensor]:

@@ -231,8 +231,8 @@ def nearest_neighbors(keys: torch.Tensor, k: int, offset: int, b: int) -> torch.
             if device.type == "cpu":
                 nearest = down[part + 1 : parts].amin(1).flatten()[: b - stop]
                 improved = improved[nearest < best[stop:]]
-            column, place = part + 1 + improved // side, improved % side
-            nearest, better_block = down[column, :, place].min(1)
+            columns, places = part + 1 + improved // side, improved % side
+            nearest, better_block = down[columns, :, places].min(1)
             improved += stop
             better = nearest < best[improved]
             best[improved] = torch.where(better, nearest, best[improved])

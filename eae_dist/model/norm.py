@@ -25,7 +25,7 @@ class GlobalBatchNorm(nn.Module):
 
     running_mean: torch.Tensor | None
     running_var: torch.Tensor | None
-    finite: torch.Tensor
+    seen: torch.Tensor
 
     def __init__(self, num_features: int, affine: bool = True, *, eps: float = 1e-3, momentum: float = 0.1, track: bool = True):
         super().__init__()

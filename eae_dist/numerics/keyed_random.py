@@ -36,9 +36,9 @@ def uniform(keys: np.ndarray, count: int, device: torch.device | str = "cpu") ->
 
     The host does not wait for a GPU, which gets the keys alone.
     """
-    keys = torch.from_numpy(np.asarray(keys, dtype=np.uint64).view(np.int64)).to(device, non_blocking=True)
+    signed = torch.from_numpy(np.asarray(keys, dtype=np.uint64).view(np.int64)).to(device, non_blocking=True)
     # `keyed_hash` of 0, 1, ... under each key. Signed products and sums have the same bits; torch has no unsigned ones.
-    x = torch.arange(1, count + 1, device=device).mul_(_signed(_GOLDEN)) + keys[:, None]
+    x = torch.arange(1, count + 1, device=device).mul_(_signed(_GOLDEN)) + signed[:, None]
     for shift, factor in _ROUNDS:
         x = (x ^ _shifted(x, shift)).mul_(_signed(factor))
     bits = x ^ _shifted(x, _LAST_SHIFT)

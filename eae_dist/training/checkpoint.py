@@ -160,11 +160,13 @@ def open_on_rank_zero(directory: str | Path) -> Checkpoint:
 
     On rank 0 it raises as `open_checkpoint` does, and on the other ranks RankZeroFailed.
     """
-    checkpoint = None
+    checkpoint: Checkpoint | None = None
     with on_rank_zero() as is_rank_zero:
         if is_rank_zero:
             checkpoint = open_checkpoint(directory)
-    return from_rank_zero(checkpoint)
+    checkpoint = from_rank_zero(checkpoint)
+    assert checkpoint is not None  # otherwise rank 0 has raised
+    return checkpoint
 
 
 def newest_intact(run: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -310,7 +312,7 @@ def open_run_folder(run: Path, config: Config, data_identity: dict) -> Checkpoin
                 for line in changed_keys(found.config, config, changeable=True):
                     log.info("changed since the last checkpoint: %s", line)
                 check_same_data(found.state["stream"], data_identity, run)
-                path = set_aside_newer(run, found.path)
+                found = replace(found, path=set_aside_newer(run, found.path))
                 mark_best(run, found.state["best_step"])
             elif damage:
                 raise ValueError(f"no checkpoint of {run} is intact; move the folder away to start a new run")
