@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import activations, entropy, judging, mixture, peer, running, search, service, stream, training
 from benchmarks.table import HEADER
-from eae_dist.distributed.launch import keep_freed_memory
+from eae_dist.distributed.start import keep_freed_memory
 
 BENCHMARKS = {
     "entropy": entropy.rows,

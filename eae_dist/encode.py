@@ -9,6 +9,7 @@ parts. The bits do not depend on the number of ranks.
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from eae_dist.model.autoencoder import encoded
 from eae_dist.numerics.atomic_files import replace_file
 from eae_dist.numerics.json_files import read_json, sealed
 from eae_dist.training.checkpoint import evaluation_config, load_objective, named_networks, open_data, open_on_rank_zero
+from eae_dist.training.setup import how_to_judge
 
 IDENTITY = ("model_sha256", "index_sha256", "batch")  # what the bits of a latent depend on, on one kind of processor
 
@@ -143,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     data = ["--data", arguments.data] if arguments.data else []
     command = ["--ckpt", str(arguments.ckpt), *data, "--out", str(arguments.out), *arguments.settings]
-    said = run_on_ranks("eae_dist.encode", arguments.nproc, command, work)
+    said = run_on_ranks("eae_dist.encode", arguments.nproc, command, partial(how_to_judge, arguments.settings), work)
     if said is not None:
         print(said)
 

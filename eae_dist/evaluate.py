@@ -14,6 +14,7 @@ import json
 import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
-from eae_dist.config import Config, EvaluateConfig, load_config
+from eae_dist.config import HOW_TO_START, Config, EvaluateConfig, load_config
 from eae_dist.data.image_files import contents_sha256, walk_images
 from eae_dist.data.order import blocks_of, filled
 from eae_dist.data.remote import Cache
@@ -51,6 +52,7 @@ from eae_dist.training.checkpoint import (
     open_on_rank_zero,
     versions,
 )
+from eae_dist.training.setup import how_to_judge
 
 log = logging.getLogger("eae_dist")
 
@@ -144,7 +146,8 @@ def evaluate_folders(real: Path, generated: Path, assignments: Sequence[str], ou
     rank. Raises ValueError or OSError for other settings, folders without images, broken files and features that are not
     available.
     """
-    if other := [text for text in assignments if not text.startswith("evaluate.")]:
+    own = ("evaluate.", *(f"train.{key}=" for key in HOW_TO_START))
+    if other := [text for text in assignments if not text.startswith(own)]:
         raise ValueError(f"{other[0]}: only evaluate.* settings apply to two folders of images")
     settings, device = load_config(assignments).evaluate, PartialState().device
     described = []
@@ -468,7 +471,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return summary(evaluate(arguments.ckpt, settings, out))
 
     command = ["--images", *map(str, arguments.images)] if arguments.images else ["--ckpt", str(arguments.ckpt)]
-    said = run_on_ranks("eae_dist.evaluate", arguments.nproc, [*command, *(["--out", str(out)] if out else []), *settings], work)
+    command += [*(["--out", str(out)] if out else []), *settings]
+    said = run_on_ranks("eae_dist.evaluate", arguments.nproc, command, partial(how_to_judge, settings), work)
     if said is not None:
         print(said)
 

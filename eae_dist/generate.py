@@ -8,6 +8,7 @@ a folder that was begun. Densities other than isotropic must have been fitted by
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from eae_dist.numerics.atomic_files import replace_file
 from eae_dist.numerics.json_files import read_json, sealed
 from eae_dist.report.grids import png_bytes
 from eae_dist.training.checkpoint import evaluation_config, named_networks, open_on_rank_zero
+from eae_dist.training.setup import how_to_judge
 
 
 def generate(directory: Path, out: Path, density: str, count: int, assignments: Sequence[str]) -> None:
@@ -92,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         generate(arguments.ckpt, Path(folders[0]), arguments.density, arguments.count, settings)
         return f"{arguments.count:,} draws from {arguments.density} in {folders[0]}"
 
-    said = run_on_ranks("eae_dist.generate", arguments.nproc, [*command, *arguments.given], work)
+    said = run_on_ranks("eae_dist.generate", arguments.nproc, [*command, *arguments.given], partial(how_to_judge, settings), work)
     if said is not None:
         print(said)
 

@@ -16,6 +16,7 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from eae_dist.inference.trained_model import decoded, sample_seeds
 from eae_dist.latent.neighbor_statistics import compare_distances, entropy_of_distances, nearest_others, vote
 from eae_dist.numerics.atomic_files import replace_file
 from eae_dist.report.neighbor_page import distances_figure, neighbors_picture
+from eae_dist.training.setup import how_to_judge
 
 SHOWN = 10  # queries in a picture
 LISTED = 1_000  # pairs in duplicates.csv
@@ -206,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = ["--latents", str(arguments.latents), *(["--ckpt", str(arguments.ckpt)] if arguments.ckpt else [])]
     command += [*(["--out", str(arguments.out)] if arguments.out else []), *(["--json"] if arguments.json else [])]
     command += [*(word for file in arguments.query for word in ("--query", str(file))), *arguments.settings]
-    said = run_on_ranks("eae_dist.neighbors", arguments.nproc, command, work)
+    said = run_on_ranks("eae_dist.neighbors", arguments.nproc, command, partial(how_to_judge, arguments.settings), work)
     if said is not None:
         print(said)
 

@@ -18,14 +18,14 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
-import torch
-from accelerate import PartialState
 from PIL import Image
 
-from eae_dist.distributed.launch import keep_freed_memory
+from eae_dist.distributed.start import start_without_engine
+from eae_dist.errors import UserError
 from eae_dist.inference.service.batching import Batcher
 from eae_dist.inference.service.guard import LOCAL_NAMES
 from eae_dist.inference.service.model import ServedModel
+from eae_dist.training.setup import how_to_judge
 
 log = logging.getLogger("eae_dist")
 
@@ -97,12 +97,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.index is not None:
         parser.error("--index is now called --latents")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        sys.exit("error: the service is one process; start it without a launcher")
-    PartialState(cpu=not torch.cuda.is_available())
-    if not torch.cuda.is_available():
-        keep_freed_memory()
     try:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError("the service is one process; start it without a launcher")
+        start_without_engine(how_to_judge(arguments.settings))
         serve(arguments.ckpt, arguments.latents, arguments.host, arguments.port, arguments.settings)
     except KeyboardInterrupt:
         pass

@@ -14,7 +14,6 @@ from accelerate.commands.config.config_args import default_config_file
 
 from eae_dist.config import load_config
 from eae_dist.distributed import barrier, ending_ranks
-from eae_dist.distributed.launch import srun_ranks
 from eae_dist.training.launcher_defaults import note_on_defaults
 from eae_dist.training.loop import train
 from eae_dist.training.metrics_log import TrainingDiverged
@@ -22,7 +21,6 @@ from eae_dist.training.metrics_log import TrainingDiverged
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command on this rank; argv: default: the command line."""
-    os.environ |= srun_ranks(os.environ)
     note = note_on_defaults(os.environ, launcher_command(), Path(default_config_file))
     if note and os.environ.get("RANK", "0") == "0":
         print(note, file=sys.stderr, flush=True)

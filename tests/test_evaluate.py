@@ -25,7 +25,7 @@ from eae_dist.config import Config
 from eae_dist.data.shard_index import ShardIndex
 from eae_dist.data.stream import walk
 from eae_dist.distributed import failures
-from eae_dist.distributed.launch import first_host, srun_ranks, tasks_of_nodes
+from eae_dist.distributed.start import first_host, srun_ranks, tasks_of_nodes
 from eae_dist.evaluate import evaluate, evaluate_folders, main, said_once
 from eae_dist.inference import trained_model as generation
 from eae_dist.inference.trained_model import sample_seeds, spherical_middle

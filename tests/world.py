@@ -179,7 +179,7 @@ def entropy_of_groups():
     """The mean of the entropies of two groups of ranks, and its gradient, from uneven ranks; of all ranks where they are odd."""
     ranks = world_size() // 2 if world_size() % 2 == 0 else world_size()
     local = uneven(entropy_inputs()[0]).clone().requires_grad_()
-    share = knn_entropy(local, group=subgroup(ranks))
+    share = knn_entropy(local, group=subgroup(ranks, 600.0))
     (share / world_size()).backward()
     return {"entropy": sum_over_ranks(share.detach()) / world_size(), "gradient": gather_rows(local.grad)}
 

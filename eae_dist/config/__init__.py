@@ -13,6 +13,7 @@ from eae_dist.config.loading import (
     split_arguments,
 )
 from eae_dist.config.schema import (
+    HOW_TO_START,
     WHERE_DATA_LIES,
     Config,
     DataConfig,
@@ -24,6 +25,7 @@ from eae_dist.config.schema import (
 )
 
 __all__ = [
+    "HOW_TO_START",
     "WHERE_DATA_LIES",
     "Config",
     "DataConfig",

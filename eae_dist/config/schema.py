@@ -89,6 +89,7 @@ class DataConfig:
 
 
 WHERE_DATA_LIES = ("root", "cache", "cache_bytes", "retries", "timeout")  # fields of DataConfig that may differ in an evaluation
+HOW_TO_START = ("device", "timeout", "deterministic")  # fields of TrainConfig that every command takes
 
 
 @dataclass

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -223,14 +224,25 @@ def ranks_of_group(group: str | None) -> int:
     return ranks
 
 
-def subgroup(ranks: int) -> "dist.ProcessGroup | None":
-    """Returns the process group of `ranks` consecutive ranks that contains this one; None for all ranks. Call on every rank."""
+def subgroup(ranks: int, timeout: float) -> "dist.ProcessGroup | None":
+    """Returns the process group of `ranks` consecutive ranks that contains this one; None for all ranks. Call on every rank.
+
+    timeout: in seconds; a new group would not take that of the other groups.
+    """
     if ranks == world_size():
         return None
-    groups = [dist.new_group(range(start, start + ranks)) for start in range(0, world_size(), ranks)]
+    limit = timedelta(seconds=timeout)
+    groups = [dist.new_group(range(start, start + ranks), timeout=limit) for start in range(0, world_size(), ranks)]
     own = groups[rank() // ranks]
     assert isinstance(own, dist.ProcessGroup)  # this rank is in it
     return own
+
+
+def set_group_timeouts(timeout: float) -> None:
+    """Sets the timeout in seconds of every process group that there is, also of those that a library made."""
+    torch_name = "set_timeout" if hasattr(dist.distributed_c10d, "set_timeout") else "_set_pg_timeout"  # before torch 2.14
+    for group in list(dist.distributed_c10d._world.pg_map):
+        getattr(dist.distributed_c10d, torch_name)(timedelta(seconds=timeout), group)
 
 
 def message_device() -> str:

@@ -4,53 +4,51 @@ A command on ranks uses all local GPUs, or --nproc CPU ranks. Under a launcher (
 the launcher.
 """
 
-import ctypes
 import logging
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
 from typing import TypeVar
 
 import torch
-from accelerate import PartialState
 
 from eae_dist.distributed import RankZeroFailed, ending_ranks, rank, require_equal, silent_ranks, world_size
 from eae_dist.distributed.processes import available_cores
+from eae_dist.distributed.start import Start, srun_ranks, start_without_engine
 from eae_dist.distributed.stop import LAUNCHERS
-from eae_dist.numerics.keyed_random import derive_key
+from eae_dist.errors import UserError
 
 Result = TypeVar("Result")
 PATIENCE = 5.0  # seconds within which a live rank answers
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
-def run_on_ranks(module: str, nproc: int | None, command: Sequence[str], work: Callable[[], Result]) -> Result | None:
+def run_on_ranks(
+    module: str, nproc: int | None, command: Sequence[str], how: Callable[[], Start], work: Callable[[], Result]
+) -> Result | None:
     """Runs `work` on every rank; returns its result on rank 0 and None on the others.
 
     If more than one rank is needed and there is no launcher, this process is replaced by torchrun with `python -m module
-    command`. A ValueError or OSError ends the process with one line.
+    command`. how: returns how the ranks start. A ValueError or OSError ends the process with one line.
     """
-    os.environ |= srun_ranks(os.environ)
-    gpus = torch.cuda.device_count()
-    if nproc is not None and nproc < 1:
-        sys.exit(f"error: --nproc={nproc} must be at least 1")
-    count = nproc or gpus or 1
-    if 0 < gpus < count:
-        sys.exit(f"error: --nproc={count} needs as many GPUs, but there are {gpus}; lower --nproc")
-    if "RANK" not in os.environ and count > 1:
-        os.execv(sys.executable, launched(module, count, command))
-    PartialState(cpu=not torch.cuda.is_available())
-    if not torch.cuda.is_available():
-        keep_freed_memory()
-    first = rank() == 0
-    if first:
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
     with ending_ranks():
+        settings, launcher = how(), "RANK" in os.environ or srun_ranks(os.environ)
+        gpus = 0 if settings.device == "cpu" else torch.cuda.device_count()
+        if nproc is not None and nproc < 1:
+            raise UserError(f"--nproc={nproc} must be at least 1")
+        count = nproc or gpus or 1
+        if 0 < gpus < count:
+            raise UserError(f"--nproc={count} needs as many GPUs, but there are {gpus}; lower --nproc, or set train.device=cpu")
+        if count > 1 and not launcher:
+            os.execv(sys.executable, launched(module, count, command))
+        start_without_engine(settings)
+        first = rank() == 0
+        if first:
+            logging.basicConfig(level=logging.INFO, format="%(message)s")
         require_equal(list(command), "arguments")
         try:
             result = work()
@@ -63,49 +61,6 @@ def run_on_ranks(module: str, nproc: int | None, command: Sequence[str], work: C
             ranks = ", ".join(map(str, silent))
             raise OSError(f"rank {ranks} ended or hangs ({error}); find the cause, then start the same command again") from error
     return result if first else None
-
-
-def keep_freed_memory() -> None:
-    """Makes glibc keep freed memory for later allocations; for training and evaluation on CPUs.
-
-    By default glibc returns large blocks to the kernel and gets them again, filled with zeros, for every tensor of every step.
-    This takes a tenth of the time of a step at any size of network.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)  # never
-
-
-def srun_ranks(env: Mapping[str, str]) -> dict[str, str]:
-    """Returns the environment variables that torchrun would set for this task of an srun step.
-
-    The tasks are ranks of one job. Empty for a step of one task, and for an interactive shell started by srun.
-    """
-    if "RANK" in env or int(env.get("SLURM_STEP_NUM_TASKS", "1")) == 1 or sys.stdin.isatty():
-        return {}
-    gpus, local = torch.cuda.device_count(), int(env["SLURM_LOCALID"])  # one GPU if the step gives each task its own GPU
-    port = derive_key(int(env["SLURM_JOB_ID"]), int(env["SLURM_STEP_ID"])) % 15_000
-    return {
-        "RANK": env["SLURM_PROCID"],
-        "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
-        "LOCAL_RANK": str(local % gpus if gpus else local),
-        "LOCAL_WORLD_SIZE": str(tasks_of_nodes(env["SLURM_STEP_TASKS_PER_NODE"])[int(env["SLURM_NODEID"])]),
-        "MASTER_ADDR": env.get("MASTER_ADDR") or first_host(env["SLURM_STEP_NODELIST"]),
-        "MASTER_PORT": env.get("MASTER_PORT") or str(15_000 + port),
-    }
-
-
-def first_host(nodes: str) -> str:
-    """Returns the first name in a node list in the short form of SLURM: gpu[07-10,12],cpu1 -> gpu07."""
-    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
-    assert first is not None  # a step has at least one node
-    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[0])
-
-
-def tasks_of_nodes(counts: str) -> list[int]:
-    """Returns the numbers in a list in the short form of SLURM: 4(x2),3 -> [4, 4, 3]."""
-    return [int(tasks) for tasks, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts) for _ in range(int(times or 1))]
 
 
 def launched(module: str, ranks: int, command: Sequence[str]) -> list[str]:

@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import eae_dist
-from eae_dist.config import WHERE_DATA_LIES, Config, changed_keys, override, read_config, save_config
+from eae_dist.config import HOW_TO_START, WHERE_DATA_LIES, Config, changed_keys, override, read_config, save_config
 from eae_dist.data.remote import Cache
 from eae_dist.data.shard_index import ShardIndex
 from eae_dist.distributed import from_rank_zero, on_rank_zero
@@ -225,18 +225,20 @@ def named_networks(assignments: Sequence[str]) -> list[str]:
 
 
 def evaluation_config(checkpoint: Checkpoint, assignments: Sequence[str]) -> Config:
-    """Returns the checkpoint's configuration with changed evaluate.*, index.* and location of the data.
+    """Returns the checkpoint's configuration with changed evaluate.*, index.*, location of the data and way to start.
 
     Raises ValueError for a change of any other setting.
     """
     config = override(checkpoint.config, assignments)
     data = replace(checkpoint.config.data, **{key: getattr(config.data, key) for key in WHERE_DATA_LIES})
-    judged = replace(checkpoint.config, evaluate=config.evaluate, index=config.index, data=data)
+    train = replace(checkpoint.config.train, **{key: getattr(config.train, key) for key in HOW_TO_START})
+    judged = replace(checkpoint.config, evaluate=config.evaluate, index=config.index, data=data, train=train)
     changed = changed_keys(judged, config, changeable=False) + changed_keys(judged, config, changeable=True)
     if changed:
         raise ValueError(
-            f"only evaluate.*, index.* and data.root can be set for the checkpoint {checkpoint.path}, and how a remote "
-            "data.root is read; the checkpoint fixes all other settings:\n  " + "\n  ".join(changed)
+            f"only evaluate.*, index.* and data.root can be set for the checkpoint {checkpoint.path}, how a remote data.root "
+            f"is read, and train.{', train.'.join(HOW_TO_START)}; the checkpoint fixes all other settings:\n  "
+            + "\n  ".join(changed)
         )
     return config
 

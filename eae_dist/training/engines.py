@@ -10,31 +10,51 @@ float32. Both write the same checkpoints in the format of PyTorch: whole weights
 
 import os
 import warnings
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from eae_dist.config import Config, TrainConfig
-from eae_dist.distributed import world_size
+from eae_dist.distributed import set_group_timeouts, world_size
+from eae_dist.distributed.collectives import is_initialized
+from eae_dist.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # state of Adam: one entry per weight each
 
 
+def uses_deepspeed(env: Mapping[str, str]) -> bool:
+    """True if the launch selects DeepSpeed."""
+    return env.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
 def accelerator_options(config: TrainConfig, cpu: bool) -> dict:
-    """Returns the arguments of Accelerator for the engine of the launch. Raises ValueError if that engine cannot work."""
-    timeout = timedelta(seconds=config.timeout)
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+    """Returns the arguments of Accelerator for the engine of the launch. Raises UserError if that engine cannot work.
+
+    What is not passed accelerate takes from its own settings, which the run's configuration does not show.
+    """
+    own = {"gradient_accumulation_plugin": GradientAccumulationPlugin(num_steps=1), "dynamo_backend": "no"}
+    if uses_deepspeed(os.environ):
         if missing := [name for name in ("deepspeed", "transformers") if find_spec(name) is None]:  # accelerate imports both
-            raise ValueError(f"the launch asks for DeepSpeed, but {missing} are not installed: pip install -e '.[deepspeed]'")
+            raise UserError(f"the launch asks for DeepSpeed, but {missing} are not installed: pip install -e '.[deepspeed]'")
+        if not is_initialized():
+            raise UserError(
+                "ACCELERATE_USE_DEEPSPEED=true asks for DeepSpeed, but no launcher started this process as a rank; start it with "
+                "accelerate launch --config_file launch/deepspeed_zero2.yaml or torchrun, or unset ACCELERATE_USE_DEEPSPEED"
+            )
         if cpu and torch.cuda.is_available():
-            raise ValueError("train.device=cpu: DeepSpeed uses all visible GPUs; hide them with CUDA_VISIBLE_DEVICES=")
+            raise UserError("train.device=cpu: DeepSpeed uses all visible GPUs; hide them with CUDA_VISIBLE_DEVICES=")
         # torch 2.14 renames a function that DeepSpeed calls.
         warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning)
         if cpu:
@@ -43,13 +63,13 @@ def accelerator_options(config: TrainConfig, cpu: bool) -> dict:
             # Without this, the first start compiles an operator for CPU inference, which takes a minute and a compiler.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # cpu=True would select DDP; without a backend name every CPU rank would be a separate run.
-        backend = InitProcessGroupKwargs(backend="gloo" if cpu else None, timeout=timeout)
-        return {"mixed_precision": "no", "kwargs_handlers": [backend]}  # DeepSpeed.prepare sets the precision
+        backend = InitProcessGroupKwargs(backend="gloo" if cpu else None)
+        return {"mixed_precision": "no", "kwargs_handlers": [backend], **own}  # DeepSpeed.prepare sets the precision
     # The buffers of GlobalBatchNorm are already equal on all ranks.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    handlers = [ddp, InitProcessGroupKwargs(timeout=timeout)]
     # Without cpu=True accelerate silently makes W separate runs of one rank.
-    return {"cpu": cpu, "mixed_precision": "no" if config.precision == "fp32" else config.precision, "kwargs_handlers": handlers}
+    precision = "no" if config.precision == "fp32" else config.precision
+    return {"cpu": cpu, "mixed_precision": precision, "kwargs_handlers": [ddp], **own}
 
 
 def engine_of(accelerator: Accelerator) -> "PyTorch | DeepSpeed":
@@ -140,7 +160,8 @@ class DeepSpeed:
             "gradient_clipping": engine.gradient_clipping(),
         }
         if taken != figures:
-            raise ValueError(f"DeepSpeed took {taken} instead of {figures}; remove these from the file of its settings")
+            raise UserError(f"DeepSpeed took {taken} instead of {figures}; remove these from the file of its settings")
+        set_group_timeouts(config.train.timeout)  # DeepSpeed made groups of its own
         return engine, prepared_optimizer
 
     def refuse(self, config: Config, lanes: int) -> None:

@@ -39,7 +39,7 @@ class Run:
         self.config, self.accelerator, self.stream = config, accelerator, stream
         self.folder, self.state = Path(config.train.output), TrainingState()
         self.objective = build_objective(config.model, config.objective, stream.index.image_shape, config.train.seed)
-        self.objective.group = subgroup(ranks_of_group(config.objective.group))
+        self.objective.group = subgroup(ranks_of_group(config.objective.group), config.train.timeout)
         self.objective.row_counts = row_counts(stream.rows, accelerator.device)
         set_execution(self.objective, config.train, accelerator.device)
         self.optimizer = torch.optim.Adam(self.objective.parameters(), lr=config.train.learning_rate)

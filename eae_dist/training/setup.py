@@ -4,73 +4,91 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
-from eae_dist.config import Config, TrainConfig
+from eae_dist.config import HOW_TO_START, Config, TrainConfig, load_config
 from eae_dist.data.remote import Cache
 from eae_dist.data.shard_index import ShardIndex
 from eae_dist.data.stream import ShardStream
 from eae_dist.distributed import ranks_of_group, row_counts, world_size
-from eae_dist.distributed.launch import keep_freed_memory
+from eae_dist.distributed.start import Start, require_taken, start
+from eae_dist.errors import UserError
 from eae_dist.losses.entropy import gaussian_reference
-from eae_dist.numerics.precision import allow_tf32
 from eae_dist.objectives import objective_class
-from eae_dist.training.engines import accelerator_options
+from eae_dist.training.console import say
+from eae_dist.training.engines import accelerator_options, engine_of, uses_deepspeed
 
 log = logging.getLogger("eae_dist")
 
+UNUSED_SETTINGS = {  # variables that accelerate's configuration sets, and what decides instead
+    "ACCELERATE_MIXED_PRECISION": "train.precision",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "train.accumulate",
+    "ACCELERATE_GRADIENT_CLIPPING": "train.clip_norm",
+    "ACCELERATE_DYNAMO_BACKEND": "train.compile",
+}
+
+
+def how_to_start(config: TrainConfig, *, judging: bool = False) -> Start:
+    """Returns how a process starts; what judges a model never rounds to TF32."""
+    return Start(config.device, config.timeout, tf32=config.tf32 and not judging, deterministic=config.deterministic)
+
+
+def how_to_judge(assignments: Sequence[str]) -> Start:
+    """Returns how a command starts that opens a checkpoint afterwards: by train.device and the like among its `key=value`.
+
+    What a checkpoint says of these is how it was trained, on other machines perhaps. Raises UserError for a wrong value.
+    """
+    keys = {f"train.{name}" for name in HOW_TO_START}
+    return how_to_start(load_config([text for text in assignments if text.partition("=")[0] in keys]).train, judging=True)
+
 
 def start_accelerator(config: TrainConfig) -> Accelerator:
-    """Starts accelerate on this rank: device, precision, trackers. Raises ValueError if it does not see all launched ranks."""
-    cpu = config.device == "cpu" or not torch.cuda.is_available()
+    """Starts this rank with accelerate: device, precision, trackers.
+
+    Raises UserError for settings that cannot work here, and if accelerate took others than the run's configuration.
+    """
+    device = start(how_to_start(config))
+    cpu = device.type == "cpu"
     if cpu and config.precision == "fp16":
-        raise ValueError("train.precision=fp16 needs a GPU; take train.precision=bf16 or fp32")
-    check_restarts(os.environ)
-    allow_tf32(config.tf32)
-    if cpu:
-        keep_freed_memory()
+        raise UserError("train.precision=fp16 needs a GPU; take train.precision=bf16 or fp32")
     available = {str(tracker) for tracker in get_available_trackers()}
     if missing := sorted(set(config.trackers) - available):
-        raise ValueError(
+        raise UserError(
             f"train.trackers={missing} are unknown to accelerate or not installed; available: {', '.join(sorted(available))}"
         )
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it for deterministic results
-        torch.use_deterministic_algorithms(True)
     # torch 2.14 renames DDP's broadcast_buffers; accelerate still passes the old name.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-    accelerator = Accelerator(
-        log_with=config.trackers or None,
-        project_dir=Path(config.output) / "trackers",
-        **accelerator_options(config, cpu),
-    )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if not accelerator.num_processes == world_size() == launched:
-        raise ValueError(
-            f"the launcher started {launched} ranks, accelerate sees {accelerator.num_processes}; "
-            f"launch with --config_file launch/cpu.yaml on CPUs, or without --cpu"
-        )
+    options = accelerator_options(config, cpu)
+    accelerator = Accelerator(log_with=config.trackers or None, project_dir=Path(config.output) / "trackers", **options)
+    asked = {
+        "device": device.type,
+        "ranks": int(os.environ.get("WORLD_SIZE", "1")),
+        "mixed_precision": options["mixed_precision"],
+        "gradient_accumulation_steps": 1,
+        "dynamo_backend": "NO",
+        "engine": "DeepSpeed" if uses_deepspeed(os.environ) else "PyTorch",
+    }
+    taken = {
+        "device": accelerator.device.type,
+        "ranks": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+        "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
+        "dynamo_backend": accelerator.state.dynamo_plugin.backend.value,
+        "engine": engine_of(accelerator).name.partition(" ")[0],
+    }
+    require_taken(asked, taken)
     if accelerator.is_main_process:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         log.setLevel(logging.INFO)
+    for name, setting in UNUSED_SETTINGS.items():
+        if (value := os.environ.get(name, "")).lower() not in ("", "no", "1"):
+            say(f"{name}={value} of accelerate's settings is not used: {setting} decides")
     return accelerator
-
-
-def check_restarts(env: Mapping[str, str]) -> None:
-    """Raises ValueError if torchrun would restart ranks with a store that still has the addresses of the previous ranks.
-
-    A rank that reads an old address before its peer has written the new one would wait for a process that has ended.
-    """
-    if int(env.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        raise ValueError(
-            "torchrun --max-restarts keeps its store after a restart, so ranks can find old addresses of each other "
-            "there; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, or leave --max-restarts out"
-        )
 
 
 def open_stream(config: Config) -> ShardStream:
