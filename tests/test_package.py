@@ -45,7 +45,7 @@ def test_unknown_name_is_an_attribute_error():
 def test_one_command_runs_each_of_the_others_and_lists_them(capsys, monkeypatch):
     assert command.main(["--help"]) == 0
     listed = capsys.readouterr().out
-    modules = {path.stem for path in (ROOT / "eae_dist").glob("*.py")} - {"__init__", "__main__", "objectives"}
+    modules = {path.stem for path in (ROOT / "eae_dist").glob("*.py")} - {"__init__", "__main__", "errors", "objectives"}
     assert set(command.COMMANDS) == modules and all(f"  {name}" in listed for name in modules)
     for name in modules:
         with pytest.raises(SystemExit) as stop:
@@ -75,7 +75,7 @@ def test_shipped_configuration_is_found_by_its_name_and_a_file_wins(tmp_path, mo
         find_config("mnist6k")
 
 
-ROOMS = ("numerics", "distributed", "config", "data", "losses", "model", "latent", "metrics", "objectives", "report", "training")
+ROOMS = ("errors", "numerics", "distributed", "config", "data", "losses", "model", "latent", "metrics", "objectives", "report", "training")
 ROOMS += ("inference",)
 
 
