@@ -23,6 +23,8 @@ from eae_dist.data.stream import walk
 from eae_dist.distributed import on_every_rank, on_rank_zero, rank, world_size
 from eae_dist.distributed.launch import run_on_ranks
 from eae_dist.latent.store import PART, PART_ROWS, VERSION, LatentFolder, description, finished_part, write_part
+from eae_dist.errors import UserError
+from eae_dist.latent.store import PART_ROWS, VERSION, LatentFolder, description, finished_part, write_part
 from eae_dist.model.autoencoder import encoded
 from eae_dist.numerics.atomic_files import replace_file
 from eae_dist.numerics.json_files import read_json, sealed
@@ -79,7 +81,7 @@ def encode(directory: Path, out: Path, assignments: Sequence[str]) -> LatentFold
                     progress.update()
                 rows = torch.cat(latents).cpu().numpy()
                 if broken := int((~np.isfinite(rows)).any(1).sum()):
-                    raise ValueError(
+                    raise UserError(
                         f"{broken} of {len(rows):,} latents of {name} are not finite; was the encoder trained to the end?"
                     )
                 write_part(out, name, rows, np.concatenate(labels), keys)
@@ -93,7 +95,7 @@ def encode(directory: Path, out: Path, assignments: Sequence[str]) -> LatentFold
             for split, part, _ in parts:
                 splits[split].append(read_json(description(out, name_of(split, part)), PART, "run the same command again"))
             if (found := {split: sum(part["rows"] for part in splits[split]) for split in splits}) != samples:
-                raise ValueError(f"{out} holds {found} latents, the data set has {samples}; encode into an empty folder")
+                raise UserError(f"{out} holds {found} latents, the data set has {samples}; encode into an empty folder")
             replace_file(out / "manifest.json", sealed({"version": VERSION, "about": about, "splits": splits}))
             for split, part, _ in parts:
                 description(out, name_of(split, part)).unlink()
@@ -117,12 +119,12 @@ def start_folder(out: Path, about: dict) -> None:
             elif begun.is_file():
                 found = read_json(begun, dict.fromkeys(IDENTITY, object), "take another folder for the latents")
             elif any(out.iterdir()):
-                raise ValueError(f"--out={out} is not empty and holds no latents; take another folder")
+                raise UserError(f"--out={out} is not empty and holds no latents; take another folder")
             else:
                 found = about
             if changed := [f"{key}: {found.get(key)} -> {about[key]}" for key in IDENTITY if found.get(key) != about[key]]:
                 what = "; take another folder, or the inputs of these latents:\n  "
-                raise ValueError(f"{begun} describes other latents{what}" + "\n  ".join(changed))
+                raise UserError(f"{begun} describes other latents{what}" + "\n  ".join(changed))
             if begun.name == ".encoding.json":
                 replace_file(begun, sealed(about))
 

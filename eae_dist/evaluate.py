@@ -30,6 +30,7 @@ from eae_dist.data.shard_index import ShardIndex
 from eae_dist.data.stream import walk
 from eae_dist.distributed import from_rank_zero, gather_objects, gather_rows, on_rank_zero, rank, world_size
 from eae_dist.distributed.launch import run_on_ranks
+from eae_dist.errors import UserError
 from eae_dist.inference.trained_model import LatentsOf, decoded, interpolations, sample_seeds, with_progress
 from eae_dist.latent.densities import DENSITIES, Density, ReconstructingDensity, load_density, save_density
 from eae_dist.latent.gaussianity import gaussianity
@@ -148,7 +149,7 @@ def evaluate_folders(real: Path, generated: Path, assignments: Sequence[str], ou
     """
     own = ("evaluate.", *(f"train.{key}=" for key in HOW_TO_START))
     if other := [text for text in assignments if not text.startswith(own)]:
-        raise ValueError(f"{other[0]}: only evaluate.* settings apply to two folders of images")
+        raise UserError(f"{other[0]}: only evaluate.* settings apply to two folders of images")
     settings, device = load_config(assignments).evaluate, PartialState().device
     described = []
     # Both are opened before the first goes through the network, so that an error in the second is reported at once.
@@ -195,7 +196,7 @@ def check_splits(index: ShardIndex, config: Config) -> None:
     """Raises ValueError if the judged split or the reference split is missing or empty."""
     for key, split in {"split": config.evaluate.split, "reference": config.evaluate.reference}.items():
         if index.split(split, f"evaluate.{key}").samples == 0:
-            raise ValueError(f"evaluate.{key}={split} of {config.data.root} holds no images")
+            raise UserError(f"evaluate.{key}={split} of {config.data.root} holds no images")
 
 
 def density_names(settings: EvaluateConfig, second_stage: str | None) -> list[str]:
@@ -207,7 +208,7 @@ def density_names(settings: EvaluateConfig, second_stage: str | None) -> list[st
     names = settings.densities or own or ["isotropic", "mvg", "gmm"]
     for name in names:
         if name not in DENSITIES:
-            raise ValueError(f"evaluate.densities: {name} is unknown; it is one of {', '.join(DENSITIES)}")
+            raise UserError(f"evaluate.densities: {name} is unknown; it is one of {', '.join(DENSITIES)}")
     return list(dict.fromkeys([*own, *names]))
 
 
@@ -218,7 +219,7 @@ def open_features(settings: EvaluateConfig, index: ShardIndex, assignments: Sequ
     """
     name = settings.features or features_for(*index.image_shape[1:])
     if ":" in name and f"evaluate.features={name}" not in assignments:
-        raise ValueError(f"evaluate.features={name} is named only by the checkpoint; give it on the command line to run it")
+        raise UserError(f"evaluate.features={name} is named only by the checkpoint; give it on the command line to run it")
     return build_features(name, weights=settings.inception_weights, preprocessing=settings.preprocessing)
 
 
@@ -409,9 +410,9 @@ def fit_densities(
             try:
                 density.fit(latents)
                 report = density.report()
-            except ValueError as error:  # known to every rank
+            except UserError as error:  # known to every rank
                 if name in needed:
-                    raise ValueError(f"evaluate.densities: {name} cannot be fitted: {error}") from error
+                    raise UserError(f"evaluate.densities: {name} cannot be fitted: {error}") from error
                 report = {"failed": str(error)}
             with on_rank_zero() as is_rank_zero:
                 if is_rank_zero:

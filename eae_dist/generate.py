@@ -19,6 +19,7 @@ from PIL import Image
 from eae_dist.config import is_assignment
 from eae_dist.distributed import on_every_rank, on_rank_zero
 from eae_dist.distributed.launch import run_on_ranks
+from eae_dist.errors import UserError
 from eae_dist.inference.trained_model import decoded, sample_seeds, trained_model
 from eae_dist.numerics.atomic_files import replace_file
 from eae_dist.numerics.json_files import read_json, sealed
@@ -32,7 +33,7 @@ def generate(directory: Path, out: Path, density: str, count: int, assignments: 
     checkpoint = open_on_rank_zero(directory)
     settings = evaluation_config(checkpoint, assignments).evaluate
     if count < 1:
-        raise ValueError(f"--count={count} must be at least 1")
+        raise UserError(f"--count={count} must be at least 1")
     device = PartialState().device
     model = trained_model(checkpoint, device, named_networks(assignments))
     drawn_from = model.density(density)
@@ -67,9 +68,9 @@ def start_folder(out: Path, begun: Path, about: dict) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if begun.is_file():
         if read_json(begun, {}, f"remove {out} or take another folder") != about:
-            raise ValueError(f"{out} holds a part of other images, which {begun} describes; remove it or take another folder")
+            raise UserError(f"{out} holds a part of other images, which {begun} describes; remove it or take another folder")
     elif any(out.iterdir()):
-        raise ValueError(f"{out} is not empty, and images of two sets must not mix; take another folder")
+        raise UserError(f"{out} is not empty, and images of two sets must not mix; take another folder")
     replace_file(begun, sealed(about))
 
 

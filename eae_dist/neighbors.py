@@ -25,6 +25,7 @@ import torch
 from eae_dist.data.image_files import read_image
 from eae_dist.distributed import gather_objects, gather_rows, message_device, on_rank_zero, rank, sum_over_ranks
 from eae_dist.distributed.launch import run_on_ranks
+from eae_dist.errors import UserError
 from eae_dist.inference.encoded_dataset import EncodedDataset
 from eae_dist.inference.trained_model import decoded, sample_seeds
 from eae_dist.latent.neighbor_statistics import compare_distances, entropy_of_distances, nearest_others, vote
@@ -42,7 +43,7 @@ def neighbors(space: EncodedDataset, out: Path) -> dict:
     index = space.index()
     k = min(settings.k, index.n)
     if folder.rows(settings.query_split) == 0:
-        raise ValueError(f"index.query_split={settings.query_split} holds no images; take another split")
+        raise UserError(f"index.query_split={settings.query_split} holds no images; take another split")
 
     # Test images: their neighbors, and the labels that these predict.
     start, queries = space.rows_of_this_rank(settings.query_split)
@@ -162,9 +163,9 @@ def query(space: EncodedDataset, files: Sequence[Path], out: Path | None) -> lis
         try:
             pixels = read_image(str(file), None, None, channels)
         except ValueError as error:
-            raise ValueError(f"{file} is not a usable image: {error}") from error
+            raise UserError(f"{file} is not a usable image: {error}") from error
         if pixels.shape[:2] != (height, width):
-            raise ValueError(f"{file} is {pixels.shape[1]}x{pixels.shape[0]}, the model takes {width}x{height} (width x height)")
+            raise UserError(f"{file} is {pixels.shape[1]}x{pixels.shape[0]}, the model takes {width}x{height} (width x height)")
         read.append(pixels.reshape(height, width, channels).transpose(2, 0, 1))
     images = torch.from_numpy(np.stack(read))
     index = space.index()

@@ -20,6 +20,7 @@ from torch import nn
 
 from eae_dist.config import Config, ModelConfig, ObjectiveConfig
 from eae_dist.distributed import rank, world_size
+from eae_dist.errors import UserError
 from eae_dist.losses.entropy import entropy_terms
 from eae_dist.losses.terms import gaussian_divergence, kernel_discrepancy, mean_share, squared_error, sum_of_squares
 from eae_dist.model.autoencoder import LATENT_EPS, Autoencoder, build_autoencoder, resolve_model
@@ -183,9 +184,9 @@ class Objective(nn.Module):
                 counts=counts,
                 group=group,
             )
-        except ValueError as error:
+        except UserError as error:
             compared = "a global batch" if group is None else "groups (objective.group)"
-            raise ValueError(
+            raise UserError(
                 f"objective.k={config.k} needs {compared} of more than {config.k} distinct rows; lower objective.k or raise "
                 f"train.global_batch ({error})"
             ) from error
@@ -318,7 +319,7 @@ class EAELinear(EAE):
         super().__init__(autoencoder, config, seed)
         self.map_dim = config.map_dim or autoencoder.latent_dim
         if self.map_dim > autoencoder.latent_dim:
-            raise ValueError(f"objective.map_dim={self.map_dim} must be at most model.latent_dim={autoencoder.latent_dim}")
+            raise UserError(f"objective.map_dim={self.map_dim} must be at most model.latent_dim={autoencoder.latent_dim}")
         if config.map == "fixed":
             self.register_buffer("map", orthonormal(autoencoder.latent_dim, self.map_dim, seed))
         self.map_norm = GlobalBatchNorm(self.map_dim, affine=False, eps=LATENT_EPS, track=False)
@@ -355,7 +356,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
 def objective_class(name: str) -> type[Objective]:
     """Returns the class of that name. Raises ValueError for an unknown name, with the list of known names."""
     if name not in OBJECTIVES:
-        raise ValueError(f"objective.name={name} is unknown; it is one of {', '.join(OBJECTIVES)}")
+        raise UserError(f"objective.name={name} is unknown; it is one of {', '.join(OBJECTIVES)}")
     return OBJECTIVES[name]
 
 
@@ -381,7 +382,7 @@ def resolve(config: Config, image_shape: tuple[int, int, int], lanes: int | None
     for setting in fields(ObjectiveConfig):
         value = getattr(config.objective, setting.name)
         if setting.name not in read and value != setting.default:
-            raise ValueError(
+            raise UserError(
                 f"objective.{setting.name}={value} has no effect with objective.name={config.objective.name}, which reads "
                 f"{', '.join(sorted(read))}; leave it out"
             )

@@ -35,6 +35,7 @@ from eae_dist.data.order import permutation
 from eae_dist.data.remote import Cache, is_address
 from eae_dist.data.sources import CACHE, SOURCES, SPLITS, Samples, Source
 from eae_dist.distributed.processes import available_cores, run_tasks
+from eae_dist.errors import UserError, UserFileError, is_users
 from eae_dist.numerics.atomic_files import fsync
 from eae_dist.numerics.keyed_random import derive_key
 
@@ -68,7 +69,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except Exception as error:
+        if not is_users(error):
+            raise
         print("error:", str(error).replace("\n", " "), file=sys.stderr)
         return 2
 
@@ -82,7 +85,7 @@ class Encoding:
 
     def __post_init__(self) -> None:
         if self.quality is not None and self.format != "jpeg":
-            raise ValueError(f"--quality is for --format jpeg, not for {self.format}, which is lossless")
+            raise UserError(f"--quality is for --format jpeg, not for {self.format}, which is lossless")
 
     def encode(self, image: np.ndarray) -> bytes:
         """Returns the bytes of the image file for uint8 [h, w], [h, w, 1] or [h, w, 3]; raw is an .npy of [h, w, c]."""
@@ -130,7 +133,7 @@ def shard_plan(source: Source, shard_size: int, seed: int) -> list[tuple[str, st
     plan = []
     for number, split in enumerate(SPLITS):
         if not (samples := len(source.splits[split])):
-            raise ValueError(f"{source.name} has no usable image for {split}")
+            raise UserError(f"{source.name} has no usable image for {split}")
         order = permutation(samples, derive_key(seed, number))
         for shard, rows in enumerate(np.array_split(order, -(-samples // shard_size))):
             plan.append((split, f"{split}-{shard:06d}.tar", rows))
@@ -146,7 +149,7 @@ def write_shard(task: tuple[Path, Samples, Encoding]) -> ShardScan:
             try:
                 sample = {"__key__": key, EXTENSIONS[encoding.format]: encoding.encode(samples.images[i])}
             except ValueError as error:
-                raise ValueError(f"the file of sample {key!r} changed while it was packed ({error})") from error
+                raise UserError(f"the file of sample {key!r} changed while it was packed ({error})") from error
             if samples.labels[i] >= 0:
                 sample["cls"] = str(samples.labels[i]).encode()
             tar.write(sample)
@@ -162,10 +165,10 @@ def free_folder(folder: Path) -> Path:
     """Returns the absolute path of a folder that is empty or does not exist. Raises ValueError for any other."""
     folder = folder.resolve()
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; give another folder")
+        raise UserError(f"{folder} is a file; give another folder")
     if folder.exists() and any(folder.iterdir()):
         what = "holds a data set already" if (folder / "index.json").exists() else "is not empty"
-        raise ValueError(f"{folder} {what}; remove it or give another folder")
+        raise UserError(f"{folder} {what}; remove it or give another folder")
     return folder
 
 
@@ -185,14 +188,14 @@ def staging(folder: Path) -> Iterator[Path]:
             (folder / LOCK).unlink()
             fsync(folder.parent)
     except OSError as error:
-        raise OSError(f"cannot write {folder}: {error.strerror or error}") from error
+        raise UserFileError(f"cannot write {folder}: {error.strerror or error}") from error
 
 
 @contextmanager
 def _locked(incomplete: Path) -> Iterator[None]:
     """Creates the folder, or empties the one that an interrupted pack left, and locks it against other packs."""
     if incomplete.exists() and not (incomplete / LOCK).exists() and any(incomplete.iterdir()):
-        raise ValueError(f"{incomplete} is in the way and was not created by pack; remove it")
+        raise UserError(f"{incomplete} is in the way and was not created by pack; remove it")
     incomplete.mkdir(parents=True, exist_ok=True)
     with open(incomplete / LOCK, "w") as lock:
         try:
@@ -202,7 +205,7 @@ def _locked(incomplete: Path) -> Iterator[None]:
         except (BlockingIOError, FileNotFoundError):
             ours = False
         if not ours:
-            raise ValueError(f"another pack is writing {incomplete}; wait for it or give another folder")
+            raise UserError(f"another pack is writing {incomplete}; wait for it or give another folder")
         leftovers = [path for path in incomplete.iterdir() if path.name != LOCK]
         for path in leftovers:
             path.unlink()
@@ -216,7 +219,7 @@ def cache_of(settings: list[str]) -> Cache:
     known = [f"data.{name}" for name in WHERE_DATA_LIES if name != "root"]
     for setting in settings:
         if setting.partition("=")[0] not in known:
-            raise ValueError(f"--set {setting} is not about fetching shards; it takes {', '.join(known)}")
+            raise UserError(f"--set {setting} is not about fetching shards; it takes {', '.join(known)}")
     return Cache.of(load_config(settings).data)
 
 

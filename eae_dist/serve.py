@@ -21,7 +21,7 @@ from pathlib import Path
 from PIL import Image
 
 from eae_dist.distributed.start import start_without_engine
-from eae_dist.errors import UserError
+from eae_dist.errors import UserError, UserFileError, is_users
 from eae_dist.inference.service.batching import Batcher
 from eae_dist.inference.service.guard import LOCAL_NAMES
 from eae_dist.inference.service.model import ServedModel
@@ -70,7 +70,7 @@ def serve(directory: Path, latents: Path | None, host: str, port: int, assignmen
 def bound(host: str, port: int) -> socket.socket:
     """Returns a socket that listens there, before a model is loaded. Raises ValueError or OSError that names the option."""
     if not 0 <= port <= 65535:
-        raise ValueError(f"--port={port} must lie in [0, 65535]; 0 takes a free one")
+        raise UserError(f"--port={port} must lie in [0, 65535]; 0 takes a free one")
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listening = socket.socket(family, kind)
@@ -78,7 +78,9 @@ def bound(host: str, port: int) -> socket.socket:
         listening.bind(address)
         listening.listen(CONNECTIONS)  # early clients wait, and no other process can listen here
     except OSError as error:
-        raise OSError(f"--host={host} --port={port} cannot be bound: {error.strerror}; take another --port or --host") from error
+        raise UserFileError(
+            f"--host={host} --port={port} cannot be bound: {error.strerror}; take another --port or --host"
+        ) from error
     return listening
 
 
@@ -108,7 +110,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if error.name not in EXTRA:
             raise
         sys.exit(f"error: the service needs {error.name}; pip install -e '.[serve]'")
-    except (ValueError, OSError) as error:
+    except Exception as error:
+        if not is_users(error):
+            raise
         sys.exit(f"error: {error}")
 
 

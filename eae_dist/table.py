@@ -35,6 +35,7 @@ from eae_dist.data.remote import Cache
 from eae_dist.data.shard_index import ShardIndex
 from eae_dist.data.stream import resolve_lanes
 from eae_dist.distributed.launch import CommandFailed, JobPool
+from eae_dist.errors import MissingFile, UserError, is_users
 from eae_dist.evaluate import check_splits, density_names, open_features
 from eae_dist.inference.trained_model import load
 from eae_dist.numerics.atomic_files import replace_file
@@ -84,7 +85,7 @@ def table(
         return None, failures
     by_features = {json.dumps(metrics["features"]): str(run.folder) for run, metrics in found.items()}
     if len(by_features) > 1:
-        raise ValueError(
+        raise UserError(
             f"rows were judged by different features, or versions of them: {', '.join(by_features.values())}; "
             f"remove their evaluation folders and run the same command to judge them again"
         )
@@ -106,9 +107,9 @@ def row_files(config: Path, only: Sequence[str]) -> dict[str, Path]:
     folder = config.with_suffix("")
     files = {row: folder / f"{row}.yaml" for row in OBJECTIVES if (folder / f"{row}.yaml").is_file()}
     if not files:
-        raise FileNotFoundError(f"{folder} holds no file of a row, such as {folder}/eae.yaml; copy those of configs/mnist5k")
+        raise MissingFile(f"{folder} holds no file of a row, such as {folder}/eae.yaml; copy those of configs/mnist5k")
     if missing := [row for row in only if row not in files]:
-        raise ValueError(f"--only {' '.join(missing)}: no such row in {folder}, which has {', '.join(files)}")
+        raise UserError(f"--only {' '.join(missing)}: no such row in {folder}, which has {', '.join(files)}")
     return files
 
 
@@ -116,19 +117,19 @@ def planned(config: Path, file: Path, row: str, seed: int, out: Path, settings: 
     """Returns the run of a row with a seed. Raises ValueError for settings that the table sets itself."""
     folder = out / "runs" / f"{row}-{seed}"
     if own := [text for text in settings if text.startswith(("train.output=", "train.seed=", "objective.name="))]:
-        raise ValueError(f"{own[0]}: the table sets this itself; give --out, --seeds or --only")
+        raise UserError(f"{own[0]}: the table sets this itself; give --out, --seeds or --only")
     arguments = ("--config", str(config), str(file), *settings, f"train.output={folder}", f"train.seed={seed}")
     try:
         loaded = load_config(arguments)
         if loaded.objective.name != row:
-            raise ValueError(f"objective.name={loaded.objective.name}, but the file's name says {row}")
+            raise UserError(f"objective.name={loaded.objective.name}, but the file's name says {row}")
         data, cache = loaded.data, Cache.of(loaded.data)
         index = ShardIndex.load(data.root, cache)
         lanes = resolve_lanes(index, data.split, loaded.train.global_batch, data.lanes, cache)
         return Run(row, seed, folder, arguments, resolve(loaded, index.image_shape, lanes), index)
     except (ValueError, OSError) as error:
         text = str(error)
-        raise ValueError(text if str(file) in text else f"row {row}, {file}: {text}") from error
+        raise UserError(text if str(file) in text else f"row {row}, {file}: {text}") from error
 
 
 def check_judging(runs: Sequence[Run]) -> None:
@@ -158,7 +159,9 @@ def finish_all(runs: Sequence[Run], first_stages: dict[Run, Run | None], job_poo
             for run, future in futures.items():
                 try:
                     said = future.result()
-                except (CommandFailed, ValueError, OSError) as error:
+                except Exception as error:
+                    if not isinstance(error, CommandFailed) and not is_users(error):
+                        raise
                     said = str(error)
                     failures.append(f"{run.row}, seed {run.seed}: {error}")
                 log.info("[%s] %s, seed %d: %s", clock(time.monotonic() - started), run.row, run.seed, said)
@@ -178,7 +181,7 @@ def finish(run: Run, first_stage: Run | None, ends: Future | None, job_pool: Job
     if judged(run) is not None:
         return "is finished"
     if (taken := steps_taken(run)) > (wanted := last_step(run.config, run.index)):
-        raise ValueError(f"{run.folder} was trained for {taken} steps, expected at most {wanted}; take another --out")
+        raise UserError(f"{run.folder} was trained for {taken} steps, expected at most {wanted}; take another --out")
     started = time.monotonic()
     if not trained(run):
         if ends is not None:
@@ -316,15 +319,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = arguments.out or Path("runs") / f"{arguments.config.stem}-table"
     try:
         if arguments.seeds < 1:
-            raise ValueError(f"--seeds={arguments.seeds} must be at least 1")
+            raise UserError(f"--seeds={arguments.seeds} must be at least 1")
         job_pool = JobPool(arguments.jobs, arguments.nproc)
         rows = [text for text in arguments.only if not is_assignment(text)]  # --only also takes the settings that follow it
         settings = [*filter(is_assignment, arguments.only), *arguments.settings]
         text, failures = table(arguments.config, rows, arguments.seeds, job_pool, out, settings)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped; run the same command to continue")
+    except Exception as error:
+        if not is_users(error):
+            raise
+        sys.exit(f"error: {error}")
     if text is not None:
         print(text)
         print(f"table.md, table.csv, table.tex and figure.png in {out}")

@@ -75,8 +75,8 @@ def test_shipped_configuration_is_found_by_its_name_and_a_file_wins(tmp_path, mo
         find_config("mnist6k")
 
 
-ROOMS = ("errors", "numerics", "distributed", "config", "data", "losses", "model", "latent", "metrics", "objectives", "report", "training")
-ROOMS += ("inference",)
+ROOMS = ("errors", "numerics", "distributed", "config", "data", "losses", "model", "latent", "metrics", "objectives", "report")
+ROOMS += ("training", "inference")
 
 
 def test_rooms_import_only_what_stands_before_them():

@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import eae_dist
 from eae_dist.config.schema import Config, check_values
+from eae_dist.errors import UserError
 from eae_dist.numerics.atomic_files import replace_file
 
 # Former names: they are still read from a run folder's config.yaml. Elsewhere, an error gives the new name.
@@ -87,18 +88,18 @@ def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
             taking_files = True
             following = "".join(argv[place + 1 : place + 2])
             if not following or "=" in following or following.startswith("-"):
-                raise ValueError("--config needs a YAML file or a name of a shipped configuration after it (see --help)")
+                raise UserError("--config needs a YAML file or a name of a shipped configuration after it (see --help)")
         elif argument.startswith("--config="):
             files.append(argument.removeprefix("--config="))
         elif argument.startswith("-"):
-            raise ValueError(f"unknown option {argument}; settings are given as key=value, files with --config FILE (see --help)")
+            raise UserError(f"unknown option {argument}; settings are given as key=value, files with --config FILE (see --help)")
         elif "=" in argument:
             taking_files = False
             assignments.append(argument)
         elif taking_files:
             files.append(argument)
         else:
-            raise ValueError(f"{argument!r} is neither key=value nor a file after --config (see --help)")
+            raise UserError(f"{argument!r} is neither key=value nor a file after --config (see --help)")
     return files, assignments
 
 
@@ -164,7 +165,7 @@ def find_config(name: str | Path) -> Path:
         known = sorted(file.stem for file in folder.glob("*.yaml"))
         if known:
             break
-    raise ValueError(f"{name}: there is no such configuration file, and no shipped one of that name; shipped: {', '.join(known)}")
+    raise UserError(f"{name}: there is no such configuration file, and no shipped one of that name; shipped: {', '.join(known)}")
 
 
 def _from_file(file: str) -> tuple[object, str]:
@@ -173,9 +174,9 @@ def _from_file(file: str) -> tuple[object, str]:
         loaded = OmegaConf.load(path)
         tree = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
     except Exception as error:  # YAML and OmegaConf raise many types
-        raise ValueError(f"{file} is not a YAML mapping: {' '.join(str(error).split())}") from error
+        raise UserError(f"{file} is not a YAML mapping: {' '.join(str(error).split())}") from error
     if tree is None and not path.read_text().strip():
-        raise ValueError(f"{file} is empty; expected sections with keys, such as train: {{seed: 1}}")
+        raise UserError(f"{file} is empty; expected sections with keys, such as train: {{seed: 1}}")
     for (section, key), text in _texts_of(tree):
         OmegaConf.update(loaded, f"{section}.{key}", text)
     return loaded, file
@@ -221,7 +222,7 @@ def _from_assignment(text: str) -> tuple[object, str]:
         # Read as YAML, a path would lose what follows a " #", and 007 would become 7.
         return OmegaConf.create({section: {key: None if value == "null" else value}}), text
     except Exception as error:
-        raise ValueError(f"{text!r} cannot be read as key=value: {error}") from error
+        raise UserError(f"{text!r} cannot be read as key=value: {error}") from error
 
 
 @functools.cache
@@ -237,7 +238,7 @@ def _merged(layers: list[tuple[object, str]]) -> Config:
             config.merge_with(layer)
         except (OmegaConfBaseException, TypeError) as error:  # setting a single item of a list raises TypeError
             key = getattr(error, "full_key", None)
-            raise ValueError(f"{origin}: {str(error).splitlines()[0]}" + (f" ({key})" if key else "")) from error
+            raise UserError(f"{origin}: {str(error).splitlines()[0]}" + (f" ({key})" if key else "")) from error
     result = OmegaConf.to_object(config)
     assert isinstance(result, Config)
     for section, key in ((result.data, "root"), (result.train, "output")):
@@ -250,33 +251,34 @@ def _check_keys(layer: Any, origin: str) -> None:
     """Raises ValueError unless the layer has only known sections, known keys and plain values."""
     text = OmegaConf.to_yaml(layer)
     if "${" in text:
-        raise ValueError(f"{origin}: a configuration holds plain values; ${{...}} is not resolved")
+        raise UserError(f"{origin}: a configuration holds plain values; ${{...}} is not resolved")
     if "???" in text:
-        raise ValueError(f"{origin}: ??? stands for a missing value; give one")
+        raise UserError(f"{origin}: ??? stands for a missing value; give one")
     if not OmegaConf.is_dict(layer):
-        raise ValueError(f"{origin}: expected sections with keys, such as train: {{seed: 1}}")
+        raise UserError(f"{origin}: expected sections with keys, such as train: {{seed: 1}}")
     sections = _sections()
     known = {name: {key.name for key in fields(section)} for name, section in sections.items()}
     for name in layer:
         if name not in known:
             full = [f"{section}.{name}" for section, keys in known.items() if name in keys]
             hint = f"; did you mean {full[0]}?" if full else _suggestion(str(name), known)
-            raise ValueError(f"{origin}: unknown section {name!r}{hint}")
+            raise UserError(f"{origin}: unknown section {name!r}{hint}")
         section = layer[name]
         if not OmegaConf.is_dict(section):
-            raise ValueError(f"{origin}: {name} is a section; set one of its keys, such as {name}.{sorted(known[name])[0]}=...")
+            raise UserError(f"{origin}: {name} is a section; set one of its keys, such as {name}.{sorted(known[name])[0]}=...")
         for key in section:
             if new := RENAMED_KEYS.get(f"{name}.{key}"):
-                raise ValueError(f"{origin}: {name}.{key} is now called {new}")
+                raise UserError(f"{origin}: {name}.{key} is now called {new}")
             if key not in known[name]:
                 every = [f"{s}.{k}" for s, keys in known.items() for k in keys]
-                raise ValueError(f"{origin}: unknown key {name}.{key}{_suggestion(f'{name}.{key}', every)}")
+                raise UserError(f"{origin}: unknown key {name}.{key}{_suggestion(f'{name}.{key}', every)}")
         for key, value in section.items():
-            if new := RENAMED_VALUES.get((f"{name}.{key}", str(value))):
-                raise ValueError(f"{origin}: {name}.{key}={value} is now called {name}.{key}={new}")
+            old, text = f"{name}.{key}", "no" if value is False else str(value)  # YAML reads a bare no as false
+            if new := RENAMED_VALUES.get((old, text)):
+                raise UserError(f"{origin}: {old}={text} is now called {old}={new}")
         for key in (key.name for key in fields(sections[name]) if key.type == list[str]):
             if isinstance(section.get(key), str):
-                raise ValueError(f"{origin}: {name}.{key} needs a list; write [{section[key]}]")
+                raise UserError(f"{origin}: {name}.{key} needs a list; write [{section[key]}]")
 
 
 def _suggestion(name: str, known: Iterable[str]) -> str:

@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from eae_dist.errors import UserError
+
 
 def setting(
     default: Any,
@@ -45,18 +47,18 @@ class Bounds:
         if value == "":
             raise ValueError(f"{key}= is empty; give a value, or leave the setting out")
         if self.choices and value not in self.choices:
-            raise ValueError(f"{key}={value} is unknown; it is one of {', '.join(self.choices)}")
+            raise UserError(f"{key}={value} is unknown; it is one of {', '.join(self.choices)}")
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{key}={value} must be a finite number")
+            raise UserError(f"{key}={value} must be a finite number")
         if self.above is not None and self.at_most is not None:
             if not self.above < value <= self.at_most:
-                raise ValueError(f"{key}={value} must lie in ({self.above}, {self.at_most}]")
+                raise UserError(f"{key}={value} must lie in ({self.above}, {self.at_most}]")
         elif self.above is not None and not value > self.above:
-            raise ValueError(f"{key}={value} must be greater than {self.above}")
+            raise UserError(f"{key}={value} must be greater than {self.above}")
         if self.at_least is not None and value < self.at_least:
-            raise ValueError(f"{key}={value} must be at least {self.at_least}")
+            raise UserError(f"{key}={value} must be at least {self.at_least}")
         if self.below is not None and value >= self.below:
-            raise ValueError(f"{key}={value} must be less than 2^{self.below.bit_length() - 1}")
+            raise UserError(f"{key}={value} must be less than 2^{self.below.bit_length() - 1}")
 
 
 @dataclass
@@ -322,13 +324,13 @@ def check_values(config: Config) -> None:
             bounds.check(f"{section.name}.{key.name}", getattr(settings, key.name))
     train, objective = config.train, config.objective
     if train.schedule == "plateau" and config.data.validation is None:
-        raise ValueError("train.schedule=plateau follows the validation loss; set data.validation")
+        raise UserError("train.schedule=plateau follows the validation loss; set data.validation")
     if train.compile and train.checkpoint_activations:
-        raise ValueError(
+        raise UserError(
             "train.compile=true: compiled networks cannot be recomputed in backward; set train.checkpoint_activations=false"
         )
     if objective.name == "wae" and train.global_batch < 2:
         raise ValueError(f"objective.name=wae compares pairs of rows; train.global_batch={train.global_batch} must be at least 2")
     # Every row needs k other rows. Objectives without an entropy reject objective.k elsewhere.
     if objective.k >= train.global_batch and (objective.name.startswith("eae") or objective.k > 1):
-        raise ValueError(f"objective.k={objective.k} needs more than {objective.k} rows, train.global_batch={train.global_batch}")
+        raise UserError(f"objective.k={objective.k} needs more than {objective.k} rows, train.global_batch={train.global_batch}")

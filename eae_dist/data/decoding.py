@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from eae_dist.errors import UserError
+
 try:
     import pyspng
 except ImportError:  # no wheel for this platform
@@ -33,7 +35,7 @@ def decode_image(data: bytes, channels: int) -> np.ndarray:
     try:
         return decode(data, channels)
     except (RuntimeError, OSError, SyntaxError) as error:
-        raise ValueError(f"not a readable image ({str(error).splitlines()[0]})") from error
+        raise UserError(f"not a readable image ({str(error).splitlines()[0]})") from error
 
 
 def decode_with_pyspng(data: bytes, channels: int) -> np.ndarray:

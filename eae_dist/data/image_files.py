@@ -19,6 +19,7 @@ from eae_dist.data.indexing import image_channels
 from eae_dist.data.order import blocks_of
 from eae_dist.distributed import rank, world_size
 from eae_dist.distributed.processes import available_cores, run_tasks
+from eae_dist.errors import UserError, UserFileError
 from eae_dist.numerics.atomic_files import sha256_of
 
 ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -54,7 +55,7 @@ class ImageFiles:
 def read_image(path: str, crop: int | None, size: int | None, channels: int | None) -> np.ndarray:
     """Reads one image file as uint8 [h, w] or [h, w, 3], with the options of `ImageFiles`. Raises ValueError for a bad file."""
     if not os.path.isfile(path):  # reading a pipe would block
-        raise ValueError("not a regular file" if os.path.lexists(path) else "missing")
+        raise UserError("not a regular file" if os.path.lexists(path) else "missing")
     return read_pixels(path, crop, size, channels)
 
 
@@ -68,7 +69,7 @@ def read_pixels(
     try:
         with Image.open(file, formats=FORMATS) as opened:
             if most is not None and opened.width * opened.height > most:
-                raise ValueError(f"{opened.width}x{opened.height} are more than {most:,} pixels")
+                raise UserError(f"{opened.width}x{opened.height} are more than {most:,} pixels")
             depth = image_channels(opened)
             image: Image.Image = ImageOps.exif_transpose(opened)
             if image.has_transparency_data:
@@ -76,15 +77,15 @@ def read_pixels(
             image = image.convert("L" if (channels or depth) == 1 else "RGB")
             if crop is not None:
                 if min(image.size) < crop:
-                    raise ValueError(f"{image.width}x{image.height} is smaller than --crop {crop}")
+                    raise UserError(f"{image.width}x{image.height} is smaller than --crop {crop}")
                 image = center_crop(image, crop)
             if size is not None:
                 image = center_crop(image, min(image.size)).resize((size, size), Image.Resampling.BILINEAR)
             return np.array(image)
     except Image.UnidentifiedImageError as error:
-        raise ValueError("not an image") from error
+        raise UserError("not an image") from error
     except Exception as error:  # Pillow raises many types for a damaged file
-        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
+        raise UserError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
 def walk_images(
@@ -106,7 +107,7 @@ def walk_images(
                 image_channels(image)  # raises an error for more than 8 bits a channel
                 pixels = np.array(image.convert("RGB"))
         except Exception as error:  # Pillow raises many types for a damaged file
-            raise ValueError(f"{path} is not a usable image: {error}") from error
+            raise UserError(f"{path} is not a usable image: {error}") from error
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
     shape = read(0).shape
@@ -116,7 +117,7 @@ def walk_images(
         for number, image in enumerate(images, start=first):
             if image.shape != shape:
                 one, other = (f"{name} is {s[2]}x{s[1]}" for name, s in ((names[0], shape), (names[number], image.shape)))
-                raise ValueError(f"{folder}: {one}, {other} (width x height); all must have one size")
+                raise UserError(f"{folder}: {one}, {other} (width x height); all must have one size")
         return first, torch.stack(images)
 
     start, stop = blocks_of(len(names), batch, rank(), world_size())
@@ -138,7 +139,7 @@ def image_names(folder: Path, count: int | None = None) -> list[str]:
     """Returns the first `count` image files of a folder by name, relative to it. Raises ValueError if there are none."""
     names = [name for name in files_under(folder)[0] if name.lower().endswith(ENDINGS)][:count]
     if not names:
-        raise ValueError(f"{folder} holds no image files ({', '.join(ENDINGS)})")
+        raise UserError(f"{folder} holds no image files ({', '.join(ENDINGS)})")
     return names
 
 
@@ -167,11 +168,11 @@ def how_read(files: ImageFiles) -> str:
 def files_under(path: Path) -> tuple[list[str], int]:
     """Returns every file under a folder, relative and sorted, and the number of hidden files (.name), which are excluded."""
     if not path.is_dir():
-        raise NotADirectoryError(f"{path} is not a folder; give a folder of images")
+        raise UserFileError(f"{path} is not a folder; give a folder of images")
     names, hidden, seen = [], 0, set()
     for folder, _, files in os.walk(path, onerror=_raise, followlinks=True):
         if (real := os.path.realpath(folder)) in seen:
-            raise ValueError(f"{folder} is a link to {real}, which is in {path} already; remove the link")
+            raise UserError(f"{folder} is a link to {real}, which is in {path} already; remove the link")
         seen.add(real)
         for file in files:
             name = os.path.relpath(os.path.join(folder, file), path)
@@ -220,7 +221,7 @@ def left_out(bad: dict[str, str], total: int, skip_bad: bool) -> tuple[str, ...]
     said, named = f"{len(bad):,} of {total:,} files are not usable images", [f"{path} ({bad[path]})" for path in sorted(bad)]
     if not skip_bad:
         several = "; ".join(named[:5]) + ("; ..." if len(named) > 5 else "")
-        raise ValueError(f"{said}: {several}; repair or remove them, or skip and list them with --skip-bad")
+        raise UserError(f"{said}: {several}; repair or remove them, or skip and list them with --skip-bad")
     return (f"left out: {said}:", *(f"  {name}" for name in named))
 
 

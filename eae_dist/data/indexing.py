@@ -43,6 +43,7 @@ from eae_dist.data.shard_index import (
     plain_name,
 )
 from eae_dist.distributed.processes import run_tasks
+from eae_dist.errors import UserError, UserFileError
 from eae_dist.numerics.atomic_files import replace_file, sha256_of
 
 ENCODINGS = {"png": "png", "jpg": "jpg", "jpeg": "jpg", "webp": "webp", "npy": "raw"}  # extension -> encoding
@@ -83,23 +84,23 @@ def index_shard(path: Path) -> ShardScan:
         where = f"{path}: sample {key!r}"
         if extension == "cls":
             if key in labels:
-                raise ValueError(f"{where} has two labels; keys must be unique")
+                raise UserError(f"{where} has two labels; keys must be unique")
             if not (label := LABEL.fullmatch(data)):
-                raise ValueError(f"{where}: its .cls must be an integer in ASCII, got {data[:20]!r}")
+                raise UserError(f"{where}: its .cls must be an integer in ASCII, got {data[:20]!r}")
             labels[key] = int(label[1])
             continue
 
         if key in images:
-            raise ValueError(f"{where} has several images (.{images[key][0]}, .{extension}); one image a key")
+            raise UserError(f"{where} has several images (.{images[key][0]}, .{extension}); one image a key")
         encodings.add(ENCODINGS[extension])
         if "raw" in encodings and len(encodings) > 1:
-            raise ValueError(f"{where} is .{extension}, others are not; raw (.npy) and encoded images cannot be mixed")
+            raise UserError(f"{where} is .{extension}, others are not; raw (.npy) and encoded images cannot be mixed")
         if extension == "npy":
             raw = raw or RawImage.parse(data, where)
             if not data.startswith(raw.header):
-                raise ValueError(f"{where} and {next(iter(images))!r} have different npy headers; {ONE_HEADER}")
+                raise UserError(f"{where} and {next(iter(images))!r} have different npy headers; {ONE_HEADER}")
             if len(data) != raw.bytes:
-                raise ValueError(f"{where} has {len(data)} bytes, its npy header implies {raw.bytes}")
+                raise UserError(f"{where} has {len(data)} bytes, its npy header implies {raw.bytes}")
             here, depth = raw.shape, raw.channels
         else:
             here, depth = _encoded_shape(data, where)
@@ -148,11 +149,11 @@ class RawImage:
             read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
             shape, fortran_order, dtype = read(file)
         except Exception as error:  # numpy parses the header as a Python literal and raises many types
-            raise ValueError(f"{where} is not a readable .npy file ({error})") from error
+            raise UserError(f"{where} is not a readable .npy file ({error})") from error
         image = len(shape) in (2, 3) and min(shape) > 0 and shape[2:] in ((), (1,), (3,))
         if dtype != np.uint8 or fortran_order or not image:
             order = "Fortran" if fortran_order else "C"
-            raise ValueError(f"{where} is {dtype} {list(shape)} in {order} order; expected uint8 [h, w, 1 or 3] in C order")
+            raise UserError(f"{where} is {dtype} {list(shape)} in {order} order; expected uint8 [h, w, 1 or 3] in C order")
         header = data[: file.tell()]
         return cls(header, (shape[0], shape[1]), shape[2] if len(shape) == 3 else 1, len(header) + math.prod(shape))
 
@@ -216,10 +217,10 @@ def build_index(root: Path, split: str | None = None, workers: int = 1) -> tuple
     """
     root = Path(root)
     if not root.is_dir():
-        raise NotADirectoryError(f"{root} is not a folder; give the folder that holds the tar shards")
+        raise UserFileError(f"{root} is not a folder; give the folder that holds the tar shards")
     paths = sorted(path for path in root.iterdir() if TAR_NAME.fullmatch(path.name))
     if not paths:
-        raise ValueError(f"{root} holds no .tar file; give the folder that holds the tar shards")
+        raise UserError(f"{root} holds no .tar file; give the folder that holds the tar shards")
     for path in paths:
         _refuse_compressed(path)
     split_of = _splits_of([path.name for path in paths], root, split)
@@ -255,16 +256,16 @@ def remote_shards(pattern: str, cache: Cache) -> tuple[RemoteFolder, list[str]]:
     try:
         names = list(braceexpand.braceexpand(last))
     except ValueError as error:
-        raise ValueError(f"--index {pattern}: the braces do not match; write for example train-{{000000..000009}}.tar") from error
+        raise UserError(f"--index {pattern}: the braces do not match; write for example train-{{000000..000009}}.tar") from error
     if any("*" in name for name in names):
         if not folder.base.startswith("s3:"):
-            raise ValueError(
+            raise UserError(
                 f"--index {pattern}: a web server has no list of its files; name them: {base}/train-{{000000..000009}}.tar"
             )
         found = folder.names()
         names = [name for wanted in names for name in fnmatch.filter(found, wanted)]
     if not names:
-        raise ValueError(f"--index {pattern}: there is no such file; give the folder that holds the tar shards")
+        raise UserError(f"--index {pattern}: there is no such file; give the folder that holds the tar shards")
     return folder, sorted(set(names))
 
 
@@ -276,7 +277,7 @@ def _index_remote_shard(task: tuple[RemoteFolder, str, Path]) -> ShardScan:
             folder.copy(name, file)
         return index_shard(path)
     except ValueError as error:
-        raise ValueError(str(error).replace(str(path), folder.place(name))) from error
+        raise UserError(str(error).replace(str(path), folder.place(name))) from error
     finally:
         path.unlink(missing_ok=True)
 
@@ -284,7 +285,7 @@ def _index_remote_shard(task: tuple[RemoteFolder, str, Path]) -> ShardScan:
 def _splits_of(names: list[str], root: Path | str, split: str | None) -> dict[str, str]:
     """Returns the split of each shard."""
     if split is not None and not re.fullmatch(r"\w[\w.-]*", split):
-        raise ValueError(f"--split {split!r} must be a plain name such as train")
+        raise UserError(f"--split {split!r} must be a plain name such as train")
     split_of = {}
     for name in names:
         found = SHARD_NAME.fullmatch(plain_name(root, name))
@@ -293,7 +294,7 @@ def _splits_of(names: list[str], root: Path | str, split: str | None) -> dict[st
         elif found is not None:
             split_of[name] = found["split"]
         else:
-            raise ValueError(f"{root}/{name} has no split in its name (as train-000000.tar has); name it with --split NAME")
+            raise UserError(f"{root}/{name} has no split in its name (as train-000000.tar has); name it with --split NAME")
     return split_of
 
 
@@ -312,7 +313,7 @@ def _index_all(
     left_alone = ", ".join(f"{count:,} {kind}" for kind, count in ignored.most_common())
     if not any(len(scan.members) for scan in every):
         wanted = " ".join(f".{extension}" for extension in ENCODINGS)
-        raise ValueError(f"the shards in {base or root} hold no image ({wanted}); they hold {left_alone or 'nothing at all'}")
+        raise UserError(f"the shards in {base or root} hold no image ({wanted}); they hold {left_alone or 'nothing at all'}")
     if ignored:
         notes.append(f"members left alone: {left_alone}")
     if len(frozenset().union(*(scan.channels for scan in every))) > 1:
@@ -397,7 +398,7 @@ def image_channels(image: ImageFile.ImageFile) -> int:
         codec in ("ppm", "ppm_plain") and isinstance(args, tuple) and args[1] > 255 for codec, _, _, args in image.tile
     )
     if image.mode[0] in "IF" or deep_ppm or re.search(r";16[BLNS]", str(image.tile)):
-        raise ValueError(f"more than 8 bits a channel (mode {image.mode})")
+        raise UserError(f"more than 8 bits a channel (mode {image.mode})")
     return 1 if image.mode in ("1", "L", "LA", "La") else 3
 
 
@@ -410,7 +411,7 @@ def _encoded_shape(data: bytes, where: str) -> tuple[tuple[int, int], int]:
                 channels = 1
             return shape, channels
     except Exception as error:  # Pillow raises many types for a damaged file
-        raise ValueError(f"{where} is not a usable PNG, JPEG or WebP image ({error})") from error
+        raise UserError(f"{where} is not a usable PNG, JPEG or WebP image ({error})") from error
 
 
 def is_gray(pixels: np.ndarray) -> bool:
@@ -441,7 +442,7 @@ def _images_and_labels(path: Path, ignored: Counter) -> Iterator[tuple[str, str,
                     elif extension != "cls" and extension not in ENCODINGS:
                         ignored[f".{extension}"] += 1
                     elif not _is_utf8(member.name):
-                        raise ValueError(f"{path}: the name of member {member.name!r} is not UTF-8; rename it")
+                        raise UserError(f"{path}: the name of member {member.name!r} is not UTF-8; rename it")
                     elif member.offset_data + member.size > size:
                         raise tarfile.ReadError(f"the data of {member.name!r} ends early")
                     else:
@@ -477,35 +478,35 @@ def _refuse_compressed(path: Path) -> None:
         start = file.read(8)
     for magic, program in COMPRESSED.items():
         if start.startswith(magic):
-            raise ValueError(f"{path} is compressed, but samples are read by their offset; unpack it with `{program}` first")
+            raise UserError(f"{path} is compressed, but samples are read by their offset; unpack it with `{program}` first")
 
 
-def _truncated(path: Path, why: str) -> ValueError:
-    return ValueError(f"{path} is truncated, damaged or not a tar file ({why}); fetch or write it again")
+def _truncated(path: Path, why: str) -> UserError:
+    return UserError(f"{path} is truncated, damaged or not a tar file ({why}); fetch or write it again")
 
 
 def _size(shape: tuple[int, int]) -> str:
     return f"{shape[1]}x{shape[0]}"
 
 
-def _different_sizes(one: str, other: str) -> ValueError:
-    return ValueError(f"{one}, {other} (width x height); all must have one size: resize them (`pack imagefolder --size`)")
+def _different_sizes(one: str, other: str) -> UserError:
+    return UserError(f"{one}, {other} (width x height); all must have one size: resize them (`pack imagefolder --size`)")
 
 
 def _image_of_all(scans: list[ShardScan], channels: int | None) -> dict:
     """Returns the "image" entry of index.json. Raises ValueError if the shards differ in it."""
     shapes = [(scan, scan.shape) for scan in scans if scan.shape is not None]
     if not shapes:
-        raise ValueError("there is no image in any shard")
+        raise UserError("there is no image in any shard")
     first, shape = shapes[0]
     for scan, here in shapes:
         if here != shape:
             one, other = (f"{s.first!r} of {s.name} is {_size(size)}" for s, size in ((first, shape), (scan, here)))
             raise _different_sizes(one, other)
         if ("raw" in scan.encodings) != ("raw" in first.encodings):
-            raise ValueError(f"{first.name} and {scan.name}: raw (.npy) and encoded images cannot be mixed")
+            raise UserError(f"{first.name} and {scan.name}: raw (.npy) and encoded images cannot be mixed")
         if scan.npy_header != first.npy_header:
-            raise ValueError(f"{first.name} and {scan.name} have different npy headers; {ONE_HEADER}")
+            raise UserError(f"{first.name} and {scan.name} have different npy headers; {ONE_HEADER}")
     encodings = frozenset[str]().union(*(scan.encodings for scan, _ in shapes))
     found = frozenset[int]().union(*(scan.channels for scan, _ in shapes))
     return {
@@ -520,7 +521,7 @@ def _refuse_repeated_keys(split: str, scans: list[ShardScan]) -> None:
     if len(repeated := keys[1:][keys[1:] == keys[:-1]]):
         holders = [scan.name for scan in scans if (scan.members["key"] == repeated[0]).any()]
         key = repeated[0].decode()
-        raise ValueError(f"split {split} has the key {key!r} twice ({', '.join(holders)}); keys must be unique")
+        raise UserError(f"split {split} has the key {key!r} twice ({', '.join(holders)}); keys must be unique")
 
 
 def _names_in_index(root: Path, names: Iterable[str]) -> dict:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from eae_dist.errors import UserError
 from eae_dist.numerics.keyed_random import derive_key, keyed_hash
 
 ORDER_VERSION = 1
@@ -77,12 +78,12 @@ class SampleOrder:
         self.starts = np.cumsum(self.samples) - self.samples
         self.seed, self.global_batch, self.lanes = seed, global_batch, lanes
         if global_batch > self.total:
-            raise ValueError(
+            raise UserError(
                 f"a batch of {global_batch} needs at least as many samples, the split has {self.total}; "
                 f"lower train.global_batch or pack more images"
             )
         if not 1 <= lanes <= global_batch or global_batch % lanes:
-            raise ValueError(
+            raise UserError(
                 f"data.lanes={lanes} must divide train.global_batch={global_batch}; leave data.lanes unset or choose a divisor"
             )
         self.open_shards = open_shards or 2 * lanes

@@ -33,6 +33,7 @@ from urllib.parse import quote, unquote, urlsplit
 import fsspec
 
 from eae_dist.config import DataConfig
+from eae_dist.errors import UserError, UserFileError
 
 SCHEMES = ("http", "https", "s3")
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
@@ -46,7 +47,7 @@ WAIT_FOR_ROOM = 0.2  # seconds until a fetch that waits for space tries again
 log = logging.getLogger("eae_dist")
 
 
-class FetchError(OSError):
+class FetchError(UserFileError):
     """A remote file could not be fetched; the message names it and says what to do."""
 
 
@@ -78,13 +79,13 @@ def checked_address(address: str, what: str) -> str:
     """
     scheme = (SCHEME.match(address) or [""])[0].rstrip(":").lower()
     if scheme not in SCHEMES or not address.lower().startswith(f"{scheme}://"):
-        raise ValueError(f"{what}={address} is not an address of data; expected http://, https:// or s3://")
+        raise UserError(f"{what}={address} is not an address of data; expected http://, https:// or s3://")
     parts = urlsplit(address)
     folders = [unquote(folder) for folder in parts.path.strip("/").split("/")]
     if not parts.netloc or {"@", "$"} & set(address) or parts.query or parts.fragment or not address.isprintable():
-        raise ValueError(f"{what}={address} is not a plain address; expected SCHEME://HOST/FOLDER without user, $, ? or #")
+        raise UserError(f"{what}={address} is not a plain address; expected SCHEME://HOST/FOLDER without user, $, ? or #")
     if {".", ".."} & set(folders) or ("" in folders and len(folders) > 1) or any("/" in folder for folder in folders):
-        raise ValueError(f"{what}={address} is not a plain address; leave out '.', '..' and empty folders")
+        raise UserError(f"{what}={address} is not a plain address; leave out '.', '..' and empty folders")
     return scheme + address[len(scheme) :].rstrip("/")
 
 
@@ -150,7 +151,7 @@ class RemoteFolder:
         except FetchError:
             raise
         except OSError as error:
-            raise OSError(
+            raise UserFileError(
                 f"data.cache={self.cache.folder} cannot keep {self.place(name)}: {error.strerror or error}; free some space, "
                 f"lower data.cache_bytes={self.cache.bytes} or choose another folder on a local disk"
             ) from error
@@ -242,7 +243,7 @@ class RemoteFolder:
 
     def _kept(self, sha256: str) -> Path:
         if not SHA256.fullmatch(sha256):  # it comes from the data and becomes a path
-            raise ValueError(f"the index of {self.base} gives {sha256!r} for a sha256; write it again with `pack --index`")
+            raise UserError(f"the index of {self.base} gives {sha256!r} for a sha256; write it again with `pack --index`")
         return self.cache.folder / sha256
 
     @contextmanager

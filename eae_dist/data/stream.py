@@ -25,6 +25,7 @@ from eae_dist.data.remote import Cache
 from eae_dist.data.shard_index import ShardIndex, ShardReader
 from eae_dist.distributed import rank as this_rank
 from eae_dist.distributed import world_size
+from eae_dist.errors import UserError, is_users
 
 STEPS_PER_BLOCK = 32  # steps whose order is computed at once; one step at a time is a tenth slower
 
@@ -69,7 +70,7 @@ class ShardStream(IterableDataset):
             what = f"data.lanes={lanes}" if lanes is not None else f"train.global_batch={global_batch}"
             if lanes is None and self.lanes < global_batch:
                 what = f"data.cache_bytes={cache.bytes}"
-            raise ValueError(
+            raise UserError(
                 f"{what} needs at most {self.lanes} ranks, got {self.world}; lower the ranks or raise {what.split('=')[0]}"
             )
         self.lane_range = lane_range(self.lanes, self.rank, self.world)
@@ -112,7 +113,10 @@ class ShardStream(IterableDataset):
             # Worker j of w makes the steps start + j, start + j + w, ...; the loader reads the workers in turn.
             try:
                 yield from self._batches(copy.copy(self.reader), self.start_step + worker.id, worker.num_workers)
-            except (ValueError, OSError) as error:  # if raised here, its message would be the traceback of the worker
+            except Exception as error:
+                if not is_users(error):
+                    raise
+                # If raised here, its message would be the traceback of the worker.
                 yield error  # type: ignore[misc]  # _closing_workers raises it
             return
         # Fetches the missing shards of the first step now; `_batches` fetches the others shortly before it needs them.
@@ -165,7 +169,7 @@ def resolve_lanes(index: ShardIndex, split: str, global_batch: int, lanes: int |
         needed = int(largest[min(2 * candidate, len(largest)) - 1])
         if (lanes is not None or global_batch % candidate == 0) and needed <= cache.bytes:
             return candidate
-    raise ValueError(
+    raise UserError(
         f"data.cache_bytes={cache.bytes} cannot hold the open and the next shard of every lane: {candidate} lane(s) of "
         f"{index.root} take {needed} bytes; raise data.cache_bytes" + ("" if candidate == 1 else " or lower data.lanes")
     )

@@ -19,22 +19,28 @@ from eae_dist.distributed.collectives import (
     world_size,
 )
 from eae_dist.distributed.failures import (
+    OtherRankFailed,
     RankZeroFailed,
     ending_ranks,
+    failed_ranks,
+    of_collective,
     on_every_rank,
     on_rank_zero,
     require_equal,
-    silent_ranks,
 )
 from eae_dist.distributed.stop import StopRequest
 
 __all__ = [
+    "OtherRankFailed",
     "RankZeroFailed",
     "StopRequest",
     "average_over_ranks",
     "barrier",
     "ending_ranks",
     "exchange_rows",
+    "failed_ranks",
+    "of_collective",
+    "on_rank_zero",
     "from_rank_zero",
     "gather_objects",
     "gather_padded",
@@ -48,7 +54,6 @@ __all__ = [
     "require_equal",
     "row_counts",
     "set_group_timeouts",
-    "silent_ranks",
     "subgroup",
     "sum_over_ranks",
     "world_size",

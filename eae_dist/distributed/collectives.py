@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from eae_dist.errors import UserError
+
 Value = TypeVar("Value")
 MESSAGE = 6_500_000  # entries averaged in one message, 25 MiB of float32
 DEVICES = {"nccl": "cuda"}  # backend -> device of the tensors that it sends, if that is not the CPU
@@ -211,16 +213,16 @@ def ranks_of_group(group: str | None) -> int:
         of_machines = gather_objects(int(os.environ.get("LOCAL_WORLD_SIZE", world)))
         ranks = of_machines[0]
         if other := sorted(set(of_machines) - {ranks}):
-            raise ValueError(
+            raise UserError(
                 f"objective.group=node needs the same number of ranks on every machine, but there are {ranks} on one and "
                 f"{other[0]} on another; start as many on each, or set objective.group to a number of ranks"
             )
     elif group is None or (group.isdecimal() and int(group) > 0):
         ranks = int(group or world)
     else:
-        raise ValueError(f"objective.group={group} is neither node nor a number of ranks")
+        raise UserError(f"objective.group={group} is neither node nor a number of ranks")
     if world % ranks:
-        raise ValueError(f"objective.group={group} cannot split {world} ranks into groups of {ranks}")
+        raise UserError(f"objective.group={group} cannot split {world} ranks into groups of {ranks}")
     return ranks
 
 

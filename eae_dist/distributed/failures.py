@@ -4,20 +4,28 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TypeVar
 
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from eae_dist.distributed.collectives import from_rank_zero, gather_objects, is_initialized, rank, world_size
 from eae_dist.distributed.stop import launcher_process
+from eae_dist.errors import UserError, is_users
 
 Result = TypeVar("Result")
+PATIENCE = 5.0  # seconds within which a live rank answers
 
 
-class RankZeroFailed(RuntimeError):
+class OtherRankFailed(RuntimeError):
+    """Raised on the ranks that cannot go on because another one failed; the message names it."""
+
+
+class RankZeroFailed(OtherRankFailed):
     """Raised on the other ranks when rank 0 failed in work that it does for all ranks."""
 
 
@@ -58,7 +66,7 @@ def on_every_rank(work: Callable[[], Result]) -> Result:
         raise failure
     for who, message in enumerate(every):
         if message is not None:
-            raise OSError(f"rank {who}: {message}")
+            raise UserFileError(f"rank {who}: {message}")
     return result
 
 
@@ -66,7 +74,7 @@ def require_equal(value: object, what: str) -> None:
     """Raises ValueError on every rank unless the value (picklable, small) is the same on all; `what` names it."""
     every = gather_objects(value)
     if other := [at for at, theirs in enumerate(every) if theirs != every[0]]:
-        raise ValueError(
+        raise UserError(
             f"rank {other[0]} has other {what} than rank 0, but both are ranks of one job: {every[other[0]]}, {every[0]}. "
             f"Separate jobs under one launcher need SLURM_STEP_NUM_TASKS=1 and no RANK in their environment"
         )
@@ -74,23 +82,36 @@ def require_equal(value: object, what: str) -> None:
 
 @contextmanager
 def ending_ranks(*known: type[Exception]) -> Iterator[None]:
-    """The context of a command: it destroys the process group at the end, and prints an expected error as one line.
+    """The context of a command: it says why the command failed, and leaves the process group.
 
-    Expected errors are ValueError and OSError, printed by the rank on which they occur, and the `known` errors, which occur on
-    every rank and are printed by rank 0.
+    An error that a user can set right is one line, printed by the rank on which it occurs; so are the `known` errors, which occur
+    on every rank and are printed by rank 0. Any other error keeps its traceback. A rank whose collective failed because another
+    rank ended names that rank.
     """
+    failed = True
     try:
         yield
-    except RankZeroFailed:  # rank 0 prints the message
+        failed = False
+    except RankZeroFailed:  # rank 0 says why
         sys.exit(1)
+    except OtherRankFailed as error:
+        sys.exit(f"error{_where()}: {error}")
     except known as error:
         sys.exit(last_word(f"error: {error}") if rank() == 0 else 1)
-    except (ValueError, OSError) as error:
-        where = f" [rank {rank()}]" if world_size() > 1 else ""
-        sys.exit(last_word(f"error{where}: {error}"))
+    except Exception as error:
+        if of_collective(error) and (blamed := failed_ranks(PATIENCE)):
+            sys.exit(last_word(f"error{_where()}: {blamed}; this rank was waiting for it ({first_line(error)})"))
+        _tell_failure(error)
+        if is_users(error):
+            sys.exit(last_word(f"error{_where()}: {error}"))
+        traceback.print_exc()  # before the group is left, which may wait for other ranks or end the process
+        sys.exit(1)
     finally:
         if is_initialized():
-            dist.destroy_process_group()
+            if failed and dist.get_backend() == "nccl":  # leaving in order would wait for messages of ranks that have ended
+                dist.distributed_c10d._abort_process_group()
+            else:
+                dist.destroy_process_group()
 
 
 def last_word(text: str) -> str:
@@ -119,24 +140,77 @@ def _runs(process: int) -> bool:
     return True
 
 
-def silent_ranks(patience: float) -> list[int]:
-    """Returns the ranks that do not call this function within `patience` seconds: those that ended or hang.
+def _where() -> str:
+    return f" [rank {rank()}]" if world_size() > 1 else ""
 
-    The ranks that saw a collective fail call it. They communicate through the store of the process group, not by a collective.
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of a message; torch's may go on with a stack of C++."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def of_collective(error: BaseException) -> bool:
+    """True if a message between ranks failed, and not what a rank computes: only then is another rank to blame.
+
+    NCCL and the store have types of errors of their own; gloo raises RuntimeError that begins with a path of its source.
     """
-    store = dist.distributed_c10d._get_default_store()  # there is no public name for it
-    silent = set(range(world_size())) - {rank()}
+    return isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo/" in first_line(error))
+
+
+def _tell_failure(error: Exception) -> None:
+    """Leaves word of this rank's failure: for the other ranks in the store, and for torchrun, which repeats it at the end."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        get_error_handler().record_exception(error)
+    if world_size() > 1:
+        told = f"{type(error).__name__}: {first_line(error)}"
+        _within(PATIENCE, lambda: _store().set(f"eae_dist/failed/{rank()}", told))
+
+
+def failed_ranks(patience: float) -> str:
+    """Returns which ranks failed, ended or hang, as a phrase; "" if all answer. Call where a collective has failed.
+
+    A rank that ended left its error, or does not call this function within `patience` seconds, as the ranks do that saw a
+    collective fail. They talk through the store of the process group, not by a collective.
+    """
+    if world_size() == 1:
+        return ""
+    store, end = _store(), time.monotonic() + patience
+    others = set(range(world_size())) - {rank()}
+    silent, told = set(others), {}
 
     def ask() -> None:
-        with suppress(RuntimeError):  # the process that held the store has ended
-            store.set(f"eae_dist/alive/{rank()}", "")
-        for other in sorted(silent):
-            with suppress(RuntimeError):  # the other rank did not call
+        store.set(f"eae_dist/alive/{rank()}", "")
+        for other in sorted(others):
+            with suppress(dist.DistStoreError):  # it did not call
                 store.wait([f"eae_dist/alive/{other}"], timedelta(seconds=max(end - time.monotonic(), 0.1)))
                 silent.discard(other)
+        for other in sorted(silent):
+            if store.check([f"eae_dist/failed/{other}"]):
+                told[other] = store.get(f"eae_dist/failed/{other}").decode()
 
-    # In a thread, because a store behind a broken network may never answer, not even with a timeout.
-    end = time.monotonic() + patience
-    (thread := threading.Thread(target=ask, daemon=True)).start()
-    thread.join(patience + 1)
-    return sorted(silent)
+    # The process that serves the store is rank 0, or torchrun, which outlives the ranks.
+    if not _within(patience + 1, ask):
+        return "rank 0, or the machine or network that it is on, ended or hangs"
+    if told:
+        return ", ".join(f"rank {other} failed ({why})" for other, why in told.items())
+    if not silent:
+        return ""
+    return f"rank {', '.join(map(str, sorted(silent)))} ended or hangs: no answer within {patience:g} seconds"
+
+
+def _store() -> dist.Store:
+    return dist.distributed_c10d._get_default_store()  # there is no public name for it
+
+
+def _within(seconds: float, action: Callable[[], object]) -> bool:
+    """True if the action ended in time and the store answered; a store behind a broken network may never answer."""
+    done = []
+
+    def act() -> None:
+        with suppress(RuntimeError):  # the process that served the store has ended
+            action()
+            done.append(True)
+
+    (thread := threading.Thread(target=act, daemon=True)).start()
+    thread.join(seconds)
+    return bool(done)

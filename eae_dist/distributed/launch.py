@@ -17,14 +17,13 @@ from typing import TypeVar
 
 import torch
 
-from eae_dist.distributed import RankZeroFailed, ending_ranks, rank, require_equal, silent_ranks, world_size
+from eae_dist.distributed import ending_ranks, rank, require_equal
 from eae_dist.distributed.processes import available_cores
 from eae_dist.distributed.start import Start, srun_ranks, start_without_engine
 from eae_dist.distributed.stop import LAUNCHERS
 from eae_dist.errors import UserError
 
 Result = TypeVar("Result")
-PATIENCE = 5.0  # seconds within which a live rank answers
 
 
 def run_on_ranks(
@@ -33,7 +32,7 @@ def run_on_ranks(
     """Runs `work` on every rank; returns its result on rank 0 and None on the others.
 
     If more than one rank is needed and there is no launcher, this process is replaced by torchrun with `python -m module
-    command`. how: returns how the ranks start. A ValueError or OSError ends the process with one line.
+    command`. how: returns how the ranks start. Errors end the process as `ending_ranks` says.
     """
     with ending_ranks():
         settings, launcher = how(), "RANK" in os.environ or srun_ranks(os.environ)
@@ -50,16 +49,7 @@ def run_on_ranks(
         if first:
             logging.basicConfig(level=logging.INFO, format="%(message)s")
         require_equal(list(command), "arguments")
-        try:
-            result = work()
-        except RankZeroFailed:
-            raise
-        except RuntimeError as error:  # raised by a collective after a rank has ended
-            silent = silent_ranks(PATIENCE) if world_size() > 1 else []
-            if not silent:
-                raise
-            ranks = ", ".join(map(str, silent))
-            raise OSError(f"rank {ranks} ended or hangs ({error}); find the cause, then start the same command again") from error
+        result = work()
     return result if first else None
 
 
@@ -82,16 +72,16 @@ class JobPool:
 
     def __init__(self, jobs: int, nproc: int | None):
         if "RANK" in os.environ or srun_ranks(os.environ):
-            raise ValueError("this command starts its own ranks; call it without a launcher")
+            raise UserError("this command starts its own ranks; call it without a launcher")
         if jobs < 1 or (nproc is not None and nproc < 1):
-            raise ValueError(f"--jobs={jobs} and --nproc={nproc} must be at least 1")
+            raise UserError(f"--jobs={jobs} and --nproc={nproc} must be at least 1")
         gpus = []
         if torch.cuda.is_available():
             named = os.environ.get("CUDA_VISIBLE_DEVICES")
             gpus = named.split(",") if named else [str(gpu) for gpu in range(torch.cuda.device_count())]
         self.jobs, self.ranks = jobs, nproc or len(gpus) // jobs or 1
         if gpus and jobs * self.ranks > len(gpus):
-            raise ValueError(
+            raise UserError(
                 f"--jobs={jobs} with {self.ranks} rank(s) each needs {jobs * self.ranks} GPUs, but there are {len(gpus)}"
             )
         threads = str(max(available_cores() // (jobs * self.ranks), 1))

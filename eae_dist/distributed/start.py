@@ -19,6 +19,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 
 from eae_dist.distributed.collectives import is_initialized, set_group_timeouts, world_size
+from eae_dist.distributed.failures import first_line
 from eae_dist.errors import UserError
 from eae_dist.numerics.keyed_random import derive_key
 from eae_dist.numerics.precision import allow_tf32
@@ -211,11 +212,6 @@ def unreachable(place: Place) -> str | None:
 def say_waiting(message: str) -> None:
     """Prints the message to stderr; the log may not be set up yet."""
     print(message, file=sys.stderr, flush=True)
-
-
-def first_line(error: Exception) -> str:
-    """Returns the first line of a message of torch, which may go on with a stack of C++."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def gpu_name(device: torch.device) -> str:

@@ -13,6 +13,7 @@ from eae_dist.config import Config, IndexConfig
 from eae_dist.data.remote import Cache
 from eae_dist.data.stream import read_samples
 from eae_dist.distributed import from_rank_zero, rank, world_size
+from eae_dist.errors import MissingFile, UserError
 from eae_dist.inference.trained_model import TrainedModel, trained_model
 from eae_dist.latent.index import DamagedIndex, LatentIndex, index_description
 from eae_dist.latent.store import LatentFolder
@@ -36,9 +37,9 @@ class EncodedDataset:
         try:
             self.checkpoint: Checkpoint = open_on_rank_zero(checkpoint or about["checkpoint"])
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"{error}; {latents} was encoded from this checkpoint: give --ckpt if it moved") from error
+            raise MissingFile(f"{error}; {latents} was encoded from this checkpoint: give --ckpt if it moved") from error
         if self.checkpoint.model_sha256 != about["model_sha256"]:
-            raise ValueError(
+            raise UserError(
                 f"{latents} holds the latents of other weights than {self.checkpoint.path} "
                 f"(sha256 {about['model_sha256'][:12]} and {self.checkpoint.model_sha256[:12]}); give theirs, or encode again"
             )
@@ -47,7 +48,7 @@ class EncodedDataset:
         self.cache = Cache.of(self.config.data)
         index = open_data(self.checkpoint, self.config)
         if index.sha256 != about["index_sha256"]:
-            raise ValueError(f"data.root={self.config.data.root} is not the data set of {latents}; set data.root to that one")
+            raise UserError(f"data.root={self.config.data.root} is not the data set of {latents}; set data.root to that one")
         self.classes = index.classes
         self.device = PartialState().device
         self.model: TrainedModel = trained_model(self.checkpoint, self.device, named_networks(assignments))

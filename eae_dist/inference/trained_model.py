@@ -15,6 +15,8 @@ from eae_dist.data.order import blocks_of, filled, permutation
 from eae_dist.distributed import rank, world_size
 from eae_dist.latent.densities import DENSITIES, Density, ReconstructingDensity, load_density
 from eae_dist.latent.gaussian import Isotropic
+from eae_dist.errors import MissingFile, UserError
+from eae_dist.latent.densities import DENSITIES, Density, load_density
 from eae_dist.model.autoencoder import Autoencoder, to_uint8
 from eae_dist.numerics.keyed_random import derive_key, keyed_hash
 from eae_dist.objectives import objective_class
@@ -68,18 +70,18 @@ class TrainedModel(nn.Module):
         Raises ValueError if it is unknown or was fitted to other weights, FileNotFoundError if it was not fitted.
         """
         if name not in DENSITIES:
-            raise ValueError(f"the density {name} is unknown; it is one of {', '.join(DENSITIES)}")
+            raise UserError(f"the density {name} is unknown; it is one of {', '.join(DENSITIES)}")
         if name == "isotropic":  # N(0, I) does not depend on the latents
             return Isotropic(self.latent_dim)
         folder = evaluation_folder(self._checkpoint)
         path = folder / "densities" / f"{name}.safetensors"
         advice = f"run `python -m eae_dist.evaluate --ckpt {self._checkpoint.path} evaluate.densities=[{name}]`"
         if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist: the density {name} was not fitted; {advice}")
+            raise MissingFile(f"{path} does not exist: the density {name} was not fitted; {advice}")
         try:
             return load_density(name, path, self._checkpoint.model_sha256)
-        except ValueError as error:
-            raise ValueError(f"{error}; take the checkpoint that {folder}/metrics.json names, or {advice}") from error
+        except UserError as error:
+            raise UserError(f"{error}; take the checkpoint that {folder}/metrics.json names, or {advice}") from error
 
 
 def check_rows(what: str, rows: torch.Tensor, shape: tuple[int, ...]) -> None:

@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
+from eae_dist.errors import UserError
 from eae_dist.latent.gaussian import Gaussian, Isotropic, Seeds
 from eae_dist.latent.mixture import Mixture
 from eae_dist.latent.two_stage import TwoStage
@@ -61,8 +62,8 @@ def load_density(name: str, path: Path, model_sha256: str) -> Density:
     try:
         state, about = read_tensors(path)
         if about.get("model_sha256") != model_sha256:
-            raise ValueError("it was fitted to the latents of other weights")
+            raise UserError("it was fitted to the latents of other weights")
         density.load_state_dict(state)
     except ValueError as error:
-        raise ValueError(f"{path} is not a fitted density {name} of this model: {error}") from error
+        raise UserError(f"{path} is not a fitted density {name} of this model: {error}") from error
     return density

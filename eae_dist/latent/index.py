@@ -42,6 +42,7 @@ from eae_dist.distributed import (
     world_size,
 )
 from eae_dist.latent import gpu_search
+from eae_dist.errors import MissingFile, UserError, UserFileError
 from eae_dist.numerics.atomic_files import fsync, sha256_of
 from eae_dist.numerics.json_files import read_json, sealed
 
@@ -62,7 +63,7 @@ LONGEST = 2.0**62  # the norm from which squared distances may not be finite in 
 VERSION = 1
 
 
-class DamagedIndex(ValueError):
+class DamagedIndex(UserError):
     """Files of a saved index are missing or differ from their checksums."""
 
 
@@ -130,21 +131,21 @@ class LatentIndex:
         every = gather_objects((len(rows), rows.shape[1] if rows.ndim == 2 else 0, problem))
         for who, (_, _, wrong) in enumerate(every):
             if wrong:
-                raise ValueError(f"{wrong} (rank {who})" if len(every) > 1 else wrong)
+                raise UserError(f"{wrong} (rank {who})" if len(every) > 1 else wrong)
         counts, widths = [count for count, _, _ in every], {width for _, width, _ in every}
         if len(widths) > 1 or sum(counts) == 0:
             raise ValueError(
                 f"an index needs latents [b, d] of the same d on every rank, got {counts} rows, d of {sorted(widths)}"
             )
         if not 0 < recall <= 1:
-            raise ValueError(f"recall={recall} must lie in (0, 1]")
+            raise UserError(f"recall={recall} must lie in (0, 1]")
         d = widths.pop()
         choice = Choice(kind, "it was asked for") if kind != "auto" else choose(max(counts), d, recall, _memory(memory))
         if choice.kind not in KINDS:
-            raise ValueError(f"kind={kind} is unknown; it is auto or one of {', '.join(KINDS)}")
+            raise UserError(f"kind={kind} is unknown; it is auto or one of {', '.join(KINDS)}")
         fewest = min(count for count in counts if count)
         if choice.kind == "ivf_pq" and fewest < FEWEST_FOR_CODES:
-            raise ValueError(f"kind=ivf_pq needs {FEWEST_FOR_CODES:,} latents on a rank, got {fewest:,}; take flat")
+            raise UserError(f"kind=ivf_pq needs {FEWEST_FOR_CODES:,} latents on a rank, got {fewest:,}; take flat")
         part = Part(sum(counts[: rank()]), rows)
         if len(rows) and choice.kind != "flat":
             part.index = _trained(choice.kind, part, np.random.default_rng(seed))
@@ -169,7 +170,7 @@ class LatentIndex:
         every = gather_objects((len(asked), k, problem))
         for _, theirs, wrong in every:
             if wrong or theirs != k:
-                raise ValueError(wrong or f"ranks search for different numbers of neighbors, {[e[1] for e in every]}")
+                raise UserError(wrong or f"ranks search for different numbers of neighbors, {[e[1] for e in every]}")
         longest = max(count for count, _, _ in every)
         found = [(np.empty((0, k), np.float32), np.empty((0, k), np.int64))]
         at_once = max(BLOCK // world_size(), 1)  # of a rank: each searches for the queries of all
@@ -190,7 +191,7 @@ class LatentIndex:
         exact = LatentIndex([Part(p.start, p.rows) for p in self._parts], self.n, self.d, Choice("flat", ""), None, 1, {})
         furthest = exact.search(queries, k)[0][:, -1:]
         if not (counts := sum(gather_objects(len(furthest)))):
-            raise ValueError("tuning an index needs queries, got none on any rank")
+            raise UserError("tuning an index needs queries, got none on any rank")
 
         def found(effort: int) -> float:
             self._set_effort(effort)
@@ -305,7 +306,7 @@ class LatentIndex:
             if part.index is not None:
                 faiss.write_index(part.index, str(folder / f"{name}.faiss"))
         except (OSError, RuntimeError) as error:  # FAISS raises RuntimeError if the disk is full
-            raise OSError(f"the index in {folder.parent} could not be written: {error}") from error
+            raise UserFileError(f"the index in {folder.parent} could not be written: {error}") from error
         files = sorted(path.name for path in folder.glob(f"{name}.*"))
         for file in files:
             fsync(folder / file)
@@ -315,7 +316,7 @@ class LatentIndex:
 def index_description(path: Path) -> dict:
     """Reads the description that `save` wrote. Raises FileNotFoundError if there is none, DamagedIndex if it cannot be read."""
     if not (path / "index.json").is_file():
-        raise FileNotFoundError(f"{path} holds no index (index.json); LatentIndex.save writes one")
+        raise MissingFile(f"{path} holds no index (index.json); LatentIndex.save writes one")
     try:
         form = {"version": int, "n": int, "d": int, "kind": str, "reason": str, "oversampling": int, "about": dict, "parts": list}
         described = read_json(path / "index.json", form, "it can be made again")

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from eae_dist.errors import UserError
 from eae_dist.latent.gaussian import CHOICE, NOISE, Seeds, check_state, covariance_root, float64, rows_times, sample_keys
 from eae_dist.latent.rows import BLOCK, ExactSum, Rows
 from eae_dist.numerics.keyed_random import derive_key, normal, row_keys, uniform
@@ -57,7 +58,7 @@ class Mixture:
         start: Parameters | None = None,
     ):
         if components < 1 or starts < 1 or iterations < 1:
-            raise ValueError(
+            raise UserError(
                 f"a mixture needs at least one component, start and iteration, got {components=}, {starts=}, {iterations=}"
             )
         self.components, self.starts, self.iterations, self.seed, self.start = components, starts, iterations, seed, start
@@ -72,7 +73,7 @@ class Mixture:
         k, d = self.components, rows.d
         wanted = k * (d + d * (d + 1) // 2 + 1)
         if rows.n < wanted:
-            raise ValueError(
+            raise UserError(
                 f"a mixture of {k} full covariances in {d} dimensions has {wanted} parameters and needs at least as many "
                 f"latents, got {rows.n}; use fewer components, more latents, or mvg"
             )
@@ -82,7 +83,7 @@ class Mixture:
             for number in range(1 if self.start else self.starts)
         ]
         if not (whole := [climb for climb in climbs if not climb.collapsed]):
-            raise ValueError(
+            raise UserError(
                 f"in every start (tried: {len(climbs)}) a component of {k} collapsed: it was left with {climbs[-1].fewest:.3g} "
                 f"latents of {rows.n}, fewer than {d + 1} (dimensions + 1); use fewer components or more latents"
             )
@@ -232,7 +233,7 @@ class Moments:
         factors, info = torch.linalg.cholesky_ex(parameters.covariances)
         failed = int(self.rows.over_ranks((info != 0).sum()).max())  # the same on all ranks, so that all of them raise
         if failed:
-            raise ValueError(
+            raise UserError(
                 f"the covariances of {failed} of {k} components are not positive definite in float64; the latents reach "
                 f"{self.largest:.3g}; scale them, or raise regularization"
             )
@@ -334,7 +335,7 @@ def k_means_seeds(rows: Rows, k: int, key: tuple[int, int]) -> torch.Tensor:
         everyone = rows.over_ranks(torch.cat([winner.new_tensor([time]), winner]))
         time, *_ = first_to_finish = everyone[everyone[:, 0].argmin()]
         if not time.isfinite():
-            raise ValueError(f"a mixture of {k} components needs {k} distinct latents, got {number} among {rows.n}")
+            raise UserError(f"a mixture of {k} components needs {k} distinct latents, got {number} among {rows.n}")
         seeds.append(first_to_finish[1:].to(device))
         distances = ((block - seeds[-1]).square().sum(1) for block in rows.blocks())
         squared = [d if number == 0 else torch.minimum(s, d) for s, d in zip(squared, distances, strict=True)]

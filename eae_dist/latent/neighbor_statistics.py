@@ -6,6 +6,7 @@ import numpy as np
 from scipy.special import digamma
 from scipy.stats import ks_2samp, mannwhitneyu
 
+from eae_dist.errors import UserError
 from eae_dist.latent.index import LatentIndex
 from eae_dist.losses.entropy import log_unit_ball_volume
 
@@ -17,7 +18,7 @@ def nearest_others(index: LatentIndex, rows: np.ndarray, first: int) -> tuple[np
     row.
     """
     if index.n < 2:
-        raise ValueError(f"nearest other rows need an index of at least 2 rows, got {index.n}")
+        raise UserError(f"nearest other rows need an index of at least 2 rows, got {index.n}")
     squared, ids = index.search(rows, 2)
     own = ids[:, 0] == first + np.arange(len(rows))  # otherwise a duplicate of the row comes first
     return np.where(own, squared[:, 1], squared[:, 0]), np.where(own, ids[:, 1], ids[:, 0])

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from eae_dist.distributed import gather_padded, rank, row_counts, sum_over_ranks, world_size
+from eae_dist.errors import UserError
 
 BLOCK = 2048
 
@@ -51,11 +52,11 @@ class Rows:
         found = torch.tensor([[own, self.d]], dtype=torch.int64, device=latents.device)
         bad, widths = gather_padded(found, [1] * world_size()).unbind(1)
         if self.n == 0:
-            raise ValueError("a density needs at least one latent, got none on any rank")
+            raise UserError("a density needs at least one latent, got none on any rank")
         if widths.min() != widths.max() or self.d == 0:
             raise ValueError(f"latents must have the same number of dimensions, at least 1, on every rank, got {widths.tolist()}")
         if bad.sum():
-            raise ValueError(f"{int(bad.sum())} of {self.n} latents are not finite; was the encoder trained to the end?")
+            raise UserError(f"{int(bad.sum())} of {self.n} latents are not finite; was the encoder trained to the end?")
 
     def blocks(self) -> Iterator[torch.Tensor]:
         """Yields the blocks that begin on this rank, float64 [up to BLOCK, d]."""

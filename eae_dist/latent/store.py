@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from eae_dist.errors import MissingFile, UserError
 from eae_dist.numerics.atomic_files import replace_file, sha256_of
 from eae_dist.numerics.json_files import check_form, read_json, sealed
 
@@ -31,7 +32,7 @@ PART = {"name": str, "rows": int, "sha256": dict}
 log = logging.getLogger("eae_dist")
 
 
-class DamagedLatents(ValueError):
+class DamagedLatents(UserError):
     """Files of encoded latents are missing or differ from their checksums."""
 
 
@@ -55,7 +56,7 @@ class LatentFolder:
             unfinished = (
                 ": encoding is unfinished; run the same command to continue" if (root / ".encoding.json").is_file() else ""
             )
-            raise FileNotFoundError(f"{root} holds no latents (manifest.json){unfinished or f'; make them with `{how} {root}`'}")
+            raise MissingFile(f"{root} holds no latents (manifest.json){unfinished or f'; make them with `{how} {root}`'}")
         try:
             form = {"version": int, "about": dict, "splits": dict}
             manifest = read_json(root / "manifest.json", form, "encode again into another folder")
@@ -77,7 +78,7 @@ class LatentFolder:
     def rows(self, split: str) -> int:
         """Returns the number of latents of a split. Raises ValueError, which lists the splits, for an unknown split."""
         if split not in self.parts:
-            raise ValueError(
+            raise UserError(
                 f"{self.root} holds no latents of a split {split!r}; it has {', '.join(sorted(self.parts))}; "
                 f"name one of these in index.split or index.query_split"
             )

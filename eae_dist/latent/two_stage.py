@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from eae_dist.distributed import gather_rows, rank, sum_over_ranks
+from eae_dist.errors import UserError
 from eae_dist.latent.gaussian import NOISE, Seeds, check_state, float64, sample_keys
 from eae_dist.latent.rows import Rows
 from eae_dist.losses.terms import gaussian_divergence
@@ -73,7 +74,7 @@ class TwoStage:
         seed: int = 0,
     ):
         if min(width, epochs, batch) < 1:
-            raise ValueError(f"two_stage needs a width, epochs and a batch of at least 1, got {width=}, {epochs=}, {batch=}")
+            raise UserError(f"two_stage needs a width, epochs and a batch of at least 1, got {width=}, {epochs=}, {batch=}")
         self.kl_weight, self.width, self.epochs = kl_weight, width, epochs
         self.learning_rate, self.batch, self.seed = learning_rate, batch, seed
 
@@ -81,7 +82,7 @@ class TwoStage:
         """Trains the second stage; see `Density.fit`. Raises ValueError also if the training diverges."""
         rows = Rows(latents)
         if rows.n < 2:
-            raise ValueError(f"two_stage needs at least 2 latents, one to train on and one to validate with, got {rows.n}")
+            raise UserError(f"two_stage needs at least 2 latents, one to train on and one to validate with, got {rows.n}")
         dtype = torch.float64 if latents.dtype == torch.float64 else torch.float32
         center = rows.mean()
         scale = rows.covariance(center).diagonal().sqrt()
@@ -115,7 +116,7 @@ class TwoStage:
                 key = derive_key(self.seed, VALIDATION)  # the same noise in every epoch, so that epochs can be compared
                 found = float(torch.cat([self._losses(network, x, part, key) for part in parts]).mean())
             if not math.isfinite(found):
-                raise ValueError(f"two_stage diverged: validation loss {found} after epoch {epoch + 1}; lower learning_rate")
+                raise UserError(f"two_stage diverged: validation loss {found} after epoch {epoch + 1}; lower learning_rate")
             best, waited = (found, 0) if found < best - IMPROVEMENT else (best, waited + 1)
             if waited == PATIENCE:
                 waited = 0

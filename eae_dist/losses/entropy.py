@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from eae_dist.distributed import gather_padded, rank, row_counts, world_size
+from eae_dist.errors import UserError
 from eae_dist.numerics.precision import full_precision
 
 PAIRS = 2**26  # pairs of neighbors times dimensions that are computed at once, 256 MiB of float32
@@ -118,9 +119,9 @@ class _KnnEntropy(torch.autograd.Function):
             counts = counts or row_counts(len(local), local.device, group)
             n, d, world = sum(counts), local.shape[1], world_size(group)
             if k < 1:
-                raise ValueError(f"k={k} must be at least 1")
+                raise UserError(f"k={k} must be at least 1")
             if k >= n:
-                raise ValueError(f"k={k} needs more than {k} distinct rows, got {n}")
+                raise UserError(f"k={k} needs more than {k} distinct rows, got {n}")
             keys = gather_padded(local, counts, group)
             offset = sum(counts[: rank(group)])
             neighbors = nearest_neighbors(keys, k, offset, len(local))

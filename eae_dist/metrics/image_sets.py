@@ -12,6 +12,7 @@ import torch
 
 from eae_dist.data.order import filled
 from eae_dist.distributed import gather_rows, sum_over_ranks
+from eae_dist.errors import UserError
 from eae_dist.metrics.features import Extractor
 from eae_dist.metrics.frechet import FeatureStats, frechet_distance, warnings_about
 from eae_dist.metrics.kid import kernel_distance
@@ -38,9 +39,9 @@ class ImageSet:
         try:
             state, about = read_tensors(path)
         except ValueError as error:
-            raise ValueError(f"{path} is not usable: {error}; remove it") from error
+            raise UserError(f"{path} is not usable: {error}; remove it") from error
         if about.get("key") != key:
-            raise ValueError(f"{path} was made from {about.get('key')}, expected {key}; remove it")
+            raise UserError(f"{path} was made from {about.get('key')}, expected {key}; remove it")
         stats = FeatureStats()
         stats.load_state_dict(state)
         return cls(stats, state["rows"])
@@ -66,10 +67,10 @@ def describe(
             kept.append(features[: keep - start].clone())  # a view would keep the whole block in memory
     broken = int(sum_over_ranks(torch.tensor(broken, device=device)))
     if broken:
-        raise ValueError(f"{extractor.metric}: the features of {broken} images of {what} are not finite numbers")
+        raise UserError(f"{extractor.metric}: the features of {broken} images of {what} are not finite numbers")
     total = stats.sum_over_ranks(device)
     if total.count < 2:
-        raise ValueError(f"{what} has {total.count} images; a distance between sets needs at least 2")
+        raise UserError(f"{what} has {total.count} images; a distance between sets needs at least 2")
     mine = torch.cat(kept) if kept else torch.zeros(0, total.features)
     return ImageSet(total, gather_rows(mine.to(device)).cpu())
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from eae_dist.distributed import gather_rows, rank, sum_over_ranks, world_size
+from eae_dist.errors import UserError
 
 TILE = 2**22  # distances computed at once: 32 MiB
 
@@ -43,7 +44,7 @@ def precision_recall_density_coverage(real: torch.Tensor, generated: torch.Tenso
     """
     k_most = max(k, k_density)
     if min(k, k_density) < 1 or len(real) <= k_most or len(generated) <= k:
-        raise ValueError(
+        raise UserError(
             f"the neighbors k={k} and k_density={k_density} need more real and generated rows than that, got "
             f"{len(real)} and {len(generated)}"
         )

@@ -8,6 +8,7 @@ from torch import nn
 
 from eae_dist.config import ModelConfig
 from eae_dist.data.order import filled
+from eae_dist.errors import UserError
 from eae_dist.model.networks import NETWORKS, ConvDecoder, ConvEncoder, Family, normalize_spectrum, own_network
 from eae_dist.model.norm import GlobalBatchNorm
 from eae_dist.numerics.precision import full_precision
@@ -49,7 +50,7 @@ class Autoencoder(nn.Module):
         """
         h = self.encoder(images)
         if h.shape != (wanted := (len(images), self.latent_dim * (2 if self.variational else 1))):
-            raise ValueError(f"the encoder (model.encoder) returned {tuple(h.shape)} for {len(images)} images; expected {wanted}")
+            raise UserError(f"the encoder (model.encoder) returned {tuple(h.shape)} for {len(images)} images; expected {wanted}")
         return h.to(torch.promote_types(h.dtype, torch.float32))
 
     def latents(self, encoder_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -76,20 +77,20 @@ def resolve_model(config: ModelConfig, image_shape: Sequence[int], *, latent_nor
     step = family.multiple
     if (height % step or width % step) and not (config.encoder and config.decoder):
         sizes = [step * m for m in sorted({max(1, height // step), height // step + 1})]
-        raise ValueError(
+        raise UserError(
             f"model.network={config.network} takes images whose sides are multiples of {step}, got {height}x{width}; "
             f"pack them with --size {' or --size '.join(map(str, sizes))}, or set model.encoder "
             f"and model.decoder to your own networks"
         )
     if config.norm not in ("batch", "none"):
-        raise ValueError(f"model.norm={config.norm} is unknown; it is batch or none")
+        raise UserError(f"model.norm={config.norm} is unknown; it is batch or none")
     own = config.encoder is not None and config.decoder is not None
     normed = config.norm == "batch" and not own
     unread = {"norm": own, "norm_eps": not normed, "norm_momentum": not (normed or latent_norm)}
     for setting in fields(ModelConfig):
         value = getattr(config, setting.name)
         if unread.get(setting.name) and value != setting.default:
-            raise ValueError(f"model.{setting.name}={value} has no effect on a model without built-in batch norms; leave it out")
+            raise UserError(f"model.{setting.name}={value} has no effect on a model without built-in batch norms; leave it out")
     latent_dim = config.latent_dim or family.latent_dim.get(channels, family.latent_dim[3])
     return replace(config, width=config.width or family.width, latent_dim=latent_dim)
 
@@ -132,7 +133,7 @@ def build_autoencoder(
 
 def _family(name: str) -> Family:
     if name not in NETWORKS:
-        raise ValueError(f"model.network={name} is unknown; it is one of {', '.join(NETWORKS)}")
+        raise UserError(f"model.network={name} is unknown; it is one of {', '.join(NETWORKS)}")
     return NETWORKS[name]
 
 

@@ -7,7 +7,9 @@ rounding noise. `small` is our own network for the embedded data. A network of t
 """
 
 import importlib
+import inspect
 import itertools
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.checkpoint import checkpoint
 
+from eae_dist.errors import UserError
 from eae_dist.model.norm import GlobalBatchNorm
 
 
@@ -257,30 +260,45 @@ def own_network(name: str, key: str, arguments: dict) -> nn.Module:
     """
     cls = own_class(name, key)
     try:
-        network = cls(**arguments)
+        inspect.signature(cls).bind(**arguments)
     except TypeError as error:
-        raise ValueError(f"{key}={name} cannot be called with {', '.join(arguments)} by keyword: {error}") from error
+        raise UserError(f"{key}={name} cannot be called with {', '.join(arguments)} by keyword: {error}") from error
+    network = cls(**arguments)
     refuse_local_norms(network, key)
     return network
 
 
 def own_class(name: str, key: str) -> type[nn.Module]:
     """Imports the nn.Module class `package.module:Class`. Raises ValueError that names the key of the configuration."""
+    found = imported(name, key, "package.module:Class")
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise UserError(f"{key}={name} is not a class derived from torch.nn.Module")
+    return found
+
+
+def imported(name: str, key: str, form: str):
+    """Imports what the user names as `package.module:attribute`; form: how the error says that.
+
+    Raises UserError if it is not there. An error inside of the user's module is raised as it is.
+    """
     module, _, attribute = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{key}={name} cannot be imported as package.module:Class ({error})") from error
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise ValueError(f"{key}={name} is not a class derived from torch.nn.Module")
-    return found
+        if not module or module.startswith("."):
+            raise ModuleNotFoundError("a module is missing before the colon", name=module)
+        return getattr(importlib.import_module(module), attribute)
+    except (ModuleNotFoundError, AttributeError) as error:
+        absent = error.name if isinstance(error, ModuleNotFoundError) else None
+        own = f"{module}.".startswith(f"{absent}.") or (isinstance(error, AttributeError) and module in sys.modules)
+        if not own:
+            raise
+        raise UserError(f"{key}={name} cannot be imported as {form} ({error})") from error
 
 
 def refuse_local_norms(network: nn.Module, key: str) -> None:
     """Raises ValueError if a network of the user normalizes with statistics of one rank only."""
     for name, layer in network.named_modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            raise ValueError(
+            raise UserError(
                 f"{key}: layer {name!r} is {type(layer).__name__}, whose statistics would differ between ranks; "
                 f"use eae_dist.model.norm.GlobalBatchNorm"
             )

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from eae_dist.errors import UserFileError
+
 
 def sha256_of(path: Path) -> str:
     """Returns the sha256 of a file in hexadecimal."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from statistics import mean, stdev
 
+from eae_dist.errors import UserError
 from eae_dist.objectives import OBJECTIVES
 
 MODELS = {
@@ -53,10 +54,10 @@ class Results:
         first = evaluations[0][1]
         for key in ("data", "index_sha256", "reference", "reference_images", "features", "headline", "split", "images"):
             if other := next((row for row, metrics in evaluations if metrics[key] != first[key]), None):
-                raise ValueError(f"{key} differs between evaluations ({evaluations[0][0]}, {other}); they cannot be compared")
+                raise UserError(f"{key} differs between evaluations ({evaluations[0][0]}, {other}); they cannot be compared")
         for key in ("frechet", "components", "neighbor_images", "seed"):
             if other := next((row for row, metrics in evaluations if metrics["settings"][key] != first["settings"][key]), None):
-                raise ValueError(
+                raise UserError(
                     f"evaluate.{key} differs between evaluations ({evaluations[0][0]}, {other}); they cannot be compared"
                 )
         self.evaluations, self.first = list(evaluations), first

@@ -36,6 +36,8 @@ from eae_dist.data.shard_index import ShardIndex
 from eae_dist.distributed import from_rank_zero, on_rank_zero
 from eae_dist.numerics.atomic_files import fsync, naming, sha256_of
 from eae_dist.numerics.json_files import read_json
+from eae_dist.errors import MissingFile, UserError, UserFileError
+from eae_dist.numerics.atomic_files import fsync, sha256_of
 from eae_dist.objectives import Objective, build_objective
 
 log = logging.getLogger("eae_dist")
@@ -43,7 +45,7 @@ log = logging.getLogger("eae_dist")
 FILES = ("model.safetensors", "optimizer.pt", "state.json", "config.yaml")
 
 
-class DamagedCheckpoint(ValueError):
+class DamagedCheckpoint(UserError):
     """Files of a checkpoint are missing or differ from their checksums."""
 
 
@@ -107,7 +109,7 @@ def save(run: Path, config: Config, model_state: dict, optimizer_state: dict, st
         shutil.rmtree(aside, ignore_errors=True)
         if isinstance(error, OSError | RuntimeError | SafetensorError):
             # torch and safetensors do not name a full disk in their messages.
-            raise OSError(
+            raise UserFileError(
                 f"checkpoint {target} could not be written: {error}; {free:,} bytes were left on the disk; "
                 f"earlier checkpoints are intact"
             ) from error
@@ -151,7 +153,7 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     replacement = path.with_name(f"{path.name}.new")  # a kill can leave it beside the half-removed folder that it replaces
     path = replacement if replacement.is_dir() else path
     if not any((path / name).is_file() for name in ("manifest.json", *FILES[:3])):
-        raise FileNotFoundError(f"{directory} holds no checkpoint; give a run folder or a folder such as RUN/checkpoints/latest")
+        raise MissingFile(f"{directory} holds no checkpoint; give a run folder or a folder such as RUN/checkpoints/latest")
     return _verified(path)
 
 
@@ -210,7 +212,7 @@ def load_objective(checkpoint: Checkpoint, allow: Collection[str] = ()) -> Objec
     config = checkpoint.config
     for key, name in (("model.encoder", config.model.encoder), ("model.decoder", config.model.decoder)):
         if name is not None and name not in allow:
-            raise ValueError(
+            raise UserError(
                 f"{checkpoint.path} was trained with {key}={name}, code that is not part of eae_dist; "
                 f"name it to allow its import: {key}={name} on the command line, or load(..., allow=[{name!r}])"
             )
@@ -235,7 +237,7 @@ def evaluation_config(checkpoint: Checkpoint, assignments: Sequence[str]) -> Con
     judged = replace(checkpoint.config, evaluate=config.evaluate, index=config.index, data=data, train=train)
     changed = changed_keys(judged, config, changeable=False) + changed_keys(judged, config, changeable=True)
     if changed:
-        raise ValueError(
+        raise UserError(
             f"only evaluate.*, index.* and data.root can be set for the checkpoint {checkpoint.path}, how a remote data.root "
             f"is read, and train.{', train.'.join(HOW_TO_START)}; the checkpoint fixes all other settings:\n  "
             + "\n  ".join(changed)
@@ -247,7 +249,7 @@ def open_data(checkpoint: Checkpoint, config: Config) -> ShardIndex:
     """Opens the index of data.root. Raises ValueError for images of another shape than those of the model."""
     index = ShardIndex.load(config.data.root, Cache.of(config.data))
     if index.image_shape != tuple(checkpoint.state["image_shape"]):
-        raise ValueError(
+        raise UserError(
             f"data.root={config.data.root} holds images of shape {index.image_shape} (c, h, w), but the checkpoint was trained "
             f"on {tuple(checkpoint.state['image_shape'])}"
         )
@@ -273,13 +275,13 @@ def lock(folder: Path, setting: str = "train.output") -> IO | None:
                 folder.mkdir(parents=True, exist_ok=True)
                 held = open(folder / ".lock", "a+")  # noqa: SIM115  it is open for as long as the lock is held
             except OSError as error:
-                raise OSError(f"{setting}={folder} cannot be written: {error}") from error
+                raise UserFileError(f"{setting}={folder} cannot be written: {error}") from error
             try:
                 fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError) as error:
                 held.seek(0)
                 holder = f"another job ({held.read()})"
-                raise OSError(f"{setting}={folder} is in use by {holder}; wait for it or choose another folder") from error
+                raise UserFileError(f"{setting}={folder} is in use by {holder}; wait for it or choose another folder") from error
             except OSError as error:  # some network file systems have no locks
                 log.warning("%s=%s cannot be locked (%s); keep other jobs out of it", setting, folder, error)
             else:
@@ -307,7 +309,7 @@ def open_run_folder(run: Path, config: Config, data_identity: dict) -> Checkpoin
                 if changed and found.state["stream"].get("index_sha256") != data_identity.get("index_sha256"):
                     changed.insert(0, f"data: {found.config.data.root} -> {config.data.root}")  # the cause of others
                 if changed:
-                    raise ValueError(
+                    raise UserError(
                         f"train.output={run} holds a run with other settings; choose another folder or the old values:\n  "
                         + "\n  ".join(changed)
                     )
@@ -317,7 +319,7 @@ def open_run_folder(run: Path, config: Config, data_identity: dict) -> Checkpoin
                 found = replace(found, path=set_aside_newer(run, found.path))
                 mark_best(run, found.state["best_step"])
             elif damage:
-                raise ValueError(f"no checkpoint of {run} is intact; move the folder away to start a new run")
+                raise UserError(f"no checkpoint of {run} is intact; move the folder away to start a new run")
     return from_rank_zero(found)  # the other ranks do not read and verify all files once more
 
 
@@ -325,7 +327,7 @@ def check_same_data(before: dict, now: dict, run: Path) -> None:
     """Raises ValueError if this stream does not continue the batches of the run."""
     changed = [f"{key}: {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
     if changed:
-        raise ValueError(
+        raise UserError(
             f"{run} was trained on other data or in another order; restore data.root or choose another train.output:\n  "
             + "\n  ".join(changed)
         )

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from eae_dist.config import TrainConfig
+from eae_dist.errors import UserError
 from eae_dist.model.networks import Layers
 from eae_dist.objectives import Objective
 
@@ -37,7 +38,7 @@ def checkpoint_activations(network: nn.Module) -> None:
     """Makes all Layers in the network keep one activation per block. Raises ValueError if that saves nothing."""
     layers = [module for module in network.modules() if isinstance(module, Layers)]
     if not any(block.has_inner_activations() for module in layers for block in module.blocks()):
-        raise ValueError(
+        raise UserError(
             "train.checkpoint_activations=true recomputes batch norms, but no network has them in its "
             "eae_dist.model.networks.Layers, a kind of nn.Sequential; set train.checkpoint_activations=false"
         )
@@ -51,4 +52,4 @@ def check_compiler(device: torch.device) -> None:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
     except Exception as error:  # torch.compile raises many types
         said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ValueError(f"train.compile=true needs what torch.compile needs on {device.type}: {said}") from error
+        raise UserError(f"train.compile=true needs what torch.compile needs on {device.type}: {said}") from error

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from eae_dist.distributed import rank, silent_ranks, world_size
+from eae_dist.distributed import OtherRankFailed, failed_ranks, of_collective, rank, world_size
 
 
 @contextmanager
@@ -21,8 +21,9 @@ def reported_crashes(
 ) -> Iterator[None]:
     """Reports any exception except the `known` types, whose message is enough, and raises it again.
 
-    The report names rank, host, step, last checkpoint and the ranks that do not answer within a tenth of the timeout, at most
-    10 seconds. It is printed to stderr and written with the traceback to run/crashes/rank-R.txt. timeout: in seconds.
+    The report names rank, host, step and last checkpoint, and the ranks that failed or do not answer if it was a collective that
+    failed; such a rank then raises OtherRankFailed. They answer within a tenth of the timeout, at most 10 seconds. The report is
+    printed to stderr and written with the traceback to run/crashes/rank-R.txt. timeout: in seconds.
     """
     try:
         yield
@@ -31,9 +32,9 @@ def reported_crashes(
     except Exception as error:
         where = f"rank {rank()} of {world_size()} on {platform.node()}"
         said = f"{where} failed in step {step() + 1}: {type(error).__name__}: {error}"
-        patience = min(timeout / 10, 10.0)
-        if world_size() > 1 and (silent := silent_ranks(patience)):
-            said += f"\nrank {', '.join(map(str, silent))} ended or hangs: no answer within {patience:g} seconds"
+        blamed = failed_ranks(min(timeout / 10, 10.0)) if of_collective(error) else ""
+        if blamed:
+            said = f"{where} could not go on in step {step() + 1}: {blamed}"
         last = last_checkpoint()  # may wait for a checkpoint, so it comes after the answer to the other ranks
         if last is None:
             said += "\nno checkpoint was saved yet; run the same command to start again"
@@ -46,4 +47,6 @@ def reported_crashes(
             (run / "crashes" / f"rank-{rank()}.txt").write_text(text)
         except OSError as unwritten:  # the failure may be the disk
             print(f"{run}/crashes cannot be written: {unwritten}", file=sys.stderr, flush=True)
+        if blamed:
+            raise OtherRankFailed(blamed) from error
         raise

@@ -94,7 +94,7 @@ class PyTorch:
         """Returns the wrapped model and optimizer for a step. Raises ValueError if ranks would train separate models."""
         model, prepared_optimizer = self.accelerator.prepare(objective, optimizer)
         if world_size() > 1 and not isinstance(model, DistributedDataParallel):
-            raise ValueError(f"accelerate did not wrap the model for {world_size()} ranks; check the file given to --config_file")
+            raise UserError(f"accelerate did not wrap the model for {world_size()} ranks; check the file given to --config_file")
         return model, prepared_optimizer
 
     def autocast(self) -> AbstractContextManager:
@@ -169,31 +169,29 @@ class DeepSpeed:
         train, zero = config.train, self.settings["zero_optimization"]
         ddp = "or launch without DeepSpeed"
         if train.accumulate > 1:
-            raise ValueError(
+            raise UserError(
                 f"train.accumulate={train.accumulate} needs whole gradients on every rank, but DeepSpeed's ZeRO splits "
                 f"them; set train.accumulate=1, {ddp}"
             )
         if lanes % world_size():
-            raise ValueError(
+            raise UserError(
                 f"DeepSpeed needs the same batch on every rank, but {world_size()} ranks do not divide the {lanes} lanes of the "
                 f"data; change the ranks, data.lanes or train.global_batch={train.global_batch}, {ddp}"
             )
         if train.precision == "fp16":
-            raise ValueError(
+            raise UserError(
                 f"train.precision=fp16: DeepSpeed would clip the scaled gradient and not lower the scale after an overflow; "
                 f"take train.precision=bf16, {ddp}"
             )
         if train.channels_last:
-            raise ValueError(
-                f"train.channels_last=true: DeepSpeed's flat tensors do not support this layout; leave it out, {ddp}"
-            )
+            raise UserError(f"train.channels_last=true: DeepSpeed's flat tensors do not support this layout; leave it out, {ddp}")
         if zero.get("stage") not in (1, 2):
-            raise ValueError(f"zero_optimization.stage={zero.get('stage')} of DeepSpeed's settings: take 1 or 2, {ddp}")
+            raise UserError(f"zero_optimization.stage={zero.get('stage')} of DeepSpeed's settings: take 1 or 2, {ddp}")
         own = [name for name in ("fp16", "bf16") if self.settings.get(name, {}).get("enabled")]
         own += [name for name in ("optimizer", "scheduler") if name in self.settings]
         own += [name for name in ("offload_optimizer", "offload_param") if zero.get(name, {}).get("device", "none") != "none"]
         if own:
-            raise ValueError(
+            raise UserError(
                 f"{own} in DeepSpeed's settings: the run's own configuration sets precision, optimizer and schedule, and its "
                 f"state stays on the ranks' devices; remove them, {ddp}"
             )

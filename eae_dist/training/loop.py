@@ -13,7 +13,8 @@ from accelerate import Accelerator
 
 from eae_dist.config import Config, TrainConfig, flatten, save_config
 from eae_dist.data.stream import ShardStream
-from eae_dist.distributed import RankZeroFailed, StopRequest, measured_waits, on_rank_zero, rank, require_equal
+from eae_dist.distributed import OtherRankFailed, StopRequest, measured_waits, on_rank_zero, rank, require_equal
+from eae_dist.errors import USER_ERRORS
 from eae_dist.model.autoencoder import to_unit
 from eae_dist.model.norm import finite_norms
 from eae_dist.numerics.keyed_random import derive_key
@@ -28,13 +29,13 @@ from eae_dist.training.run import Run
 from eae_dist.training.setup import check_micro_batches, check_neighbors, last_step, open_stream, start_accelerator
 from eae_dist.training.step_times import StepTimes, traced
 
-EXPECTED_ERRORS = (TrainingDiverged, RankZeroFailed, ValueError, OSError)  # errors whose message is enough, without a report
+EXPECTED_ERRORS = (TrainingDiverged, OtherRankFailed, *USER_ERRORS)  # errors whose message is enough, without a report
 
 
 def train(config: Config) -> None:
     """Trains to config.train.epochs, from the latest checkpoint of the run folder if there is one. Call on every rank.
 
-    Raises ValueError or OSError for an error that the user can correct, and TrainingDiverged for a loss that is not finite.
+    Raises UserError or UserFileError for what the user can correct, and TrainingDiverged for a loss that is not finite.
     """
     # The ranks, the data, the run folder.
     accelerator = start_accelerator(config.train)

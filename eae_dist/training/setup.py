@@ -109,7 +109,7 @@ def open_stream(config: Config) -> ShardStream:
         smallest = {"entropy": config.objective.k + 1, "mmd": 2}
         wanted = max(smallest.get(name, 1) for name in ("", *objective_class(config.objective.name).penalties))
         if images < wanted:
-            raise ValueError(
+            raise UserError(
                 f"data.validation={config.data.validation}: its {images} images (at most train.validation_images) are fewer than "
                 f"the {wanted} that the loss needs; set data.validation=null, or pack more"
             )
@@ -119,7 +119,7 @@ def open_stream(config: Config) -> ShardStream:
 def check_micro_batches(stream: ShardStream, accumulate: int, device: torch.device) -> None:
     """Raises ValueError if a rank has fewer rows than micro-batches."""
     if (fewest := min(row_counts(stream.rows, device))) < accumulate:
-        raise ValueError(
+        raise UserError(
             f"train.accumulate={accumulate} needs as many images on every rank, but one rank has {fewest}; "
             f"lower train.accumulate or raise train.global_batch"
         )
@@ -133,7 +133,7 @@ def check_neighbors(stream: ShardStream, config: Config) -> None:
     meeting = {number * stream.samples // batch for number in range(1, passes) if number * stream.samples % batch}
     fewest = min((int(stream.order.first(step).sum()) for step in meeting), default=batch)
     if k >= fewest:
-        raise ValueError(
+        raise UserError(
             f"objective.k={k} needs more than {k} different images in every batch; where two passes over "
             f"the {stream.samples:,} images meet, one has {fewest}; lower objective.k or train.global_batch"
         )

@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
 import eae_dist
+from eae_dist.errors import UserError
 from eae_dist.inference.service import messages as m
 from eae_dist.inference.service.batching import Batcher, Busy, Closed
 from eae_dist.inference.service.guard import REQUEST_BYTES, REQUEST_SECONDS, Guard
@@ -62,7 +63,7 @@ def create_app(served: ServedModel, batcher: Batcher, hosts: tuple[str, ...] | N
     async def read_images(texts: Sequence[str]) -> np.ndarray:
         try:
             return await run_in_threadpool(images_from_text, texts, served.image_shape)
-        except ValueError as error:
+        except UserError as error:
             raise HTTPException(422, str(error)) from error
 
     async def latents_of(points: Sequence[m.Point]) -> np.ndarray:

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from eae_dist.data.image_files import read_pixels
+from eae_dist.errors import UserError
 
 LEVEL = 1  # of compression; a small image is a twentieth larger than at level 6
 
@@ -25,10 +26,10 @@ def images_from_text(texts: Sequence[str], shape: tuple[int, int, int]) -> np.nd
             data = base64.b64decode(text, validate=True)
             pixels = read_pixels(io.BytesIO(data), None, None, channels, most=height * width)
             if pixels.shape[:2] != (height, width):
-                raise ValueError(f"{pixels.shape[1]}x{pixels.shape[0]}")
+                raise UserError(f"{pixels.shape[1]}x{pixels.shape[0]}")
         except (binascii.Error, ValueError) as error:  # the first is also a ValueError
             what = "not base64" if isinstance(error, binascii.Error) or not text.isascii() else str(error)
-            raise ValueError(
+            raise UserError(
                 f"image {number} is not usable: {what}; expected a file of {width}x{height} pixels (width x height), in base64"
             ) from error
         images[number] = pixels.reshape(height, width, channels).transpose(2, 0, 1)

@@ -13,6 +13,7 @@ import torch
 from accelerate import PartialState
 
 from eae_dist.config import Config
+from eae_dist.errors import UserError
 from eae_dist.inference.encoded_dataset import EncodedDataset
 from eae_dist.inference.trained_model import TrainedModel, trained_model
 from eae_dist.latent.densities import DENSITIES, Density, ReconstructingDensity
@@ -73,7 +74,7 @@ class ServedModel:
         # The first pass is the slowest, and shows whether the weights give finite values.
         pixels, finite = self.decode(np.zeros((1, self.latent_dim), np.float32))
         if not (finite.all() and np.isfinite(self.encode(pixels)[0]).all()):
-            raise ValueError(f"the model {self.checkpoint.path} makes values that are not finite; was it trained to the end?")
+            raise UserError(f"the model {self.checkpoint.path} makes values that are not finite; was it trained to the end?")
 
     @torch.no_grad()
     def encode(self, images: np.ndarray) -> tuple[np.ndarray]:
