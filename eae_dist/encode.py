@@ -20,7 +20,7 @@ from tqdm import tqdm
 from eae_dist.data.order import blocks_of
 from eae_dist.data.remote import Cache
 from eae_dist.data.stream import walk
-from eae_dist.distributed import on_every_rank, on_rank_zero, rank, world_size
+from eae_dist.distributed import gather_objects, on_every_rank, on_rank_zero, rank, world_size
 from eae_dist.distributed.launch import run_on_ranks
 from eae_dist.latent.store import PART, PART_ROWS, VERSION, LatentFolder, description, finished_part, write_part
 from eae_dist.errors import UserError
@@ -65,28 +65,31 @@ def encode(directory: Path, out: Path, assignments: Sequence[str]) -> LatentFold
     if (out / "manifest.json").is_file():
         return LatentFolder.open(out)
 
-    # The missing parts of this rank. A batch always has the same rows, and the last batch is filled up.
-    mine = [(*part, name_of(*part[:2])) for part in parts[rank() :: world_size()]]
-    missing = [(split, part, of, name) for split, part, of, name in mine if finished_part(out, name) is None]
-    blocks = sum(stop - start for split, part, of, _ in missing for start, stop in [blocks_of(samples[split], block, part, of)])
+    # The missing parts, each rank one at a time, so that none waits for another longer than a part takes. A batch always has the
+    # same rows, and the last batch is filled up.
+    mine = parts[rank() :: world_size()]
+    absent = gather_objects([(split, part) for split, part, _ in mine if finished_part(out, name_of(split, part)) is None])
+    missing = [one for one in parts if one[:2] in {found for of_rank in absent for found in of_rank}]
+    mine = missing[rank() :: world_size()]
+    blocks = sum(stop - start for split, part, of in mine for start, stop in [blocks_of(samples[split], block, part, of)])
+    with tqdm(desc="encoding", total=blocks, unit=" blocks", disable=rank() != 0, leave=False) as progress:
 
-    def encode_missing() -> None:
-        with tqdm(desc="encoding", total=blocks, unit=" blocks", disable=rank() != 0, leave=False) as progress:
-            for split, part, of, name in missing:
-                latents, labels, keys = [], [], []
-                for batch in walk(config.data.root, split, block, rank=part, world=of, cache=Cache.of(config.data)):
-                    latents.append(encoded(autoencoder, batch["image"], block, device))
-                    labels.append(batch["label"].numpy())
-                    keys += batch["key"]
-                    progress.update()
-                rows = torch.cat(latents).cpu().numpy()
-                if broken := int((~np.isfinite(rows)).any(1).sum()):
-                    raise UserError(
-                        f"{broken} of {len(rows):,} latents of {name} are not finite; was the encoder trained to the end?"
-                    )
-                write_part(out, name, rows, np.concatenate(labels), keys)
+        def encode_part(split: str, part: int, of: int) -> None:
+            latents, labels, keys = [], [], []
+            for batch in walk(config.data.root, split, block, rank=part, world=of, cache=Cache.of(config.data)):
+                latents.append(encoded(autoencoder, batch["image"], block, device))
+                labels.append(batch["label"].numpy())
+                keys += batch["key"]
+                progress.update()
+            rows, name = torch.cat(latents).cpu().numpy(), name_of(split, part)
+            if broken := int((~np.isfinite(rows)).any(1).sum()):
+                raise UserError(
+                    f"{broken} of {len(rows):,} latents of {name} are not finite; was the encoder trained to the end?"
+                )
+            write_part(out, name, rows, np.concatenate(labels), keys)
 
-    on_every_rank(encode_missing)
+        for number in range(-(-len(missing) // world_size())):
+            on_every_rank(lambda now=mine[number : number + 1]: [encode_part(*one) for one in now])
 
     # All parts are there.
     with on_rank_zero() as first:

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import dropout
 
 from eae_dist.distributed import rank, world_size
-from eae_dist.model.networks import NETWORKS, ConvEncoder
+from eae_dist.model.networks import NETWORKS, ConvDecoder, ConvEncoder
 
 
 class CountingEncoder(ConvEncoder):
@@ -89,6 +89,53 @@ class FailingEncoder(CountingEncoder):
 
     def sabotage(self, h: torch.Tensor) -> torch.Tensor:
         raise KeyError("unforeseen")
+
+
+def trouble(at: str | None = None) -> None:
+    """Fails as SABOTEUR_KIND says on the rank SABOTEUR_RANK: in the training step SABOTEUR_STEP, or outside of training at once."""
+    kind = os.environ.get("SABOTEUR_KIND")
+    if kind is None or rank() != int(os.environ["SABOTEUR_RANK"]) or at not in (None, os.environ["SABOTEUR_STEP"]):
+        return
+    if kind == "ValueError":
+        dict([(1, 2, 3)])  # as a bug in a network raises it
+    if kind == "RuntimeError":
+        torch.zeros(2, 3) @ torch.zeros(2, 3)
+    if kind == "OSError":
+        raise OSError("the server of this network does not answer")
+    if kind == "no file":
+        open("/nowhere/weights.pt")
+    if kind == "out of memory":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+    if kind == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    while kind == "hanging":
+        signal.pause()
+
+
+class TroubledEncoder(ConvEncoder):
+    """The small encoder, in which there is trouble."""
+
+    def __init__(self, *, image_shape, latent_dim, width, bias):
+        norm = {"eps": 1e-3, "momentum": 0.1}
+        super().__init__(NETWORKS["small"], image_shape, latent_dim, width, bias=bias, norm=norm)
+        self.calls = -2  # the two backward passes of the rehearsal come first
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += self.training
+        trouble(str(self.calls) if self.training else None)
+        return super().forward(x)
+
+
+class TroubledDecoder(ConvDecoder):
+    """The small decoder, in which there is trouble outside of training."""
+
+    def __init__(self, *, image_shape, latent_dim, width):
+        super().__init__(NETWORKS["small"], image_shape, latent_dim, width, norm={"eps": 1e-3, "momentum": 0.1})
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            trouble()
+        return super().forward(z)
 
 
 def killing_features(images: torch.Tensor) -> torch.Tensor:

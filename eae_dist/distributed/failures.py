@@ -53,20 +53,22 @@ def on_rank_zero() -> Iterator[bool]:
 def on_every_rank(work: Callable[[], Result]) -> Result:
     """Returns the result of `work` on this rank. Call on every rank.
 
-    A ValueError or OSError on one rank ends all ranks: the others raise an OSError with the message of that rank.
+    An error on one rank ends all ranks: the others raise OtherRankFailed with the message of that rank.
     """
     result: Result
     failure: Exception | None = None
     try:
         result = work()
-    except (ValueError, OSError) as error:
+    except Exception as error:
+        if of_collective(error):  # the ranks cannot talk to each other
+            raise
         failure = error
-    every = gather_objects(None if failure is None else str(failure))
+    every = gather_objects(None if failure is None else f"{type(failure).__name__}: {failure}")
     if failure is not None:
         raise failure
     for who, message in enumerate(every):
         if message is not None:
-            raise UserFileError(f"rank {who}: {message}")
+            raise OtherRankFailed(f"rank {who} failed: {message}")
     return result
 
 
@@ -100,7 +102,8 @@ def ending_ranks(*known: type[Exception]) -> Iterator[None]:
         sys.exit(last_word(f"error: {error}") if rank() == 0 else 1)
     except Exception as error:
         if of_collective(error) and (blamed := failed_ranks(PATIENCE)):
-            sys.exit(last_word(f"error{_where()}: {blamed}; this rank was waiting for it ({first_line(error)})"))
+            text = f"error{_where()}: {blamed}; this rank was waiting ({first_line(error)}). "
+            sys.exit(last_word(text + "Find the cause in what that rank printed, then start the same command again"))
         _tell_failure(error)
         if is_users(error):
             sys.exit(last_word(f"error{_where()}: {error}"))

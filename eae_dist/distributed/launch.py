@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import torch
 
-from eae_dist.distributed import ending_ranks, rank, require_equal
+from eae_dist.distributed import barrier, ending_ranks, rank, require_equal
 from eae_dist.distributed.processes import available_cores
 from eae_dist.distributed.start import Start, srun_ranks, start_without_engine
 from eae_dist.distributed.stop import LAUNCHERS
@@ -50,6 +50,7 @@ def run_on_ranks(
             logging.basicConfig(level=logging.INFO, format="%(message)s")
         require_equal(list(command), "arguments")
         result = work()
+        barrier()  # the result is told only if every rank has done its part
     return result if first else None
 
 
