@@ -14,8 +14,11 @@ container=()
 srun_options=()
 # srun_options=(--container-image="$PWD/eae_dist.sqsh" --container-mounts="$PWD:$PWD" --container-workdir="$PWD") # pyxis, enroot
 
-# NCCL, and gloo for messages between CPUs, find their network by themselves; where nodes have several, name it:
-# export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0 NCCL_DEBUG=INFO
+# NCCL finds its network by itself; if it does not, name it:
+# export NCCL_SOCKET_IFNAME=ib0 NCCL_DEBUG=INFO
+# The ranks also send messages by gloo: requests to stop, and without GPUs everything. gloo takes the network to which the name of
+# a node resolves. If nodes have several networks, name one that all nodes share:
+# export GLOO_SOCKET_IFNAME=ib0
 
 ranks=${NPROC:-${SLURM_GPUS_ON_NODE:-1}} # of a node: a rank for each GPU of the allocation, without any one CPU rank
 cores=${SLURM_CPUS_PER_TASK:-1} # of a node; since SLURM 22.05 srun wants to be told again

@@ -92,7 +92,7 @@ class FailingEncoder(CountingEncoder):
 
 
 def trouble(at: str | None = None) -> None:
-    """Fails as SABOTEUR_KIND says on the rank SABOTEUR_RANK: in the training step SABOTEUR_STEP, or outside of training at once."""
+    """Fails as SABOTEUR_KIND says on rank SABOTEUR_RANK: in the training step SABOTEUR_STEP, or outside of training at once."""
     kind = os.environ.get("SABOTEUR_KIND")
     if kind is None or rank() != int(os.environ["SABOTEUR_RANK"]) or at not in (None, os.environ["SABOTEUR_STEP"]):
         return

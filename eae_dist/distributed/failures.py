@@ -1,5 +1,6 @@
 """Failures are passed to all ranks: an error on one rank ends all ranks with its message, instead of a timeout."""
 
+import gc
 import os
 import sys
 import threading
@@ -101,20 +102,36 @@ def ending_ranks(*known: type[Exception]) -> Iterator[None]:
     except known as error:
         sys.exit(last_word(f"error: {error}") if rank() == 0 else 1)
     except Exception as error:
-        if of_collective(error) and (blamed := failed_ranks(PATIENCE)):
-            text = f"error{_where()}: {blamed}; this rank was waiting ({first_line(error)}). "
-            sys.exit(last_word(text + "Find the cause in what that rank printed, then start the same command again"))
+        where = _where()
+        if of_collective(error):
+            told = traceback.format_exc()
+            # Ranks that wait for this one, in a ring, notice the failure only when it has left; then they can answer.
+            if blamed := failed_ranks(PATIENCE, lambda: _drop_group(error)):
+                text = f"error{where}: {blamed}; this rank was waiting ({first_line(error)}). "
+                sys.exit(last_word(text + "Find the cause in what that rank printed, then start the same command again"))
+            sys.exit(told.rstrip())
         _tell_failure(error)
         if is_users(error):
-            sys.exit(last_word(f"error{_where()}: {error}"))
+            sys.exit(last_word(f"error{where}: {error}"))
         traceback.print_exc()  # before the group is left, which may wait for other ranks or end the process
         sys.exit(1)
     finally:
-        if is_initialized():
-            if failed and dist.get_backend() == "nccl":  # leaving in order would wait for messages of ranks that have ended
-                dist.distributed_c10d._abort_process_group()
-            else:
-                dist.destroy_process_group()
+        _leave_group(failed)
+
+
+def _leave_group(failed: bool) -> None:
+    if is_initialized():
+        if failed and dist.get_backend() == "nccl":  # leaving in order would wait for messages of ranks that have ended
+            dist.distributed_c10d._abort_process_group()
+        else:
+            dist.destroy_process_group()
+
+
+def _drop_group(error: BaseException) -> None:
+    """Leaves the group and closes its connections, which the frames of the traceback would keep open."""
+    traceback.clear_frames(error.__traceback__)
+    _leave_group(failed=True)
+    gc.collect()
 
 
 def last_word(text: str) -> str:
@@ -169,31 +186,40 @@ def _tell_failure(error: Exception) -> None:
         _within(PATIENCE, lambda: _store().set(f"eae_dist/failed/{rank()}", told))
 
 
-def failed_ranks(patience: float) -> str:
+def failed_ranks(patience: float, leave: Callable[[], None] = lambda: None) -> str:
     """Returns which ranks failed, ended or hang, as a phrase; "" if all answer. Call where a collective has failed.
 
     A rank that ended left its error, or does not call this function within `patience` seconds, as the ranks do that saw a
     collective fail. They talk through the store of the process group, not by a collective.
+    leave: is called before the others are asked, and may leave the group.
     """
     if world_size() == 1:
         return ""
-    store, end = _store(), time.monotonic() + patience
-    others = set(range(world_size())) - {rank()}
-    silent, told = set(others), {}
+    store, me, others = _store(), rank(), set(range(world_size())) - {rank()}
+    leave()
+    end, silent, told = time.monotonic() + patience, set(others), {}
+
+    def answered(question: str, other: int) -> bool:
+        try:
+            store.wait([f"eae_dist/{question}/{other}"], timedelta(seconds=max(end - time.monotonic(), 0.1)))
+        except dist.DistStoreError:  # it did not call
+            return False
+        return True
 
     def ask() -> None:
-        store.set(f"eae_dist/alive/{rank()}", "")
-        for other in sorted(others):
-            with suppress(dist.DistStoreError):  # it did not call
-                store.wait([f"eae_dist/alive/{other}"], timedelta(seconds=max(end - time.monotonic(), 0.1)))
-                silent.discard(other)
+        store.set(f"eae_dist/alive/{me}", "")
+        silent.difference_update([other for other in sorted(others) if answered("alive", other)])
         for other in sorted(silent):
             if store.check([f"eae_dist/failed/{other}"]):
                 told[other] = store.get(f"eae_dist/failed/{other}").decode()
+        store.set(f"eae_dist/asked/{me}", "")
 
     # The process that serves the store is rank 0, or torchrun, which outlives the ranks.
     if not _within(patience + 1, ask):
         return "rank 0, or the machine or network that it is on, ended or hangs"
+    if me == 0:  # the others ask its store
+        end = time.monotonic() + patience
+        _within(patience + 1, lambda: [answered("asked", other) for other in others - silent])
     if told:
         return ", ".join(f"rank {other} failed ({why})" for other, why in told.items())
     if not silent:

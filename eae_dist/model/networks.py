@@ -295,8 +295,13 @@ def imported(name: str, key: str, form: str):
 
 
 def refuse_local_norms(network: nn.Module, key: str) -> None:
-    """Raises ValueError if a network of the user normalizes with statistics of one rank only."""
+    """Raises UserError if a network of the user normalizes with statistics of one rank, or of the images of a batch alone."""
     for name, layer in network.named_modules():
+        if isinstance(layer, GlobalBatchNorm) and layer.running_mean is None:
+            raise UserError(
+                f"{key}: layer {name!r} is a GlobalBatchNorm with track=False: an image's latent would depend on the images "
+                f"beside it, and the ranks would wait for each other where one draws pictures alone; leave track=False out"
+            )
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
             raise UserError(
                 f"{key}: layer {name!r} is {type(layer).__name__}, whose statistics would differ between ranks; "

@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -392,6 +393,11 @@ class LocallyNormedDecoder(OwnDecoder):
         self.inner = nn.ModuleDict({"norm": nn.SyncBatchNorm(4)})
 
 
+class UntrackedEncoder(LocallyNormedEncoder):
+    def __init__(self, **arguments):
+        super().__init__(partial(GlobalBatchNorm, track=False), **arguments)
+
+
 class RowNormedEncoder(LocallyNormedEncoder):
     def __init__(self, **arguments):
         super().__init__(nn.LayerNorm, **arguments)
@@ -442,10 +448,11 @@ def test_names_that_are_no_network_are_errors_that_name_the_key(key, name, words
     [
         ("encoder", LocallyNormedEncoder, "'inner.1' is BatchNorm2d"),
         ("decoder", LocallyNormedDecoder, "'inner.norm' is SyncBatch"),
+        ("encoder", UntrackedEncoder, "'inner.1' is a GlobalBatchNorm with track=False"),
     ],
 )
-def test_own_network_with_a_batch_norm_of_one_rank_is_refused(key, class_, layer):
-    with pytest.raises(ValueError, match=f"model.{key}: layer {layer}.*GlobalBatchNorm"):
+def test_own_network_with_a_norm_that_pictures_and_ranks_cannot_share_is_refused(key, class_, layer):
+    with pytest.raises(ValueError, match=f"model.{key}: layer {layer}"):
         built("small", (1, 16, 16), **{key: own(class_)})
 
 
