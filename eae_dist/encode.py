@@ -22,9 +22,8 @@ from eae_dist.data.remote import Cache
 from eae_dist.data.stream import walk
 from eae_dist.distributed import gather_objects, on_every_rank, on_rank_zero, rank, world_size
 from eae_dist.distributed.launch import run_on_ranks
-from eae_dist.latent.store import PART, PART_ROWS, VERSION, LatentFolder, description, finished_part, write_part
 from eae_dist.errors import UserError
-from eae_dist.latent.store import PART_ROWS, VERSION, LatentFolder, description, finished_part, write_part
+from eae_dist.latent.store import PART, PART_ROWS, VERSION, LatentFolder, description, finished_part, write_part
 from eae_dist.model.autoencoder import encoded
 from eae_dist.numerics.atomic_files import replace_file
 from eae_dist.numerics.json_files import read_json, sealed
@@ -88,8 +87,12 @@ def encode(directory: Path, out: Path, assignments: Sequence[str]) -> LatentFold
                 )
             write_part(out, name, rows, np.concatenate(labels), keys)
 
+        def encode_parts(some: list[tuple[str, int, int]]) -> None:
+            for split, part, of in some:
+                encode_part(split, part, of)
+
         for number in range(-(-len(missing) // world_size())):
-            on_every_rank(lambda now=mine[number : number + 1]: [encode_part(*one) for one in now])
+            on_every_rank(partial(encode_parts, mine[number : number + 1]))
 
     # All parts are there.
     with on_rank_zero() as first:

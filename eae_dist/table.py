@@ -195,7 +195,7 @@ def finish(run: Run, first_stage: Run | None, ends: Future | None, job_pool: Job
                 f"training was stopped after {steps_taken(run)} of {wanted} steps; run the same command to continue"
             )
     if intact(chosen(run)) is None:
-        raise ValueError(f"{chosen(run)}, which has the lowest validation loss, is missing or damaged; remove {run.folder}")
+        raise UserError(f"{chosen(run)}, which has the lowest validation loss, is missing or damaged; remove {run.folder}")
     training = clock(time.monotonic() - started)
     command = ["--ckpt", str(chosen(run)), *(f"data.{key}={getattr(run.config.data, key)}" for key in WHERE_DATA_LIES)]
     for key, value in asdict(run.config.evaluate).items():

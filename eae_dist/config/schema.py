@@ -45,7 +45,7 @@ class Bounds:
         if value is None:
             return
         if value == "":
-            raise ValueError(f"{key}= is empty; give a value, or leave the setting out")
+            raise UserError(f"{key}= is empty; give a value, or leave the setting out")
         if self.choices and value not in self.choices:
             raise UserError(f"{key}={value} is unknown; it is one of {', '.join(self.choices)}")
         if isinstance(value, float) and not math.isfinite(value):
@@ -330,7 +330,7 @@ def check_values(config: Config) -> None:
             "train.compile=true: compiled networks cannot be recomputed in backward; set train.checkpoint_activations=false"
         )
     if objective.name == "wae" and train.global_batch < 2:
-        raise ValueError(f"objective.name=wae compares pairs of rows; train.global_batch={train.global_batch} must be at least 2")
+        raise UserError(f"objective.name=wae compares pairs of rows; train.global_batch={train.global_batch} must be at least 2")
     # Every row needs k other rows. Objectives without an entropy reject objective.k elsewhere.
     if objective.k >= train.global_batch and (objective.name.startswith("eae") or objective.k > 1):
         raise UserError(f"objective.k={objective.k} needs more than {objective.k} rows, train.global_batch={train.global_batch}")

@@ -159,7 +159,7 @@ class ShardIndex:
             table = np.load(file.name, mmap_mode="r", allow_pickle=False)
         if (samples := splits[name]["samples"]) != table["samples"].sum():
             index = self.tables.place("index.json")
-            raise ValueError(f"{index} says {samples} samples of {name}, its table {table['samples'].sum()}; see `pack --index`")
+            raise UserError(f"{index} says {samples} samples of {name}, its table {table['samples'].sum()}; see `pack --index`")
         return Split(name, samples, table)
 
     def open_table(self, name: str, sha256: str, holder: str, stop: threading.Event | None = None) -> BinaryIO:

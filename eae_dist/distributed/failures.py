@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -106,7 +107,7 @@ def ending_ranks(*known: type[Exception]) -> Iterator[None]:
         if of_collective(error):
             told = traceback.format_exc()
             # Ranks that wait for this one, in a ring, notice the failure only when it has left; then they can answer.
-            if blamed := failed_ranks(PATIENCE, lambda: _drop_group(error)):
+            if blamed := failed_ranks(PATIENCE, partial(_drop_group, error)):
                 text = f"error{where}: {blamed}; this rank was waiting ({first_line(error)}). "
                 sys.exit(last_word(text + "Find the cause in what that rank printed, then start the same command again"))
             sys.exit(told.rstrip())

@@ -276,8 +276,9 @@ def srun_ranks(env: Mapping[str, str]) -> dict[str, str]:
 
 def first_host(nodes: str) -> str:
     """Returns the first name in a node list in the short form of SLURM: gpu[07-10,12],cpu1 -> gpu07."""
-    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)[0]
-    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first)
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
+    assert first is not None  # a step has at least one node
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[0])
 
 
 def tasks_of_nodes(counts: str) -> list[int]:

@@ -13,10 +13,9 @@ from tqdm import tqdm
 
 from eae_dist.data.order import blocks_of, filled, permutation
 from eae_dist.distributed import rank, world_size
+from eae_dist.errors import MissingFile, UserError
 from eae_dist.latent.densities import DENSITIES, Density, ReconstructingDensity, load_density
 from eae_dist.latent.gaussian import Isotropic
-from eae_dist.errors import MissingFile, UserError
-from eae_dist.latent.densities import DENSITIES, Density, load_density
 from eae_dist.model.autoencoder import Autoencoder, to_uint8
 from eae_dist.numerics.keyed_random import derive_key, keyed_hash
 from eae_dist.objectives import objective_class
@@ -150,7 +149,7 @@ def decoded(
         broken += (~images.isfinite()).flatten(1).any(1).sum()
         yield int(numbers[0]), to_uint8(images)
     if found := int(broken):  # as uint8 they are black
-        raise ValueError(
+        raise UserError(
             f"{name}: the decoder made pixels that are not finite numbers, in {found} of the images {start * block} to "
             f"{min(stop * block, count) - 1}"
         )

@@ -41,8 +41,8 @@ from eae_dist.distributed import (
     row_counts,
     world_size,
 )
-from eae_dist.latent import gpu_search
 from eae_dist.errors import MissingFile, UserError, UserFileError
+from eae_dist.latent import gpu_search
 from eae_dist.numerics.atomic_files import fsync, sha256_of
 from eae_dist.numerics.json_files import read_json, sealed
 

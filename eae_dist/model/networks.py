@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -276,7 +277,7 @@ def own_class(name: str, key: str) -> type[nn.Module]:
     return found
 
 
-def imported(name: str, key: str, form: str):
+def imported(name: str, key: str, form: str) -> Any:
     """Imports what the user names as `package.module:attribute`; form: how the error says that.
 
     Raises UserError if it is not there. An error inside of the user's module is raised as it is.

@@ -34,7 +34,7 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(f"{path} could not be written: {error.strerror or error}") from error
+        raise UserFileError(f"{path} could not be written: {error.strerror or error}") from error
 
 
 def replace_file(path: Path, data: bytes | str) -> None:

@@ -8,6 +8,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from eae_dist.errors import UserError
+
 CHECKSUM = "checksum"
 
 
@@ -31,7 +33,7 @@ def read_json(path: Path, wanted: Mapping[str, type], advice: str, *, is_sealed:
         if seal is not None and seal != _checksum(values):
             raise ValueError("it does not match its checksum")
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); {advice}") from error
+        raise UserError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); {advice}") from error
     return values
 
 

@@ -34,10 +34,9 @@ from eae_dist.config import HOW_TO_START, WHERE_DATA_LIES, Config, changed_keys,
 from eae_dist.data.remote import Cache
 from eae_dist.data.shard_index import ShardIndex
 from eae_dist.distributed import from_rank_zero, on_rank_zero
+from eae_dist.errors import MissingFile, UserError, UserFileError
 from eae_dist.numerics.atomic_files import fsync, naming, sha256_of
 from eae_dist.numerics.json_files import read_json
-from eae_dist.errors import MissingFile, UserError, UserFileError
-from eae_dist.numerics.atomic_files import fsync, sha256_of
 from eae_dist.objectives import Objective, build_objective
 
 log = logging.getLogger("eae_dist")

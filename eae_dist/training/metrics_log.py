@@ -15,8 +15,6 @@ from eae_dist.distributed import gather_rows
 from eae_dist.model.autoencoder import to_uint8
 from eae_dist.numerics.atomic_files import naming, replace_file
 from eae_dist.numerics.json_files import read_json, sealed
-from eae_dist.errors import UserFileError
-from eae_dist.numerics.atomic_files import replace_file
 
 log = logging.getLogger("eae_dist")
 
