@@ -26,7 +26,8 @@ from torch.utils import _pytree as pytree
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eae_dist.distributed import collectives
+from eae_dist.distributed import collectives, start
+from eae_dist.training import setup
 
 DEVICE = torch.device("cpu")  # `pretend` makes it gpu:0
 WAITS: list[str] = []
@@ -83,6 +84,10 @@ def pretend() -> None:
     backend_registration._setup_privateuseone_for_python_backend("gpu", _Module())
     DEVICE = torch.device("gpu:0")
     os.environ["ACCELERATE_TORCH_DEVICE"] = str(DEVICE)
+    start.refuse_other_engines = lambda env: None  # it refuses that variable
+    check = start.require_taken  # it refuses a device that no setting names
+    for module in (start, setup):
+        module.require_taken = lambda asked, taken: check(asked | {"device": taken["device"]}, taken)
     collectives.DEVICES["gloo"] = str(DEVICE)
     kernels = torch.library.Library("aten", "IMPL")
     kernels.impl("empty_strided", lambda size, stride, dtype=None, **_: Gpu(torch.empty_strided(size, stride, dtype=dtype)), KEY)

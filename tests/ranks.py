@@ -6,12 +6,13 @@ There is no launcher that would end all of them when one fails: a test sees what
 import json
 import multiprocessing
 import os
+import random
 import runpy
 import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,15 @@ class Ended:
     said: list[str]
 
 
+def free_port() -> int:
+    """A port that nobody listens at, below those that the system gives to connections."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 30_000)
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
+
+
 def run_ranks(
     ranks: int,
     logs: Path,
@@ -49,10 +59,7 @@ def run_ranks(
     hanging: ranks that are killed when the others have ended.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    variables = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+    variables = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "OMP_NUM_THREADS": 1}
     variables |= environment or {}
     processes = []
     files = [logs / f"rank-{number}.log" for number in range(ranks)]

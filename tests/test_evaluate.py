@@ -26,6 +26,7 @@ from eae_dist.data.shard_index import ShardIndex
 from eae_dist.data.stream import walk
 from eae_dist.distributed import failures
 from eae_dist.distributed.start import first_host, srun_ranks, tasks_of_nodes
+from eae_dist.errors import UserError
 from eae_dist.evaluate import evaluate, evaluate_folders, main, said_once
 from eae_dist.inference import trained_model as generation
 from eae_dist.inference.trained_model import sample_seeds, spherical_middle
@@ -395,7 +396,7 @@ def test_two_stage_vae_is_never_judged_without_its_second_stage(shards, tmp_path
 
 
 def refuse(*_):
-    raise ValueError("no latents")
+    raise UserError("no latents")
 
 
 def test_density_that_fails_leaves_no_older_one_behind(run):

@@ -9,6 +9,7 @@ from world_cases import run_of
 
 from eae_dist import generate as generate_module
 from eae_dist.config import load_config
+from eae_dist.errors import UserFileError
 from eae_dist.generate import generate, main
 from eae_dist.training import checkpoint as checkpoints
 from eae_dist.training.loop import train
@@ -46,7 +47,7 @@ def test_generate_that_met_a_full_disk_goes_on_with_the_same_command(run, tmp_pa
 
     def until_full(path: Path, data):
         if path.suffix == ".png" and len(written) >= at:
-            raise OSError(f"{path} could not be written: No space left on device")
+            raise UserFileError(f"{path} could not be written: No space left on device")
         original(path, data)
         written.append(path)
 

@@ -155,12 +155,17 @@ class ShardIndex:
         if name not in splits:
             known, change = ", ".join(sorted(splits)), f"; change {setting}" if setting else ""
             raise UserError(f"data set {self.name} has no split {name!r}; it has {known}{change}")
-        with self.open_table(f"{name}.shards.npy", splits[name]["table_sha256"], "index.json") as file:
-            table = np.load(file.name, mmap_mode="r", allow_pickle=False)
+        table = self.table(name)
         if (samples := splits[name]["samples"]) != table["samples"].sum():
             index = self.tables.place("index.json")
             raise UserError(f"{index} says {samples} samples of {name}, its table {table['samples'].sum()}; see `pack --index`")
         return Split(name, samples, table)
+
+    def table(self, name: str) -> np.ndarray:
+        """Returns the table of the shards of a split. Raises ValueError if it is missing or its checksum differs."""
+        sha256 = self.info["splits"][name]["table_sha256"]
+        with self.open_table(f"{name}.shards.npy", sha256, "index.json") as file:
+            return np.load(file.name, mmap_mode="r", allow_pickle=False)
 
     def open_table(self, name: str, sha256: str, holder: str, stop: threading.Event | None = None) -> BinaryIO:
         """Opens a table whose checksum is in `holder`. Raises ValueError if it is missing or its checksum differs."""

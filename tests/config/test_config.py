@@ -192,7 +192,7 @@ def test_choices_take_the_listed_values_and_name_them_otherwise(key, known):
         (["train.schedule=plateau", "data.validation=null"], "train.schedule=plateau .* set data.validation"),
         (["train.global_batch=6", "objective.k=6"], "objective.k=6 needs more than 6 rows"),
         (
-            ["train.global_batch=1", "objective.name=wae"],
+            ["objective.name=wae", "train.global_batch=1"],
             "objective.name=wae compares pairs of rows; train.global_batch=1 must be",
         ),
         (["train.global_batch=12", "objective.k=12"], "objective.k=12 needs more than 12 rows, train.global_batch=12"),

@@ -1,6 +1,5 @@
 """The index of latents: what a search finds against a comparison with every row, on any number of ranks."""
 
-import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +14,7 @@ from eae_dist.latent import index as index_module
 from eae_dist.latent.index import KINDS, DamagedIndex, LatentIndex, choose
 from eae_dist.latent.neighbor_statistics import compare_distances, entropy_of_distances, nearest_others, vote
 from eae_dist.losses.entropy import knn_entropy
+from eae_dist.numerics.json_files import read_json, sealed
 
 RANKS = (1, 2, 3, 4)
 
@@ -258,8 +258,8 @@ def test_index_that_several_save_at_once_is_that_of_one_of_them(tmp_path):
 
 def test_index_of_a_later_version_is_refused(tmp_path):
     LatentIndex.build(latents()).save(tmp_path / "index")
-    described = json.loads((tmp_path / "index" / "index.json").read_text())
-    (tmp_path / "index" / "index.json").write_text(json.dumps(described | {"version": 9}))
+    described = read_json(tmp_path / "index" / "index.json", {}, "")
+    (tmp_path / "index" / "index.json").write_text(sealed(described | {"version": 9}))
     with pytest.raises(DamagedIndex, match="version 9, this program reads version 1"):
         LatentIndex.load(tmp_path / "index")
 

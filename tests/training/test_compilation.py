@@ -68,7 +68,7 @@ def test_activations_computed_twice_under_autocast_change_no_bit(spectral):
             with torch.autocast("cpu", torch.bfloat16):
                 loss = model.decode(model.encode(images())).square().sum()
             loss.backward()
-        states.append({name: p.grad for name, p in model.named_parameters()} | dict(model.named_buffers()))
+        states.append({f"gradient of {name}": p.grad for name, p in model.named_parameters()} | model.state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
