@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 
 from benchmarks.images import picture
 from benchmarks.table import Row, at_least, take_turns
-from eae_dist.data.image_files import walk_images
+from eae_dist.data.image_folders import walk_images
 from eae_dist.metrics.features import inception, inception_layout
 from eae_dist.metrics.frechet import GRID_BITS, FeatureStats, frechet_distance
 from eae_dist.metrics.image_sets import describe

@@ -2,6 +2,9 @@
 
     python -m eae_dist.evaluate --ckpt DIR [--nproc N] [--out DIR] [key=value ...]
     python -m eae_dist.evaluate --images REAL GENERATED [--nproc N] [--out DIR] [key=value ...]
+    python -m eae_dist.evaluate --save-stats IMAGES FILE.npz [--nproc N] [key=value ...]
+
+REAL, GENERATED and IMAGES are folders or zip files; REAL and GENERATED may be .npz files of statistics (mu, sigma).
 
 Without a launcher it uses all local GPUs, or N CPU ranks; under accelerate, torchrun or srun it uses their ranks. The numbers do
 not depend on the number of ranks, and a run that was killed continues where it was. It writes metrics.json, the fitted densities
@@ -9,7 +12,6 @@ and PNG grids into RUN/evaluation, or into --out.
 """
 
 import argparse
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -22,27 +24,28 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
-from eae_dist.config import HOW_TO_START, Config, EvaluateConfig, load_config
-from eae_dist.data.image_files import contents_sha256, walk_images
+from eae_dist.config import Config, EvaluateConfig
 from eae_dist.data.order import blocks_of, filled
 from eae_dist.data.remote import Cache
 from eae_dist.data.shard_index import ShardIndex
 from eae_dist.data.stream import walk
-from eae_dist.distributed import from_rank_zero, gather_objects, gather_rows, on_rank_zero, rank, world_size
+from eae_dist.distributed import from_rank_zero, gather_rows, on_rank_zero, rank, world_size
 from eae_dist.distributed.launch import run_on_ranks
 from eae_dist.errors import UserError
+from eae_dist.inference.image_comparison import evaluate_folders, save_folder_statistics
 from eae_dist.inference.trained_model import LatentsOf, decoded, interpolations, sample_seeds, with_progress
 from eae_dist.latent.densities import DENSITIES, Density, ReconstructingDensity, load_density, save_density
 from eae_dist.latent.gaussianity import gaussianity
 from eae_dist.losses.terms import squared_error
 from eae_dist.metrics.features import Extractor, build_features, features_for
 from eae_dist.metrics.frechet import warnings_about
-from eae_dist.metrics.image_sets import ImageSet, compare, describe, headline
+from eae_dist.metrics.image_sets import ImageSet, announce, cached_image_set, compare, describe, headline
 from eae_dist.model.autoencoder import Autoencoder, encoded, to_unit
 from eae_dist.numerics.atomic_files import replace_file
 from eae_dist.numerics.json_files import read_json, sealed
 from eae_dist.objectives import objective_class
 from eae_dist.report.grids import ACROSS, SAMPLES, draw_grids, grid, grid_inputs, save_grids
+from eae_dist.report.summaries import summary, summary_of_folders
 from eae_dist.training.checkpoint import (
     evaluation_config,
     evaluation_folder,
@@ -68,6 +71,9 @@ def evaluate(directory: Path, assignments: Sequence[str], out: Path | None = Non
     checkpoint = open_on_rank_zero(directory)
     config = evaluation_config(checkpoint, assignments)
     settings = config.evaluate
+    for key, default in (("read", "pack"), ("resize", None)):
+        if getattr(settings, key) != default:
+            raise UserError(f"evaluate.{key}={getattr(settings, key)} is for files of images (--images), not for shards (--ckpt)")
     index = open_data(checkpoint, config)
     check_splits(index, config)
     second_stage = objective_class(config.objective.name).second_stage
@@ -140,58 +146,6 @@ def evaluate(directory: Path, assignments: Sequence[str], out: Path | None = Non
     return metrics | {"out": str(out)}
 
 
-def evaluate_folders(real: Path, generated: Path, assignments: Sequence[str], out: Path | None = None) -> dict:
-    """Returns the distances of one folder's images from another's, and writes them to out/metrics.json if there is an out.
-
-    Only evaluate.* applies. The features of a folder are read from evaluate.cache if they were computed before. Call it on every
-    rank. Raises ValueError or OSError for other settings, folders without images, broken files and features that are not
-    available.
-    """
-    own = ("evaluate.", *(f"train.{key}=" for key in HOW_TO_START))
-    if other := [text for text in assignments if not text.startswith(own)]:
-        raise UserError(f"{other[0]}: only evaluate.* settings apply to two folders of images")
-    settings, device = load_config(assignments).evaluate, PartialState().device
-    described = []
-    # Both are opened before the first goes through the network, so that an error in the second is reported at once.
-    folders = (real, generated)
-    walks = [walk_images(folder, settings.batch, count=settings.count) for folder in folders]
-    (size, *_), _ = walks
-    name = settings.features or features_for(*size)
-    extractor = build_features(name, weights=settings.inception_weights, preprocessing=settings.preprocessing).to(device)
-    announce(extractor)
-    _lock = None if out is None else lock(out, "--out")  # held until this function returns
-    for folder, (_, total, blocks) in zip(folders, walks, strict=True):
-
-        def compute(folder: Path = folder, total: int = total, blocks: Iterable = blocks) -> ImageSet:
-            images, what = with_progress(blocks, str(folder), total), f"the images of {folder}"
-            return describe(images, extractor, settings.batch, settings.neighbor_images, device, what)
-
-        with on_rank_zero() as is_rank_zero:
-            sha256 = contents_sha256(folder, settings.count) if is_rank_zero else None
-        key = {"files_sha256": from_rank_zero(sha256)}
-        described.append(cached_image_set(key, settings, extractor, device, compute))
-    reals, fakes = described
-    numbers, doubts = compare(reals, fakes, extractor, settings.frechet, device, f"the images of {generated}")
-    fewest = min(reals.stats.count, fakes.stats.count)
-    read_first, warnings = headline(fewest, reals.stats.features, extractor)
-    metrics = {
-        "real": str(real),
-        "generated": str(generated),
-        "reference_images": reals.stats.count,
-        "headline": read_first,
-        "features": extractor.record(),
-        "settings": asdict(settings),
-        "versions": versions(),
-        "sets": {"generated": numbers},
-        "warnings": list(dict.fromkeys(warnings + warnings_about(reals.stats, f"the images of {real}") + doubts)),
-    }
-    with on_rank_zero() as is_rank_zero:
-        if is_rank_zero and out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            replace_file(out / "metrics.json", sealed(metrics))
-    return metrics
-
-
 def check_splits(index: ShardIndex, config: Config) -> None:
     """Raises ValueError if the judged split or the reference split is missing or empty."""
     for key, split in {"split": config.evaluate.split, "reference": config.evaluate.reference}.items():
@@ -230,12 +184,6 @@ def said_once(warnings: dict[str, list[str]]) -> list[str]:
         for text in texts:
             about.setdefault(text.replace(thing, "\0"), []).append(thing)
     return [text.replace("\0", ", ".join(dict.fromkeys(things))) for text, things in about.items()]
-
-
-def announce(extractor: Extractor) -> None:
-    """Logs how images are compared."""
-    if rank() == 0:
-        log.info("comparing images by %s: %s", extractor.metric, extractor.preprocessing)
 
 
 class Progress:
@@ -305,37 +253,6 @@ def reference_images(config: Config, index: ShardIndex, extractor: Extractor, de
 
     key = {"index_sha256": index.sha256, "split": settings.reference, "count": settings.count}
     return cached_image_set(key, settings, extractor, device, compute)
-
-
-def cached_image_set(
-    key: dict, settings: EvaluateConfig, extractor: Extractor, device: torch.device, compute: Callable[[], ImageSet]
-) -> ImageSet:
-    """Returns the result of `compute`, or reads it from evaluate.cache if it was computed before. Call it on every rank.
-
-    key: identifies the images.
-    """
-    cache_key = key | {
-        "rows": settings.neighbor_images,
-        "block": settings.batch,
-        "features": extractor.record(),
-        "dtype": "float32",
-        "device": device.type,
-        "torch": torch.__version__,
-    }
-    key_text = json.dumps(cache_key, sort_keys=True)
-    path = Path(settings.cache).expanduser() / f"{hashlib.sha256(key_text.encode()).hexdigest()[:32]}.safetensors"
-    # A user's function has no known weights, so it is not cached. The file may be missing on some of the machines.
-    if extractor.sha256 is not None and all(gather_objects(path.is_file())):
-        return ImageSet.from_file(path, key_text)
-    described = compute()
-    with on_rank_zero() as is_rank_zero:
-        if is_rank_zero and extractor.sha256 is not None:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                replace_file(path, described.to_bytes(key_text))
-            except OSError as error:
-                log.warning("evaluate.cache=%s cannot be written (%s); continuing without it", settings.cache, error)
-    return described
 
 
 def walked(config: Config, split: str, description: str, count: int | None = None) -> Iterable[dict]:
@@ -458,7 +375,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m eae_dist.evaluate", description=__doc__.split(":\n")[0])
     judged = parser.add_mutually_exclusive_group(required=True)
     judged.add_argument("--ckpt", type=Path, help="a checkpoint folder, or a run folder (its latest checkpoint)")
-    judged.add_argument("--images", type=Path, nargs=2, metavar=("REAL", "GENERATED"), help="two folders of images, no model")
+    judged.add_argument(
+        "--images", type=Path, nargs=2, metavar=("REAL", "GENERATED"), help="two folders or zip files of images, no model"
+    )
+    saved = "write the statistics of a folder's images, as pytorch-fid does"
+    judged.add_argument("--save-stats", type=Path, nargs=2, metavar=("IMAGES", "FILE.npz"), help=saved)
     parser.add_argument("--nproc", type=int, help="local ranks; default: one per GPU, or one on a CPU")
     parser.add_argument("--out", type=Path, help="where to write; default: RUN/evaluation, for --images nowhere")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="evaluate.* and data.root")
@@ -466,60 +387,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings, out = arguments.settings, arguments.out
 
     def work() -> str:
+        if arguments.save_stats:
+            images, file = arguments.save_stats
+            return save_folder_statistics(images, file, settings)
         if arguments.images:
             real, generated = arguments.images
             return summary_of_folders(evaluate_folders(real, generated, settings, out))
         return summary(evaluate(arguments.ckpt, settings, out))
 
-    command = ["--images", *map(str, arguments.images)] if arguments.images else ["--ckpt", str(arguments.ckpt)]
+    if arguments.save_stats and out:
+        parser.error("--save-stats names its file itself; --out is for --ckpt and --images")
+    chosen = {"--ckpt": [arguments.ckpt], "--images": arguments.images, "--save-stats": arguments.save_stats}
+    command = next([name, *map(str, paths)] for name, paths in chosen.items() if paths and paths[0])
     command += [*(["--out", str(out)] if out else []), *settings]
     said = run_on_ranks("eae_dist.evaluate", arguments.nproc, command, partial(how_to_judge, settings), work)
     if said is not None:
         print(said)
-
-
-def summary(metrics: dict) -> str:
-    """Returns the metrics of a checkpoint as text for a person."""
-    latents = metrics["latents"]
-    lines = [
-        f"{metrics['checkpoint']} on {metrics['images']:,} {metrics['split']} images of {metrics['data']}: squared error "
-        f"{metrics['reconstruction']:.3f} per image, {metrics['reconstruction_per_pixel']:.6f} per pixel and channel",
-        f"against {metrics['reference_images']:,} {metrics['reference']} images, {compared_by(metrics['features'])}:",
-        *summary_of_sets(metrics),
-        f"latents of {latents['images']:,} images, beside as many draws of N(0, I): sliced Wasserstein distance from N(0, I) "
-        f"{latents['sliced_wasserstein']:.3f} beside {latents['sliced_wasserstein_of_draws']:.3f}, entropy "
-        f"{latents['entropy']:.2f} beside {latents['entropy_of_draws']:.2f} nats",
-    ]
-    return "\n".join([*lines, f"pictures, densities and metrics.json in {metrics['out']}"])
-
-
-def summary_of_folders(metrics: dict) -> str:
-    """Returns the distances of two folders as text for a person."""
-    return "\n".join(
-        [
-            f"{metrics['sets']['generated']['images']:,} images of {metrics['generated']} against "
-            f"{metrics['reference_images']:,} of {metrics['real']}, {compared_by(metrics['features'])}:",
-            *summary_of_sets(metrics),
-        ]
-    )
-
-
-def compared_by(features: dict) -> str:
-    """Returns the name of the features in a metrics file, and what is done to images before them."""
-    name = "inception" if features["metric"] == "fid" else features["metric"].removeprefix("fd_")
-    return f"by the features {name}, {features['preprocessing']}"
-
-
-def summary_of_sets(metrics: dict) -> list[str]:
-    """Returns a line for each set of images, and the warnings."""
-    distances = {metrics["headline"]: None} | {metrics["features"][name]: None for name in ("metric", "kernel_metric")}
-    names = (*distances, "precision", "recall", "density", "coverage")
-    columns = {name: max(14, len(name) + 2) for name in names}  # characters
-    lines = [f"{'':24}" + "".join(f"{column:>{width}}" for column, width in columns.items())]
-    for which, numbers in metrics["sets"].items():
-        cells = (f"{numbers[column]:{width}.4g}" if column in numbers else f"{'':{width}}" for column, width in columns.items())
-        lines.append(f"{which:24}" + "".join(cells))
-    return lines + [f"warning: {text}" for text in metrics["warnings"]]
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from eae_dist.data.image_files import read_image
+from eae_dist.data.pixels import Rules
 from eae_dist.distributed import gather_objects, gather_rows, message_device, on_rank_zero, rank, sum_over_ranks
 from eae_dist.distributed.launch import run_on_ranks
 from eae_dist.errors import UserError
@@ -161,7 +162,7 @@ def query(space: EncodedDataset, files: Sequence[Path], out: Path | None) -> lis
     read = []
     for file in files:
         try:
-            pixels = read_image(str(file), None, None, channels)
+            pixels = read_image(str(file), Rules(channels)).pixels
         except ValueError as error:
             raise UserError(f"{file} is not a usable image: {error}") from error
         if pixels.shape[:2] != (height, width):

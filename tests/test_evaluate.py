@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,12 +23,14 @@ from world_cases import configured
 import eae_dist
 from eae_dist import evaluate as evaluate_module
 from eae_dist.config import Config
+from eae_dist.data.image_folders import walk_images
 from eae_dist.data.shard_index import ShardIndex
 from eae_dist.data.stream import walk
 from eae_dist.distributed import failures
 from eae_dist.distributed.start import first_host, srun_ranks, tasks_of_nodes
 from eae_dist.errors import UserError
 from eae_dist.evaluate import evaluate, evaluate_folders, main, said_once
+from eae_dist.inference import image_comparison
 from eae_dist.inference import trained_model as generation
 from eae_dist.inference.trained_model import sample_seeds, spherical_middle
 from eae_dist.latent.densities import DENSITIES
@@ -525,7 +528,7 @@ def test_folder_that_went_through_the_network_before_is_not_taken_again_unless_i
             raise KeyboardInterrupt
         return describe(*arguments)
 
-    monkeypatch.setattr(evaluate_module, "describe", partial(noted, stop=2))
+    monkeypatch.setattr(image_comparison, "describe", partial(noted, stop=2))
     with pytest.raises(KeyboardInterrupt):
         evaluate_folders(*folders, settings)
     whole = evaluate_folders(*folders, settings)
@@ -536,7 +539,7 @@ def test_folder_that_went_through_the_network_before_is_not_taken_again_unless_i
     assert taken == [f"the images of {folder}" for folder in (folders[0], folders[1], folders[1], folders[0])]
 
 
-def test_files_are_read_as_pytorch_fid_reads_them(tmp_path, monkeypatch):
+def test_files_are_read_as_pytorch_fid_reads_them_by_name(tmp_path, monkeypatch):
     kept: list = []
     (folder := tmp_path / "images").mkdir()
     hidden = Image.new("RGBA", (4, 6), (200, 0, 0, 0))
@@ -545,10 +548,201 @@ def test_files_are_read_as_pytorch_fid_reads_them(tmp_path, monkeypatch):
     hidden.save(folder / "a.png")
     Image.new("RGB", (4, 6), (200, 0, 0)).save(folder / "b.png", exif=turned)
     monkeypatch.setitem(FEATURES, "efflite0_64px", lambda: Seen(kept))
-    evaluate_folders(folder, folder, [])
+    warnings = evaluate_folders(folder, folder, ["evaluate.read=pytorch-fid"])["warnings"]
+    said = "2 of 2 images of {} have an EXIF orientation or transparency; evaluate.read=pytorch-fid ignored both"
+    assert said.format(folder) in warnings
     assert kept and all(
         images.shape[2:] == (6, 4) and (images[:, 0] == 200).all() and (images[:, 1:] == 0).all() for images in kept
     )
+
+
+ROTATED = {1: lambda x: x, 3: lambda x: x[::-1, ::-1], 6: lambda x: np.rot90(x), 8: lambda x: np.rot90(x, -1)}  # as stored
+
+
+@pytest.mark.parametrize("orientation", ROTATED)
+def test_images_saved_with_an_orientation_or_alpha_are_the_same_images(orientation, folders, tmp_path):
+    """300 digits beside the same digits lying on their side were 321 apart."""
+    other, turned = tmp_path / "turned", Image.Exif()
+    turned[0x0112] = orientation
+    for path in folders[0].rglob("*.png"):
+        stored = np.ascontiguousarray(ROTATED[orientation](np.array(Image.open(path))))
+        there = other / path.relative_to(folders[0])
+        there.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(stored).convert("RGBA").save(there, exif=turned)
+    metrics = evaluate_folders(folders[0], other, ["evaluate.features=thumbnails"])
+    assert metrics["sets"]["generated"]["fd_thumbnails64"] == pytest.approx(0, abs=1e-5)
+    warned = [warning for warning in metrics["warnings"] if "EXIF orientation" in warning]
+    assert warned == (
+        []
+        if orientation == 1
+        else [
+            f"33 of 33 images of {other} have an EXIF orientation or transparency; evaluate.read=pack applied the "
+            f"orientation and composed transparency on white"
+        ]
+    )
+    again = evaluate_folders(folders[0], other, ["evaluate.features=thumbnails"])  # from the cache
+    assert again["warnings"] == metrics["warnings"] and again["sets"] == metrics["sets"]
+    parity = evaluate_folders(folders[0], other, ["evaluate.features=thumbnails", "evaluate.read=pytorch-fid"])
+    assert (parity["sets"]["generated"]["fd_thumbnails64"] > 0.1) == (orientation != 1)
+
+
+def test_count_of_images_of_the_rule_is_of_all_ranks_and_images(tmp_path):
+    (folder := tmp_path / "images").mkdir()
+    for number in range(20):
+        alpha = np.full((16, 16, 1), 255 if number % 4 else 7, np.uint8)
+        Image.fromarray(np.dstack([image_of(number), image_of(number), image_of(number), alpha])).save(
+            folder / f"{number:02}.png"
+        )
+    images = walk_images(folder, 8)
+    assert len(list(images.images)) == 3 and images.of_the_rule == {0, 4, 8, 12, 16}
+
+
+def test_folders_of_different_sizes_are_named_and_can_be_resized(folders, tmp_path, capsys):
+    small = tmp_path / "small"
+    small.mkdir()
+    for number in range(20, 40):
+        Image.fromarray(image_of(number)[2:14, 2:14, 0]).save(small / f"{number}.png")
+    main(["--images", str(folders[0]), str(small), "evaluate.features=thumbnails"])
+    said = capsys.readouterr().out
+    assert f"20 images of {small} (12x12) against 33 of {folders[0]} (16x16), v/64" in said
+    assert f"warning: the images differ in size (those of {folders[0]} 16x16, those of {small} 12x12; width x height)" in said
+    main(["--images", str(folders[0]), str(small), "evaluate.features=thumbnails", "evaluate.resize=12"])
+    assert "(12x12)" not in (said := capsys.readouterr().out) and "differ in size" not in said
+
+
+def test_mixed_sizes_are_resized_as_pack_does(tmp_path):
+    (folder := tmp_path / "images").mkdir()
+    draw, expected = np.random.default_rng(0), []
+    for number, (height, width) in enumerate([(20, 30), (16, 16), (9, 12), (40, 13)]):
+        image = Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        image.save(folder / f"{number}.png")
+        side = min(height, width)
+        left, top = (width - side) // 2, (height - side) // 2
+        expected.append(np.array(image.crop((left, top, left + side, top + side)).resize((10, 10), Image.Resampling.BILINEAR)))
+    images = torch.cat([images for _, images in walk_images(folder, 3, resize=10).images])
+    np.testing.assert_array_equal(images.permute(0, 2, 3, 1), np.stack(expected))
+
+
+def zipped(folder: Path, path: Path) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*"), reverse=True):
+            archive.write(file, file.relative_to(folder.parent))
+        archive.writestr("__MACOSX/real/._000.png", b"what a Mac leaves")
+    return path
+
+
+def test_a_zip_file_is_the_folder_in_it(folders, tmp_path):
+    settings = ["evaluate.features=thumbnails", "evaluate.batch=8"]
+    whole = evaluate_folders(*folders, settings)
+    archives = [zipped(folder, tmp_path / f"{folder.name}.zip") for folder in folders]
+    assert evaluate_folders(*archives, settings)["sets"] == whole["sets"]
+    for one, other in zip(walk_images(folders[0], 8).images, walk_images(archives[0], 8).images, strict=True):
+        assert one[0] == other[0] and torch.equal(one[1], other[1])
+
+
+def test_wrong_zip_files_are_one_line(folders, tmp_path):
+    archive = zipped(folders[0], tmp_path / "a.zip")
+    data = archive.read_bytes()
+    (tmp_path / "cut.zip").write_bytes(data[: len(data) // 2])
+    (tmp_path / "text.zip").write_text("text")
+    at = data.index(b"IDAT") + 20
+    (tmp_path / "flipped.zip").write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    with zipfile.ZipFile(tmp_path / "none.zip", "w") as empty:
+        empty.writestr("a.txt", "a")
+    for name, message in {
+        "cut": "is not a folder, a zip file or an .npz file, or is damaged",
+        "text": "is not a folder, a zip file or an .npz file, or is damaged",
+        "flipped": "(is not a usable image|cannot be read)",
+        "none": "holds no image files",
+    }.items():
+        with pytest.raises(SystemExit, match=f"error: .*{name}.zip.* ?{message}"):
+            main(["--images", str(folders[0]), str(tmp_path / f"{name}.zip"), "evaluate.features=thumbnails"])
+
+
+# Files of statistics
+
+
+def saved_stats(folder: Path, path: Path, capsys) -> Path:
+    main(["--save-stats", str(folder), str(path), "evaluate.features=thumbnails", "evaluate.batch=8"])
+    assert f"of {folder}, v/64, in {path}" in capsys.readouterr().out
+    return path
+
+
+def test_statistics_are_those_of_the_images_on_either_side(folders, tmp_path, capsys):
+    settings = ["evaluate.features=thumbnails", "evaluate.batch=8"]
+    whole = evaluate_folders(*folders, settings)["sets"]["generated"]["fd_thumbnails64"]
+    files = [saved_stats(folder, tmp_path / f"{folder.name}.npz", capsys) for folder in folders]
+    expected = folder_stats(range(33))
+    with np.load(files[0]) as file:
+        np.testing.assert_allclose(file["mu"], expected.mean, atol=1e-4)
+        np.testing.assert_allclose(file["sigma"], expected.covariance, atol=1e-4)
+        assert file["mu"].dtype == file["sigma"].dtype == np.float64 and int(file["count"]) == 33
+    for real, generated in ((files[0], folders[1]), (folders[0], files[1]), (files[0], files[1])):
+        metrics = evaluate_folders(real, generated, settings if folders[0] == real or folders[1] == generated else [])
+        assert metrics["sets"]["generated"]["fd_thumbnails64"] == pytest.approx(whole, rel=1e-9)
+        assert (metrics["sets"]["generated"]["images"], metrics["reference_images"]) == (20, 33)
+        assert metrics["headline"] == "fd_thumbnails64" and metrics["sets"]["generated"].keys() == {"fd_thumbnails64", "images"}
+        assert any("only the Fréchet distance can be told from statistics" in warning for warning in metrics["warnings"])
+        assert any("20 images for 64 features" in warning for warning in metrics["warnings"])
+
+
+def test_statistics_as_pytorch_fid_and_adm_write_them_are_read(folders, tmp_path, capsys):
+    stats = folder_stats(range(33))
+    moments = {"mu": stats.mean.numpy(), "sigma": stats.covariance.numpy()}
+    np.savez(tmp_path / "fid.npz", **moments)
+    np.savez(tmp_path / "adm.npz", arr_0=np.zeros((2, 4, 4, 3), np.uint8), mu_s=np.zeros(9), **moments)
+    expected = frechet_distance(stats, folder_stats(range(20, 40)))
+    for name in ("fid.npz", "adm.npz"):
+        main(["--images", str(tmp_path / name), str(folders[1]), "evaluate.features=thumbnails", "--out", str(tmp_path / "out")])
+        assert f"20 images of {folders[1]} against statistics of {tmp_path / name}, v/64" in capsys.readouterr().out
+        metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+        assert metrics["sets"]["generated"]["fd_thumbnails64"] == pytest.approx(expected, rel=1e-4)
+        assert metrics["reference_images"] is None
+    both = evaluate_folders(tmp_path / "fid.npz", tmp_path / "adm.npz", [])
+    assert both["sets"]["generated"]["frechet_distance"] == pytest.approx(0, abs=1e-9)
+    with pytest.raises(ValueError, match="fid.npz does not say which features it is of; set evaluate.features"):
+        evaluate_folders(tmp_path / "fid.npz", folders[1], [])
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"images": np.zeros(3)}, "has no mu and sigma; it has images"),
+        ({"mu": np.zeros(64)}, "has no mu and sigma; it has mu"),
+        ({"mu": np.zeros(64), "sigma": np.zeros((64, 63))}, r"mu is \[64\] and sigma \[64, 63\]; expected \[f\] and \[f, f\]"),
+        ({"mu": np.zeros(64), "sigma": np.full((64, 64), np.nan)}, "holds NaN or infinity"),
+        ({"mu": np.zeros(64), "sigma": np.triu(np.ones((64, 64)))}, "sigma is not symmetric"),
+        ({"mu": np.zeros(9), "sigma": np.eye(9)}, "is of 9 features, fd_thumbnails64 has 64; set evaluate.features"),
+        ({"mu": np.array([{}]), "sigma": np.eye(1)}, "cannot be read as statistics"),
+        (
+            {"mu": np.zeros(64), "sigma": np.eye(64), "features": json.dumps({"metric": "fd_other"})},
+            "was made with the metric 'fd_other', not 'fd_thumbnails64'",
+        ),
+    ],
+)
+def test_wrong_statistics_are_one_line(arrays, message, folders, tmp_path):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(SystemExit, match=f"error: .*a.npz.*{message}"):
+        main(["--images", str(tmp_path / "a.npz"), str(folders[0]), "evaluate.features=thumbnails"])
+
+
+def test_wrong_arguments_for_statistics_are_one_line(folders, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="must end in .npz"):
+        main(["--save-stats", str(folders[0]), str(tmp_path / "a.txt"), "evaluate.features=thumbnails"])
+    np.savez(tmp_path / "a.npz", mu=np.zeros(4), sigma=np.eye(4))
+    with pytest.raises(SystemExit, match="is a file of statistics already"):
+        main(["--save-stats", str(tmp_path / "a.npz"), str(tmp_path / "b.npz"), "evaluate.features=thumbnails"])
+    np.savez(tmp_path / "c.npz", mu=np.zeros(5), sigma=np.eye(5))
+    with pytest.raises(SystemExit, match=r"are of different features \(4 and 5\)"):
+        main(["--images", str(tmp_path / "a.npz"), str(tmp_path / "c.npz")])
+    with pytest.raises(SystemExit, match="nothing.npz"):
+        main(["--images", str(tmp_path / "nothing.npz"), str(folders[0])])
+
+
+@pytest.mark.parametrize("setting", ["evaluate.read=pytorch-fid", "evaluate.resize=8"])
+def test_settings_for_files_are_refused_for_a_checkpoint(setting, run):
+    with pytest.raises(ValueError, match="is for files of images"):
+        evaluate(run, [setting])
 
 
 def test_folders_are_seen_in_color_by_networks_for_color(folders, monkeypatch):
@@ -640,7 +834,7 @@ def test_tasks_of_nodes_of_slurm(counts, tasks):
 
 
 def test_wrong_second_folder_is_said_before_the_first_is_judged(folders, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate_module, "describe", lambda *_: pytest.fail("the first folder went through the network"))
+    monkeypatch.setattr(image_comparison, "describe", lambda *_: pytest.fail("the first folder went through the network"))
     (empty := tmp_path / "empty").mkdir()
     for generated, message in ((tmp_path / "nowhere", "is not a folder"), (empty, "holds no image files")):
         with pytest.raises(SystemExit, match=message):
@@ -657,7 +851,7 @@ def test_wrong_folders_are_one_line(folders, tmp_path):
     for generated, message in {
         tmp_path / "nowhere": "nowhere is not a folder",
         tmp_path / "empty": r"empty holds no image files \(.bmp",
-        odd: r"odd: a.png is 16x16, b.png is 16x8 \(width x height\); all must have one size",
+        odd: r"odd: a.png is 16x16, b.png is 16x8 \(width x height\); all must have one size: evaluate.resize=N",
         broken: "a.png is not a usable image: ",
     }.items():
         with pytest.raises(SystemExit, match=f"error: .*{message}"):

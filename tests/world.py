@@ -29,7 +29,7 @@ from world_latent import CASES as LATENT_CASES
 from world_metrics import CASES as METRIC_CASES
 from world_search import CASES as SEARCH_CASES
 
-from eae_dist.data.image_files import walk_images
+from eae_dist.data.image_folders import walk_images
 from eae_dist.data.stream import ShardStream
 from eae_dist.distributed import (
     RankZeroFailed,
@@ -359,7 +359,8 @@ def distance_of_two_folders():
         return {}
     extractor = inception(FID_CASE / "hub" / "checkpoints" / INCEPTION_FILE, dimensions=64)
     a, b = (
-        describe(walk_images(FID_CASE / name, 12)[2], extractor, 12, 10, torch.device("cpu"), name).stats for name in ("a", "b")
+        describe(walk_images(FID_CASE / name, 12, rule="pytorch-fid").images, extractor, 12, 10, torch.device("cpu"), name).stats
+        for name in ("a", "b")
     )
     return {root: frechet_distance(a, b, root) for root in ROOTS}
 

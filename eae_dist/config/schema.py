@@ -261,6 +261,12 @@ class EvaluateConfig:
     """File with the weights of inception. Default: its place in the cache of torch.hub."""
     frechet: str = setting("svd", choices=("svd", "sqrtm"), changeable=True)
     """Method for the matrix square root in the Fréchet distance: svd, or sqrtm as in pytorch-fid."""
+    read: str = setting("pack", choices=("pack", "pytorch-fid"), changeable=True)
+    """How image files are read (--images): pack applies the EXIF orientation and composes transparency on white; pytorch-fid
+    ignores both."""
+    resize: int | None = setting(None, at_least=1, changeable=True)
+    """The central square of every image file (--images) is resized to resize x resize pixels. Default: all images of a folder
+    must have one size."""
     neighbor_images: int = setting(10_000, at_least=2, changeable=True)
     """Largest number of images per set for the kernel distance, precision, recall, density and coverage; the last four need at
     least 6 images. It is also the largest number of latents that are compared with N(0, I)."""

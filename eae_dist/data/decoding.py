@@ -3,16 +3,20 @@
 pyspng decodes PNG on platforms with a wheel, in half the time of torchvision for a small image. For other images, the operators
 of torchvision are called directly, because their Python wrapper warns at every call since 0.29. A torchvision without them is
 replaced by torchcodec, which takes nearly twice as long for a small image (0.17), or else by Pillow.
+
+These decoders know no orientation and no transparency: an image whose pixels depend on the rules of `pixels.py` is read there.
 """
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
 import torch
 from PIL import Image
 
+from eae_dist.data.pixels import AS_THEY_ARE, Rules, depends_on_rules, read_pixels
 from eae_dist.errors import UserError
 
 try:
@@ -21,15 +25,20 @@ except ImportError:  # no wheel for this platform
     pyspng = None
 
 Decoder = Callable[[bytes, int], np.ndarray]
+SHARD_FORMATS = ("PNG", "JPEG", "WEBP")  # what a shard may hold, by Pillow's names
 MODES = {1: ("GRAY", "L"), 3: ("RGB", "RGB")}  # channels -> mode name in torchcodec; mode name in Pillow and pyspng
 
 
-def decode_image(data: bytes, channels: int) -> np.ndarray:
-    """Decodes a PNG, JPEG or WebP file -> uint8 [h, w, channels]; channels: 1 gray, 3 RGB. Raises ValueError if it is damaged."""
+def decode_image(data: bytes, channels: int, rules: Rules = AS_THEY_ARE) -> np.ndarray:
+    """Decodes a PNG, JPEG or WebP file -> uint8 [h, w, channels]; channels: 1 gray, 3 RGB, instead of those of the rules.
+
+    Raises ValueError if it is damaged, or if the rules do not say how to read it.
+    """
+    if depends_on_rules(data, channels):
+        pixels = read_pixels(io.BytesIO(data), replace(rules, channels=channels), formats=SHARD_FORMATS).pixels
+        return pixels.reshape(*pixels.shape[:2], channels)
     if data[1:4] == b"PNG" and pyspng is not None:
         decode: Decoder = decode_with_pyspng
-    elif data[8:12] == b"WEBP" and channels == 1:
-        decode = decode_with_pillow  # the only decoder of WebP to gray
     else:
         decode = _decoder()
     try:

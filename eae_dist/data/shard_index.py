@@ -32,13 +32,16 @@ import torch
 
 from eae_dist.config import DataConfig
 from eae_dist.data.decoding import decode_image
+from eae_dist.data.pixels import Rules
 from eae_dist.data.remote import FETCHES, Cache, FetchAhead, RemoteFolder, checked_address, is_address
+from eae_dist.data.split_names import split_called
 from eae_dist.errors import MissingFile, UserError
 from eae_dist.numerics.atomic_files import sha256_of
 from eae_dist.numerics.json_files import check_form
 
 INDEX_VERSION = 1
 SHARD_NAME = re.compile(r"(?P<split>.+)-\d{6,}\.tar")
+FEW_DIGITS = re.compile(r"(?P<split>.+?)([-_.]?\d+(-of-\d+)?)?\.tar")  # of names with a split's word in them
 SHARD_DTYPE = [("samples", "<i8"), ("bytes", "<i8"), ("sha256", "S64"), ("members_sha256", "S64")]
 MEMBER_DTYPE = [("offset", "<i8"), ("bytes", "<i8"), ("label", "<i8"), ("crc32", "<u4")]
 OPEN_FILES = 256  # well below the usual limit of 1,024 for a process
@@ -86,15 +89,16 @@ class LocalFolder:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The content of `index.json`. image_shape: (c, h, w). npy_header: the common header of raw members, else None.
+    """The content of `index.json`. image_shape: (c, h, w). rules: how images are read.
 
-    tables, tars: the folders of the tables and of the shards.
+    npy_header: the common header of raw members, else None. tables, tars: the folders of the tables and of the shards.
     """
 
     root: Path | str
     sha256: str
     name: str
     image_shape: tuple[int, int, int]
+    rules: Rules
     npy_header: bytes | None
     classes: list[str]
     info: dict
@@ -140,6 +144,7 @@ class ShardIndex:
                 sha256=hashlib.sha256(text).hexdigest(),
                 name=info["name"],
                 image_shape=tuple(info["image"]["shape"]),
+                rules=Rules.of(info["image"]),
                 npy_header=None if header is None else bytes.fromhex(header),
                 classes=info["classes"],
                 info=info,
@@ -190,6 +195,17 @@ def _sha256_of_version(path: str, *_version: int) -> str:
 def member_table(shard: str) -> str:
     """Returns the name of the member table of a shard."""
     return shard.removesuffix(".tar") + ".members.npy"
+
+
+def split_in_name(shard: str) -> str | None:
+    """Returns the split in the name of a shard, or None: what stands before the number of six digits or more.
+
+    Before fewer digits, or none, it must end with the usual name of a split: train-0007.tar, photos-validation-00.tar, test.tar.
+    """
+    if found := SHARD_NAME.fullmatch(shard):
+        return found["split"]
+    found = FEW_DIGITS.fullmatch(shard)
+    return found["split"] if found and split_called(re.split(r"[-_.]", found["split"])[-1]) else None
 
 
 def plain_name(root: Path | str, name: str) -> str:
@@ -255,7 +271,7 @@ class ShardReader:
             if zlib.crc32(data) != checksum:
                 raise self._damaged(shard, key, "its checksum is not the index's")
             try:
-                image = decode_image(data, channels)
+                image = decode_image(data, channels, self.index.rules)
             except ValueError as error:
                 raise self._damaged(shard, key, str(error)) from error
             if image.shape != pixels.shape[1:]:

@@ -4,34 +4,46 @@ The images that share a batch do not depend on the number of ranks: a set is cut
 and the last block is filled up. This matters because a row's float32 features can depend on the other rows of the batch.
 """
 
-from collections.abc import Iterable
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from eae_dist.config import EvaluateConfig
 from eae_dist.data.order import filled
-from eae_dist.distributed import gather_rows, sum_over_ranks
+from eae_dist.distributed import gather_objects, gather_rows, on_rank_zero, rank, sum_over_ranks
 from eae_dist.errors import UserError
 from eae_dist.metrics.features import Extractor
 from eae_dist.metrics.frechet import FeatureStats, frechet_distance, warnings_about
 from eae_dist.metrics.kid import kernel_distance
 from eae_dist.metrics.prdc import precision_recall_density_coverage
+from eae_dist.numerics.atomic_files import replace_file
 from eae_dist.numerics.tensor_files import read_tensors, tensors_to_bytes
+
+log = logging.getLogger("eae_dist")
 
 SUBSET = 1000  # rows per subset of the kernel distance; half of the rows of smaller sets
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """The moments of the features of all images of a set, and the features of its first images, float32 [m, f] in order."""
+    """The moments of the features of all images of a set, and the features of its first images, float32 [m, f] in order.
+
+    of_the_rule: how many of the images have pixels that depend on the rule by which they were read (evaluate.read).
+    """
 
     stats: FeatureStats
     rows: torch.Tensor
+    of_the_rule: int = 0
 
     def to_bytes(self, key: str) -> bytes:
         """Returns a safetensors file with the set and the key that says what it was made from."""
-        return tensors_to_bytes({**self.stats.state_dict(), "rows": self.rows}, {"key": key})
+        state = {**self.stats.state_dict(), "rows": self.rows, "of_the_rule": torch.tensor(self.of_the_rule)}
+        return tensors_to_bytes(state, {"key": key})
 
     @classmethod
     def from_file(cls, path: Path, key: str) -> "ImageSet":
@@ -44,7 +56,7 @@ class ImageSet:
             raise UserError(f"{path} was made from {about.get('key')}, expected {key}; remove it")
         stats = FeatureStats()
         stats.load_state_dict(state)
-        return cls(stats, state["rows"])
+        return cls(stats, state["rows"], int(state.get("of_the_rule", 0)))
 
 
 def describe(
@@ -110,3 +122,40 @@ def headline(fewest: int, features: int, extractor: Extractor) -> tuple[str, lis
         f"{extractor.metric} is too large, and compares only at equal numbers of images: {fewest} images for {features} features "
         f"give a covariance of rank {fewest - 1} at most; read {extractor.kernel_metric}, or judge more than {features} images"
     ]
+
+
+def cached_image_set(
+    key: dict, settings: EvaluateConfig, extractor: Extractor, device: torch.device, compute: Callable[[], ImageSet]
+) -> ImageSet:
+    """Returns the result of `compute`, or reads it from evaluate.cache if it was computed before. Call it on every rank.
+
+    key: identifies the images.
+    """
+    cache_key = key | {
+        "rows": settings.neighbor_images,
+        "block": settings.batch,
+        "features": extractor.record(),
+        "dtype": "float32",
+        "device": device.type,
+        "torch": torch.__version__,
+    }
+    key_text = json.dumps(cache_key, sort_keys=True)
+    path = Path(settings.cache).expanduser() / f"{hashlib.sha256(key_text.encode()).hexdigest()[:32]}.safetensors"
+    # A user's function has no known weights, so it is not cached. The file may be missing on some of the machines.
+    if extractor.sha256 is not None and all(gather_objects(path.is_file())):
+        return ImageSet.from_file(path, key_text)
+    described = compute()
+    with on_rank_zero() as is_rank_zero:
+        if is_rank_zero and extractor.sha256 is not None:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                replace_file(path, described.to_bytes(key_text))
+            except OSError as error:
+                log.warning("evaluate.cache=%s cannot be written (%s); continuing without it", settings.cache, error)
+    return described
+
+
+def announce(extractor: Extractor) -> None:
+    """Logs how images are compared."""
+    if rank() == 0:
+        log.info("comparing images by %s: %s", extractor.metric, extractor.preprocessing)

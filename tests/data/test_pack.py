@@ -21,9 +21,11 @@ import webdataset
 from PIL import Image
 
 from eae_dist import pack as pack_module
-from eae_dist.data.indexing import build_index, class_correlation, index_shard, verify
+from eae_dist.data.indexing import build_index, class_correlation
+from eae_dist.data.scanning import index_shard
 from eae_dist.data.shard_index import ShardIndex
 from eae_dist.data.stream import ShardStream, walk
+from eae_dist.data.verifying import verify
 from eae_dist.distributed.processes import run_tasks
 from eae_dist.pack import main
 
@@ -447,7 +449,7 @@ def test_the_split_is_in_the_name_or_said(tmp_path, capsys):
     write_tar(tmp_path / "wds" / "pictures.tar", {"a.png": PNG})
     write_tar(tmp_path / "wds" / "train-000000.tar", {"b.png": PNG})
     assert pack("--index", tmp_path / "wds") == 2
-    assert "pictures.tar" in (error := capsys.readouterr().err) and "--split NAME" in error
+    assert "pictures.tar" in (error := capsys.readouterr().err) and "rename the files; --split would" in error
     assert pack("--index", tmp_path / "wds", "--split", "all") == 0
     assert ShardIndex.load(tmp_path / "wds").info["splits"].keys() == {"all"} and set(packed(tmp_path / "wds")) == {"a", "b"}
     assert pack("--index", tmp_path / "wds", "--split", "../all") == 2

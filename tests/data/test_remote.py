@@ -426,7 +426,7 @@ def test_pack_fetches_as_it_is_told(server, tmp_path, capsys):
     assert main([*index, *once]) == 0
     with pytest.raises(SystemExit):
         main(["--index", str(tmp_path), *once])
-    assert "--set needs --index ADDRESS or --verify" in capsys.readouterr().err
+    assert "--set needs --index ADDRESS, --verify or webdataset" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

