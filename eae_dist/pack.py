@@ -1,6 +1,6 @@
 """Packs images into shards, the format that all other commands read; the README in shards/ explains it.
 
-    python -m eae_dist.pack mnist5k shards/mnist5k                      a data set of the table in data/sources.py
+    python -m eae_dist.pack mnist5k shards/mnist5k                      a data set, of those that --help lists
     python -m eae_dist.pack imagefolder photos/ shards/photos --size 64
     python -m eae_dist.pack npz images.npz shards/images
     python -m eae_dist.pack webdataset 'tars/{000..099}.tar' shards/photos --size 64 --split-fractions 0.9,0.05,0.05
