@@ -41,6 +41,7 @@ from eae_dist.metrics.frechet import FeatureStats, frechet_distance
 from eae_dist.metrics.image_sets import compare, describe
 from eae_dist.model.autoencoder import Autoencoder
 from eae_dist.numerics.json_files import read_json
+from eae_dist.report.summaries import summary_of_folders, summary_of_sets
 from eae_dist.training import checkpoint as checkpoints
 from eae_dist.training.checkpoint import DamagedCheckpoint, open_checkpoint
 
@@ -200,11 +201,11 @@ def test_numbers_stand_below_their_names_whatever_their_length():
     names = ("fd_a_network_of_my_own", "kd_a_network_of_my_own", "precision")
     sets = {"isotropic": dict(zip(names, (12.5, 3.0, 0.5), strict=True)), "gmm": {names[0]: 7.0}}
     features = {"metric": names[0], "kernel_metric": names[1]}
-    head, *lines = evaluate_module.summary_of_sets({"features": features, "headline": names[0], "sets": sets, "warnings": []})
+    head, *lines = summary_of_sets({"features": features, "headline": names[0], "sets": sets, "warnings": []})
     ends = [head.index(name) + len(name) for name in names]
     assert [lines[0][:end].split()[-1] for end in ends] == ["12.5", "3", "0.5"]
     assert lines[1][: ends[0]].split() == ["gmm", "7"] and {len(line) for line in lines} == {len(head)}
-    head, *_ = evaluate_module.summary_of_sets({"features": features, "headline": names[1], "sets": sets, "warnings": []})
+    head, *_ = summary_of_sets({"features": features, "headline": names[1], "sets": sets, "warnings": []})
     assert head.split() == [names[1], names[0], "precision", "recall", "density", "coverage"]  # what to read first stands first
 
 
@@ -604,7 +605,7 @@ def test_folders_of_different_sizes_are_named_and_can_be_resized(folders, tmp_pa
         Image.fromarray(image_of(number)[2:14, 2:14, 0]).save(small / f"{number}.png")
     main(["--images", str(folders[0]), str(small), "evaluate.features=thumbnails"])
     said = capsys.readouterr().out
-    assert f"20 images of {small} (12x12) against 33 of {folders[0]} (16x16), v/64" in said
+    assert f"20 images of {small} (12x12) against 33 of {folders[0]} (16x16), by the features thumbnails64, v/64" in said
     assert f"warning: the images differ in size (those of {folders[0]} 16x16, those of {small} 12x12; width x height)" in said
     main(["--images", str(folders[0]), str(small), "evaluate.features=thumbnails", "evaluate.resize=12"])
     assert "(12x12)" not in (said := capsys.readouterr().out) and "differ in size" not in said
@@ -694,12 +695,15 @@ def test_statistics_as_pytorch_fid_and_adm_write_them_are_read(folders, tmp_path
     expected = frechet_distance(stats, folder_stats(range(20, 40)))
     for name in ("fid.npz", "adm.npz"):
         main(["--images", str(tmp_path / name), str(folders[1]), "evaluate.features=thumbnails", "--out", str(tmp_path / "out")])
-        assert f"20 images of {folders[1]} against statistics of {tmp_path / name}, v/64" in capsys.readouterr().out
+        said = f"20 images of {folders[1]} against statistics of {tmp_path / name}, by the features thumbnails64, v/64"
+        assert said in capsys.readouterr().out
         metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
         assert metrics["sets"]["generated"]["fd_thumbnails64"] == pytest.approx(expected, rel=1e-4)
         assert metrics["reference_images"] is None
     both = evaluate_folders(tmp_path / "fid.npz", tmp_path / "adm.npz", [])
     assert both["sets"]["generated"]["frechet_distance"] == pytest.approx(0, abs=1e-9)
+    assert "adm.npz against statistics of" in summary_of_folders(both)
+    assert ", by features that neither file names:\n" in summary_of_folders(both)
     with pytest.raises(ValueError, match="fid.npz does not say which features it is of; set evaluate.features"):
         evaluate_folders(tmp_path / "fid.npz", folders[1], [])
 

@@ -83,7 +83,7 @@ def splits_listed(path: Path) -> dict[str, int]:
     Lines are `000001.jpg 0`, or `000001.jpg,0` below a header.
     """
     named = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
         fields = re.split(r"[,\s]+", line.strip())
         if fields == ["image_id", "partition"] or fields == [""]:
             continue
