@@ -40,8 +40,7 @@ def verify(root: Path | str, workers: int = 1, cache: Cache | None = None) -> li
         return [f"{root}/index.json is damaged ({error})"]
     for split, totals in splits.items():
         try:
-            with index.open_table(f"{split}.shards.npy", totals["table_sha256"], "index.json") as file:
-                table = np.load(file.name, allow_pickle=False)
+            table = index.table(split)
             counted = {"samples": int(table["samples"].sum()), "shards": len(table), "bytes": int(table["bytes"].sum())}
             for what, count in counted.items():
                 if totals[what] != count:

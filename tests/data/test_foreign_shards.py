@@ -417,6 +417,10 @@ def test_parts_of_another_pack_are_not_taken(tmp_path, capsys):
     for options, differ in ((["--size", 4], "fit, label_key"), (["--label-key", "json:a", "--format", "webp"], "encoding")):
         assert pack(*arguments, *options) == 2
         assert f"with other options ({differ}); give the same, or remove" in capsys.readouterr().err
+    report = tmp_path / "out.parts" / "000000.json"
+    report.write_text(report.read_text().replace('"bytes"', '"bites"', 1))
+    assert pack(*arguments, "--label-key", "json:a") == 2
+    assert "000000.json cannot be read (it does not match its checksum); remove it" in capsys.readouterr().err
     (tmp_path / "b.parts").mkdir()
     (tmp_path / "b.parts" / "thesis.txt").write_text("precious")
     assert pack("webdataset", tmp_path / "in" / "*.tar", tmp_path / "b") == 2
