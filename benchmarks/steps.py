@@ -25,7 +25,7 @@ from eae_dist.training.compilation import set_execution
 from eae_dist.training.engines import engine_of
 from eae_dist.training.loop import training_step
 from eae_dist.training.metrics_log import averaged
-from eae_dist.training.setup import open_stream, start_accelerator
+from eae_dist.training.setup import open_stream, set_blocks, start_accelerator
 
 ENTROPY_ROWS = 1024
 
@@ -54,6 +54,7 @@ def training(config: Config) -> Iterator[Callable[[int], None]]:
     accelerator = start_accelerator(config.train)
     stream = open_stream(config)
     objective = build_objective(config.model, config.objective, stream.index.image_shape, config.train.seed)
+    set_blocks(objective, config, stream)
     set_execution(objective, config.train, accelerator.device)
     optimizer = torch.optim.Adam(objective.parameters(), lr=config.train.learning_rate)
     model, optimizer = engine_of(accelerator).prepare(objective, optimizer, config, stream.lanes)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from eae_dist.config import Config, ModelConfig, ObjectiveConfig
-from eae_dist.distributed import rank, world_size
+from eae_dist.distributed import active_blocks, by_block, in_blocks, local_blocks, rank, world_size
 from eae_dist.errors import UserError
 from eae_dist.losses.entropy import entropy_terms
 from eae_dist.losses.terms import gaussian_divergence, kernel_discrepancy, mean_share, squared_error, sum_of_squares
@@ -64,6 +64,7 @@ class Objective(nn.Module):
         # Process group (distributed.subgroup) over which training computes the entropy; None: all ranks.
         self.group: dist.ProcessGroup | None = None
         self.row_counts: list[int] | None = None  # rows of each rank in every batch of training; None: asked in every batch
+        self.block_edges: np.ndarray | None = None  # first row of each block of a training batch, then n; None: no blocks
         channels, height, width = autoencoder.image_shape
         self.pixels = channels * height * width
         self.reconstruction_weight = config.reconstruction_weight or 1 / (self.pixels if self.mean_over_pixels else channels)
@@ -79,7 +80,8 @@ class Objective(nn.Module):
         "loss" is minimized, "reconstruction" is the squared error per image, and "reconstruction_per_pixel" is the squared
         error per pixel and channel.
         """
-        return self.terms(self.per_row(images, row_ids, key), is_first_copy, global_batch, row_ids, key)
+        with in_blocks(None if self.block_edges is None else local_blocks(self.block_edges, row_ids)):
+            return self.terms(self.per_row(images, row_ids, key), is_first_copy, global_batch, row_ids, key)
 
     def per_row(self, images: torch.Tensor, row_ids: np.ndarray, key: int) -> dict[str, torch.Tensor]:
         """Returns the values per row: "error" [b], "latent" [b, d] and penalties that are means over rows, [b]."""
@@ -152,13 +154,16 @@ class Objective(nn.Module):
         self, latents: torch.Tensor, is_first_copy: torch.Tensor, global_batch: int, row_ids: np.ndarray, key: int
     ) -> Terms:
         """Returns the mean square of the entries of the latents."""
-        return {"latent_l2": mean_share(latents.square().mean(1), global_batch)}
+        return {"latent_l2": mean_share(by_block(mean_square, latents), global_batch)}
 
     def decoder_l2(
         self, latents: torch.Tensor, is_first_copy: torch.Tensor, global_batch: int, row_ids: np.ndarray, key: int
     ) -> Terms:
         """Returns the sum of squares of the kernels of the decoder."""
-        return {"decoder_l2": sum_of_squares(kernels_of(self.autoencoder.decoder))}  # the whole term on every rank
+        kernels, blocks = kernels_of(self.autoencoder.decoder), active_blocks()
+        if blocks is not None:  # the first block of the batch has the gradient
+            kernels = [blocks.weights(kernel)[0] if rank() == 0 else kernel.detach() for kernel in kernels]
+        return {"decoder_l2": sum_of_squares(kernels)}  # the whole term on every rank
 
     def mmd(self, latents: torch.Tensor, is_first_copy: torch.Tensor, global_batch: int, row_ids: np.ndarray, key: int) -> Terms:
         """Returns the squared MMD between the latents and draws of N(0, I)."""
@@ -190,7 +195,7 @@ class Objective(nn.Module):
                 f"objective.k={config.k} needs {compared} of more than {config.k} distinct rows; lower objective.k or raise "
                 f"train.global_batch ({error})"
             ) from error
-        return {"entropy": entropy, "floored_pairs": mean_share(floored, 1)}
+        return {"entropy": entropy, "floored_pairs": floored if active_blocks() else mean_share(floored, 1)}
 
 
 class AE(Objective):
@@ -232,7 +237,8 @@ class RAEGP(RAE):
             at = mean if learning else mean.requires_grad_()
             decoded = self.autoencoder.decode(at)
             (gradient,) = torch.autograd.grad(decoded.square().sum(), at, create_graph=learning)
-        per_row = {"error": squared_error(decoded, images), "latent": mean, "gradient_penalty": gradient.square().mean(1)}
+        penalty = by_block(mean_square, gradient)
+        per_row = {"error": squared_error(decoded, images), "latent": mean, "gradient_penalty": penalty}
         return per_row if learning else {name: rows.detach() for name, rows in per_row.items()}
 
 
@@ -253,7 +259,7 @@ class VAE(Objective):
         """Returns the values per row; images are decoded from a draw of the posterior."""
         mean, log_sigma = latents
         assert log_sigma is not None  # the objective is variational, or has a fixed deviation
-        drawn = mean + log_sigma.exp() * noise(mean, row_ids, key, POSTERIOR)
+        drawn = mean + by_block(torch.exp, log_sigma) * noise(mean, row_ids, key, POSTERIOR)
         error = squared_error(self.autoencoder.decode(drawn), images)
         return {"error": error, "latent": mean, "kl": gaussian_divergence(mean, log_sigma)}
 
@@ -333,7 +339,8 @@ class EAELinear(EAE):
     ) -> Terms:
         """Returns the entropy of the mapped, batch-normed latents and the number of floored pairs."""
         matrix = self.map if self.config.map == "fixed" else orthonormal(latents.shape[1], self.map_dim, key)
-        mapped = latents @ matrix.to(latents, non_blocking=True)
+        matrix = matrix.to(latents, non_blocking=True)
+        mapped = by_block(lambda rows: rows @ matrix, latents)
         return super().entropy(self.map_norm(mapped), is_first_copy, global_batch, row_ids, key)
 
 
@@ -358,6 +365,11 @@ def objective_class(name: str) -> type[Objective]:
     if name not in OBJECTIVES:
         raise UserError(f"objective.name={name} is unknown; it is one of {', '.join(OBJECTIVES)}")
     return OBJECTIVES[name]
+
+
+def mean_square(x: torch.Tensor) -> torch.Tensor:
+    """Returns the mean square of the entries of each row, [b, d] -> [b]."""
+    return x.square().mean(1)
 
 
 def noise(like: torch.Tensor, row_ids: np.ndarray, key: int, purpose: int) -> torch.Tensor:

@@ -16,6 +16,7 @@ from world_cases import (
     COMPUTED_TWICE,
     CONTINUED,
     FLOAT32,
+    IN_BLOCKS,
     INTERRUPTED,
     OBJECTIVES,
     OF_THREE,
@@ -228,6 +229,28 @@ def test_run_of_two_ranks_continues_on_another_number_of_ranks(world, name, rank
     # Float32 rounding over six steps at learning rate 1e-3: measured 6e-7; a step on other images moves weights by 1e-3.
     two, other = (world(w)["runs_of_two_ranks_continued"][name] for w in (2, ranks))
     assert largest_difference(other, two) < (1e-4, "")
+
+
+@pytest.mark.parametrize("ranks", (2, 4))
+@pytest.mark.parametrize("name", IN_BLOCKS)
+def test_run_in_blocks_has_the_same_bits_on_any_number_of_ranks(world, name, ranks):
+    one, several = (world(w)["runs_in_blocks"][name] for w in (1, ranks))
+    # Six steps and two validations; the weights, the optimizer's state and all numbers of the log but times.
+    assert len(one["metrics"]) == 6 and "validation_loss" in one["metrics"][2]
+    assert several == one
+
+
+@pytest.mark.parametrize("ranks", (1, 2, 4))
+@pytest.mark.parametrize("name", CONTINUED)
+def test_run_in_blocks_that_other_ranks_continue_ends_with_the_bits_of_one_that_stayed(world, name, ranks):
+    assert world(ranks)["runs_in_blocks_of_two_ranks_continued"][name] == world(1)["runs_in_blocks"][name]
+
+
+def test_runs_in_blocks_differ_where_they_minimize_something_else(world):
+    runs = world(1)["runs_in_blocks"]
+    same = {tuple(name for name in runs if runs[name]["model.safetensors"] == run["model.safetensors"]) for run in runs.values()}
+    # The second stage is fitted later, and activations that are computed twice change no bit.
+    assert {names for names in same if len(names) > 1} == {("vae", "two_stage_vae"), ("rae_sn", "checkpointed")}
 
 
 BETWEEN = ("interpolation_linear", "interpolation_spherical")

@@ -34,6 +34,7 @@ from eae_dist.objectives import build_objective
 from eae_dist.training.engines import engine_of
 from eae_dist.training.loop import train, training_step
 from eae_dist.training.run import Run
+from eae_dist.training.setup import set_blocks
 from eae_dist.training.validation import validate
 
 pytestmark = pytest.mark.skipif(gpu.MISSING is not None, reason=f"{gpu.MISSING} cannot pretend to have a GPU")
@@ -132,6 +133,7 @@ def steps_of(shards: Path, name: str, *settings: str) -> tuple[torch.Tensor, dic
     assert [stream.order.first(step).all() for step in (3, 4, 5)] == [True, True, False]
     objective = build_objective(config.model, config.objective, stream.index.image_shape, config.train.seed)
     optimizer = torch.optim.Adam(objective.parameters(), lr=1e-3)
+    set_blocks(objective, config, stream)
     model, prepared = engine_of(accelerator).prepare(objective, optimizer, config, stream.lanes)
     terms = []
     for step, batch in zip((3, 4, 5), stream, strict=False):
@@ -144,7 +146,7 @@ def steps_of(shards: Path, name: str, *settings: str) -> tuple[torch.Tensor, dic
 
 
 def every_kind_of_step(shards: Path, name: str, _) -> dict:
-    kinds = ("train.clip_norm=1", "train.accumulate=2", "train.precision=bf16")
+    kinds = ("train.clip_norm=1", "train.accumulate=2", "train.precision=bf16", "train.blocks=2")
     return {kind: steps_of(shards, name, kind) for kind in kinds}
 
 
@@ -288,6 +290,7 @@ WHERE_PASSES_MEET = {
     "_to_copy in training/loop.py: first = ": "second copies are known to the host, and left out of the entropy",
     "_to_copy in training/accumulation.py: is_first_copy = ": "the same of an accumulated step",
     "index in losses/entropy.py: rows = ": "the copies that are left out",
+    "_local_scalar_dense in losses/entropy.py: sizes = ": "how many remain in each block, under train.blocks",
     "index_put outside of this package": "the gradient of those that are not",
     "copy_ in distributed/collectives.py: return _of_every_rank(torch.tensor(rows": "how many each rank leaves out",
     "_to_copy in distributed/collectives.py: return _of_every_rank(torch.tensor(rows": "the answer",
@@ -297,9 +300,9 @@ WHERE_PASSES_MEET = {
 def waits_of_steps(shards: Path, name: str, _=None) -> dict[str, list[list[str]]]:
     """The waits of each of four steps, in the last of which two passes meet, and those of a validation of three blocks."""
     found = {}
-    for accumulate in (1, 2):
+    for kind in ("train.accumulate=1", "train.accumulate=2", "train.blocks=4"):
         AcceleratorState._reset_state()
-        config = configured(shards, name, f"train.accumulate={accumulate}", "train.clip_norm=1")
+        config = configured(shards, name, kind, "train.clip_norm=1")
         accelerator = Accelerator(cpu=True)
         stream = ShardStream(shards, "train", BATCH, seed=3, start_step=2)
         run = Run(config, accelerator, stream)
@@ -309,7 +312,7 @@ def waits_of_steps(shards: Path, name: str, _=None) -> dict[str, list[list[str]]
                 arguments = (batch, stream.row_ids, derive_key(3, step), config.train)
                 training_step(accelerator, run.model, run.prepared_optimizer, *arguments)
             steps.append(waits)
-        found[f"accumulate={accumulate}"] = steps
+        found[kind] = steps
     with StopRequest(config.train.timeout) as stop, gpu.waits() as waits:
         validate(accelerator, run.objective, config, stop)
     return found | {"validation": [waits]}

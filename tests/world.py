@@ -12,12 +12,15 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
+from runs import bits_of
 from world_cases import (
     ACCUMULATED,
     BATCH,
+    BLOCKS,
     COMPUTED_TWICE,
     CONTINUED,
     FLOAT32,
+    IN_BLOCKS,
     INTERRUPTED,
     OBJECTIVES,
     OF_THREE,
@@ -304,6 +307,39 @@ def runs_of_two_ranks_continued():
         barrier()
         train(train_settings(run, epochs(12), name=name))
         found[name] = weights_of(run, 12)
+    return found
+
+
+@case
+def runs_in_blocks():
+    """The bits of runs of six steps with a validation after each three; three ranks cannot share the blocks."""
+    if world_size() == 3:
+        return {}
+    every = f"train.validate_every={3 * BATCH}", f"train.log_every={BATCH}", f"train.save_every={6 * BATCH}"
+    found = {}
+    for case_name, (name, *settings) in IN_BLOCKS.items():
+        run = f"blocks-{case_name}-{world_size()}"
+        train(train_settings(run, epochs(6), f"train.blocks={BLOCKS}", *every, *settings, name=name))
+        found[case_name] = bits_of(FOLDER / run)
+    return found
+
+
+@case
+def runs_in_blocks_of_two_ranks_continued():
+    """The bits of runs that two ranks took to step 3 and this many continued to step 6, as in `runs_in_blocks`."""
+    if world_size() == 3:
+        return {}
+    every = f"train.validate_every={3 * BATCH}", f"train.log_every={BATCH}", f"train.save_every={3 * BATCH}"
+    found = {}
+    for name in CONTINUED:
+        halfway, run = f"blocks-halfway-{name}", f"blocks-continued-{name}-{world_size()}"
+        if world_size() == 2:
+            train(train_settings(halfway, epochs(3), f"train.blocks={BLOCKS}", *every, name=name))
+        if rank() == 0:
+            shutil.copytree(FOLDER / halfway, FOLDER / run, symlinks=True)
+        barrier()
+        train(train_settings(run, epochs(6), f"train.blocks={BLOCKS}", *every, name=name))
+        found[name] = bits_of(FOLDER / run)
     return found
 
 

@@ -37,6 +37,18 @@ COMPUTED_TWICE = (*((name, 1) for name in OBJECTIVES), *((name, 2) for name in (
 # Ranks -> rows that are interrupted and go on there.
 INTERRUPTED = {1: tuple(OBJECTIVES), 2: tuple(OBJECTIVES), 3: OF_THREE, 4: tuple(OBJECTIVES)}
 
+BLOCKS = 4  # train.blocks of the runs in blocks
+# Runs in blocks: every row, and some with settings that change what is added, or how. Of 13 lanes no two blocks have as many.
+IN_BLOCKS = {name: (name,) for name in OBJECTIVES} | {
+    "accumulated": ("rae_gp", "train.accumulate=2"),
+    "accumulated eae": ("eae", "train.accumulate=3"),
+    "uneven": ("eae", "data.lanes=13", "objective.k=3", "objective.average_k=true", "train.clip_norm=0.05"),
+    "checkpointed": ("rae_sn", "train.checkpoint_activations=true"),
+    "contiguous": ("rae_gp", "train.channels_last=false"),
+    "without norms": ("wae", "model.norm=none"),
+    "own": ("eae", "model.encoder=own_networks:Encoder", "model.decoder=own_networks:Decoder"),
+}
+
 
 def configured(shards: Path, name: str, *settings: str) -> Config:
     """The resolved configuration of a row of OBJECTIVES on the tests' small images, with a tiny network."""

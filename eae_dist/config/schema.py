@@ -180,6 +180,10 @@ class TrainConfig:
     accumulate: int = setting(1, at_least=1)
     """Micro-batches per step. More than 1 saves memory and costs a second pass through the encoder. Latent norm, entropy and MMD
     remain exactly those of global_batch images; the batch norms inside the networks see global_batch / accumulate images."""
+    blocks: int = setting(0, at_least=0)
+    """With a power of two V, the run has the same bits on 1, 2, 4, ... or V ranks: weights, losses and metrics, on processors or
+    GPUs of one kind with the same versions of the libraries. The batch is cut into V blocks of rows, and all sums over rows are
+    added in one order. On CPUs each rank then computes with one thread. At most data.lanes. 0: off; ranks differ by rounding."""
     learning_rate: float = setting(8e-3, above=0)
     """Initial learning rate of Adam."""
     schedule: str = setting("exponential", choices=("exponential", "plateau", "constant"))
@@ -337,6 +341,14 @@ def check_values(config: Config) -> None:
         )
     if objective.name == "wae" and train.global_batch < 2:
         raise UserError(f"objective.name=wae compares pairs of rows; train.global_batch={train.global_batch} must be at least 2")
+    if train.blocks & (train.blocks - 1):
+        raise UserError(f"train.blocks={train.blocks} must be 0 or a power of two")
+    if train.blocks and train.compile:
+        raise UserError("train.compile=true: compiled networks cannot run block by block; set train.blocks=0")
+    if train.blocks and objective.group is not None:
+        raise UserError(
+            f"objective.group={objective.group}: the entropy of groups depends on the number of ranks; set train.blocks=0"
+        )
     # Every row needs k other rows. Objectives without an entropy reject objective.k elsewhere.
     if objective.k >= train.global_batch and (objective.name.startswith("eae") or objective.k > 1):
         raise UserError(f"objective.k={objective.k} needs more than {objective.k} rows, train.global_batch={train.global_batch}")

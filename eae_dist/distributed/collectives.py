@@ -6,7 +6,7 @@ of times, in the same order. W: ranks, b: this rank's rows, n: all rows.
 
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from datetime import timedelta
@@ -68,23 +68,32 @@ def sum_over_ranks(x: torch.Tensor, group: "dist.ProcessGroup | None" = None) ->
 
 def average_over_ranks(tensors: Iterable[torch.Tensor]) -> None:
     """Replaces each tensor in place by its mean over ranks, with few messages and without gradient."""
+    _replace_in_messages(tensors, lambda x: sum_over_ranks(x) / world_size())
+
+
+def add_tensors_over_ranks(tensors: Iterable[torch.Tensor]) -> None:
+    """Replaces each tensor in place by its sum over ranks as in `add_over_ranks`, with few messages and without gradient."""
+    _replace_in_messages(tensors, add_over_ranks)
+
+
+def _replace_in_messages(tensors: Iterable[torch.Tensor], reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
     if world_size() == 1:
         return
     waiting: list[torch.Tensor] = []
     for tensor in tensors:
         waiting.append(tensor)
         if sum(t.numel() for t in waiting) >= MESSAGE:
-            _average(waiting)
+            _replace(waiting, reduce)
             waiting = []
-    _average(waiting)
+    _replace(waiting, reduce)
 
 
-def _average(tensors: list[torch.Tensor]) -> None:
+def _replace(tensors: list[torch.Tensor], reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
     if not tensors:
         return
-    means = sum_over_ranks(torch.cat([tensor.flatten() for tensor in tensors])) / world_size()
-    for tensor, mean in zip(tensors, means.split([t.numel() for t in tensors]), strict=True):
-        tensor.copy_(mean.view(tensor.shape))
+    reduced = reduce(torch.cat([tensor.flatten() for tensor in tensors]))
+    for tensor, here in zip(tensors, reduced.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(here.view(tensor.shape))
 
 
 def gather_padded(x: torch.Tensor, counts: list[int], group: "dist.ProcessGroup | None" = None) -> torch.Tensor:
@@ -146,6 +155,47 @@ def _sum(x: torch.Tensor, group: "dist.ProcessGroup | None") -> torch.Tensor:
     with waiting():
         dist.all_reduce(out, group=group)
     return out
+
+
+def add_over_ranks(x: torch.Tensor) -> torch.Tensor:
+    """Returns the sum of x over ranks, added pairwise: (x_0 + x_1) + (x_2 + x_3) + ..., without gradient.
+
+    For a power of two of ranks, this is one binary tree. A large x is sent twice like in a ring, but in fewer messages: each rank
+    adds one part of x of all ranks and then sends the sum to all.
+    """
+    world = world_size()
+    if world == 1:
+        return x
+    if _is_small(x, None):
+        return add_pairwise(_of_every_rank(x, None).unbind())
+    return gathered_sums(exchanged_parts(x)[0], x)
+
+
+def exchanged_parts(x: torch.Tensor, *, async_op: bool = False) -> "tuple[torch.Tensor, dist.Work | None]":
+    """Sends part r of W of a flattened x to rank r; returns the received parts [W, m] and the work to wait for, or None.
+
+    The last part is filled up with zeros.
+    """
+    world = world_size()
+    m = -(-x.numel() // world)
+    sent = torch.nn.functional.pad(x.flatten(), (0, m * world - x.numel()))
+    received = torch.empty_like(sent)
+    with waiting():
+        work = dist.all_to_all_single(received, sent, async_op=async_op)
+    return received.view(world, m), work
+
+
+def gathered_sums(parts: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Returns the sum over ranks from the parts that `exchanged_parts` received: every rank adds its part. Shape of `like`."""
+    return _of_every_rank(add_pairwise(parts.unbind()), None).flatten()[: like.numel()].view(like.shape)
+
+
+def add_pairwise(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Returns the sum of tensors as a binary tree over their order: neighbors are added until one is left."""
+    parts = list(parts)
+    while len(parts) > 1:
+        parts = [sum(parts[place + 1 : place + 2], start=parts[place]) for place in range(0, len(parts), 2)]
+    return parts[0]
 
 
 @torch.library.custom_op("eae_dist::sum_over_ranks", mutates_args=())

@@ -7,6 +7,8 @@ Goria et al. 2005). n: rows on all W ranks, b: rows on this rank, d: dimensions.
 A *share* is the value of one rank; the mean of the shares over ranks is the value of the global batch.
 A *floored pair* is a row and a neighbor at a distance below sqrt(eps2), where eps2 dominates the logarithm.
 
+Under blocks (`distributed.blocks`) the value is that of the global batch on every rank. Each block searches its own neighbors.
+
 The neighbor search uses matrix products without gradient, in tiles that fit into the cache. The distances of the chosen pairs
 are then computed again by direct difference, because the product form cancels for close pairs. The forward pass builds the
 whole gradient, for both rows of every pair and across ranks, so that the backward pass needs no communication.
@@ -19,7 +21,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from eae_dist.distributed import gather_padded, rank, row_counts, world_size
+from eae_dist.distributed import (
+    block_sizes,
+    gather_padded,
+    in_blocks,
+    local_blocks,
+    rank,
+    row_counts,
+    sum_of_blocks,
+    sum_over_ranks,
+    world_size,
+)
 from eae_dist.errors import UserError
 from eae_dist.numerics.precision import full_precision
 
@@ -28,7 +40,7 @@ CPU_TILE, GPU_TILE = 512, 2048  # tile sides: 1 MiB of float32 fits into a core'
 
 
 class EntropyTerms(NamedTuple):
-    """`entropy`: this rank's share in nats. `floored`: its number of floored pairs, int64."""
+    """`entropy`: this rank's share in nats. `floored`: its number of floored pairs, int64; under blocks, that of all ranks."""
 
     entropy: torch.Tensor
     floored: torch.Tensor
@@ -54,7 +66,7 @@ def knn_entropy(
     counts: the rows of each rank of the group, if they are known and all are valid. Otherwise the ranks tell each other, and the
         host waits for a GPU.
     The gradient is correct if every rank backpropagates the same upstream factor, as with losses averaged by DDP. Among equally
-    distant neighbors it uses one; the choice depends on the number of ranks.
+    distant neighbors it uses one; without blocks, the choice depends on the number of ranks.
     The computation is in float32 (float64 stays float64), regardless of autocast and TF32.
     Raises ValueError unless k >= 1 and more than k rows are valid over all ranks.
     """
@@ -75,8 +87,12 @@ def entropy_terms(
     latents = torch.as_tensor(latents)
     if latents.ndim != 2:
         raise ValueError(f"knn_entropy needs latents [rows, dimensions], got shape {tuple(latents.shape)}")
-    rows = latents if valid is None else latents[valid]
-    return EntropyTerms(*_KnnEntropy.apply(rows, k, average_k, eps2, None if valid is not None else counts, group))
+    rows, (sizes, ordered) = latents, block_sizes(len(latents))
+    if valid is not None:
+        rows = latents[valid]
+        counts, of_blocks = None, torch.as_tensor(valid).split(sizes)
+        sizes = tuple(int(part.sum()) for part in of_blocks) if ordered else (len(rows),)
+    return EntropyTerms(*_KnnEntropy.apply(rows, k, average_k, eps2, counts, group, sizes, ordered))
 
 
 def log_unit_ball_volume(d: int) -> float:
@@ -85,21 +101,33 @@ def log_unit_ball_volume(d: int) -> float:
 
 
 def gaussian_reference(
-    n: int, d: int, *, k: int, average_k: bool, eps2: float, seed: int, draws: int = 4, device: torch.device | str = "cpu"
+    n: int,
+    d: int,
+    *,
+    k: int,
+    average_k: bool,
+    eps2: float,
+    seed: int,
+    draws: int = 4,
+    device: torch.device | str = "cpu",
+    blocks: int = 0,
 ) -> float:
     """Returns the entropy estimate in nats for n batch-normed draws of N(0, I_d), to compare H of a batch with.
 
+    blocks: with their number (train.blocks), the value has the same bits on any number of ranks; 0: no blocks.
     The value is a reference, not an upper bound: the estimator is biased, and a batch whose rows repel each other can exceed it.
     Call on every rank.
     """
     generator = torch.Generator().manual_seed(seed)
     start, stop = rank() * n // world_size(), (rank() + 1) * n // world_size()
     shares = []
-    for _ in range(draws):
-        z = torch.randn(n, d, generator=generator).to(device)  # drawn on the CPU, so that the values are the same on every device
-        z = (z - z.mean(0)) / z.std(0, correction=0)
-        shares.append(knn_entropy(z[start:stop], k=k, average_k=average_k, eps2=eps2))
-    return float(gather_padded(torch.stack(shares).mean()[None], [1] * world_size()).mean())
+    with in_blocks(None if not blocks else local_blocks(np.arange(blocks + 1) * n // blocks, np.arange(start, stop))):
+        for _ in range(draws):
+            # Drawn on the CPU, so that the values are the same on every device.
+            z = torch.randn(n, d, generator=generator).to(device)
+            z = (z - z.mean(0)) / z.std(0, correction=0)
+            shares.append(knn_entropy(z[start:stop], k=k, average_k=average_k, eps2=eps2))
+    return float(gather_padded(torch.stack(shares).mean().double()[None], [1] * world_size()).mean())
 
 
 class _KnnEntropy(torch.autograd.Function):
@@ -112,6 +140,8 @@ class _KnnEntropy(torch.autograd.Function):
         eps2: float,
         counts: list[int] | None,
         group: "dist.ProcessGroup | None",
+        sizes: tuple[int, ...],
+        ordered: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         # Autocast stays on inside forward and would use bfloat16 for the products; TF32 gives 1 row in 1,000 a wrong neighbor.
         with full_precision(latents.device):
@@ -123,47 +153,58 @@ class _KnnEntropy(torch.autograd.Function):
             if k >= n:
                 raise UserError(f"k={k} needs more than {k} distinct rows, got {n}")
             keys = gather_padded(local, counts, group)
-            offset = sum(counts[: rank(group)])
-            neighbors = nearest_neighbors(keys, k, offset, len(local))
+            start = sum(counts[: rank(group)])
+            starts = [start + sum(sizes[:block]) for block in range(len(sizes))]
+            neighbors = torch.cat([nearest_neighbors(keys, k, *block) for block in zip(starts, sizes, strict=True)])
             if not average_k:
                 neighbors = neighbors[:, -1:]
 
-            difference = local[:, None] - keys[neighbors]  # [b, m, d]; m = 1 or k
-            squared = difference.square().sum(2)
-            log_distance = 0.5 * torch.log(squared + eps2)
-            m = neighbors.shape[1]
+            m = neighbors.shape[1]  # 1 or k
+            factor = d * (1 if ordered else world) / (n * m)
+            pulls, log_distances, close = [], [], []
+            for rows, nearest in zip(local.split(sizes), neighbors.split(sizes), strict=True):
+                difference = rows[:, None] - keys[nearest]  # [b, m, d]
+                squared = difference.square().sum(2)
+                log_distances.append(0.5 * torch.log(squared + eps2).sum())
+                close.append((squared < eps2).sum())
+                if ctx.needs_input_grad[0]:
+                    pulls.append(difference.mul_(factor / (squared + eps2)[..., None]))
             orders = range(1, k + 1) if average_k else [k]
             psi = torch.tensor([n, *orders], dtype=torch.float64).digamma()
             constant = log_unit_ball_volume(d) + float(psi[0] - psi[1:].mean())
-            share = log_distance.sum() * (d * world / (n * m)) + constant
+            if ordered:
+                total, floored = sum_of_blocks(log_distances, ordered), sum_over_ranks(torch.stack(close).sum())
+            else:
+                (total,), (floored,) = log_distances, close
+            share = total * factor + constant
 
             if ctx.needs_input_grad[0]:
-                # W dH/dz of the local rows; DDP's mean over ranks turns it into dH/dz. First, the local rows as queries.
-                pull = difference.mul_((d * world / (n * m)) / (squared + eps2)[..., None])
-                gradient = pull.sum(1)
+                # W dH/dz of the local rows; DDP's mean over ranks turns it into dH/dz. Under blocks, it is dH/dz at once.
+                # First, the local rows as queries.
+                gradients = [pull.sum(1) for pull in pulls]
                 # Second, the local rows as neighbors of queries on any rank. Only ids are sent; pulls are computed again.
-                if world == 1:
-                    gradient.index_add_(0, neighbors.flatten(), pull.flatten(0, 1), alpha=-1)
+                if world == 1 and not ordered:
+                    gradients[0].index_add_(0, neighbors.flatten(), pulls[0].flatten(0, 1), alpha=-1)
                 else:
                     ids = gather_padded(neighbors.to(torch.int32), counts, group).long()
-                    if len(local):
-                        _add_pulls_on(gradient, keys, ids, offset, eps2, d * world / (n * m))
-                ctx.save_for_backward(gradient.to(latents.dtype))
-        floored = (squared < eps2).sum()
+                    for first, gradient in zip(starts, gradients, strict=True):
+                        if len(gradient):
+                            _add_pulls_on(gradient, keys, ids, first, eps2, factor)
+                ctx.save_for_backward(torch.cat(gradients).to(latents.dtype))
         ctx.mark_non_differentiable(floored)
         return share, floored
 
     @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor, _: None) -> tuple[torch.Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, upstream: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream.to(gradient.dtype), None, None, None, None, None
+        return gradient * upstream.to(gradient.dtype), *[None] * 7
 
 
 def _add_pulls_on(gradient: torch.Tensor, keys: torch.Tensor, ids: torch.Tensor, offset: int, eps2: float, scale: float) -> None:
-    """Adds to the gradient of the local rows [b, d] what they get as neighbors.
+    """Adds to the gradient of the rows of a block [b, d] what they get as neighbors.
 
-    keys: [n, d]; ids: int64 [n, m], their neighbors. The local rows are the keys from `offset` on. Pairs whose neighbor is on
-    another rank are computed too and add zero: to leave them out, the host would wait until a GPU has counted them.
+    keys: [n, d]; ids: int64 [n, m], their neighbors. The rows are the keys from `offset` on. Pairs whose neighbor is another row
+    are computed too and add zero: to leave them out, the host would wait until a GPU has counted them.
     """
     b = len(gradient)
     at_once = max(PAIRS // (ids.shape[1] * keys.shape[1]), 1)

@@ -1,6 +1,7 @@
 """Loss terms as pure functions of this rank's rows.
 
-Every term returns a *share*: the mean of the shares over ranks is the term of the global batch.
+Every term returns a *share*: the mean of the shares over ranks is the term of the global batch. Under blocks
+(`distributed.blocks`) the share of every rank is that term, with the gradient of this rank's rows.
 
 b: this rank's rows, n: all rows, d: latent dimensions, W: ranks.
 """
@@ -9,7 +10,16 @@ from collections.abc import Iterable
 
 import torch
 
-from eae_dist.distributed import gather_rows, rank, row_counts, world_size
+from eae_dist.distributed import (
+    active_blocks,
+    by_block,
+    gather_for_blocks,
+    gather_rows,
+    rank,
+    row_counts,
+    split_rows,
+    world_size,
+)
 from eae_dist.errors import UserError
 
 IMQ_SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -23,8 +33,7 @@ def squared_error(reconstruction: torch.Tensor, images: torch.Tensor) -> torch.T
     """
     if reconstruction.shape != images.shape:
         raise UserError(f"the decoder (model.decoder) returned {tuple(reconstruction.shape)} for images {tuple(images.shape)}")
-    difference = reconstruction.to(images.dtype) - images
-    return difference.square().flatten(1).sum(1)
+    return by_block(lambda x, y: (x.to(y.dtype) - y).square().flatten(1).sum(1), reconstruction, images)
 
 
 def mean_share(per_row: torch.Tensor, rows: int) -> torch.Tensor:
@@ -32,12 +41,15 @@ def mean_share(per_row: torch.Tensor, rows: int) -> torch.Tensor:
 
     Ranks may hold different numbers of rows.
     """
-    return per_row.sum() * (world_size() / rows)
+    blocks = active_blocks()
+    if blocks is None:
+        return per_row.sum() * (world_size() / rows)
+    return blocks.sum([part.sum() for part in split_rows(per_row, blocks.sizes)]) / rows
 
 
 def gaussian_divergence(mean: torch.Tensor, log_sigma: torch.Tensor) -> torch.Tensor:
     """Returns KL(N(mean, sigma^2) || N(0, I)) per row in nats, [b, d] x 2 -> [b]."""
-    return 0.5 * (mean.square() + (2 * log_sigma).exp() - 1 - 2 * log_sigma).sum(1)
+    return by_block(lambda m, s: 0.5 * (m.square() + (2 * s).exp() - 1 - 2 * s).sum(1), mean, log_sigma)
 
 
 def kernel_discrepancy(latents: torch.Tensor, prior: torch.Tensor, counts: list[int] | None = None) -> torch.Tensor:
@@ -49,10 +61,25 @@ def kernel_discrepancy(latents: torch.Tensor, prior: torch.Tensor, counts: list[
     """
     counts = counts or row_counts(len(latents), latents.device)
     n, start = sum(counts), sum(counts[: rank()])
-    everyone, every_prior = gather_rows(latents, counts=counts), gather_rows(prior, counts=counts)
+    every_prior, blocks = gather_rows(prior, counts=counts), active_blocks()
+    if blocks is None:
+        within, across = _kernel_sums(latents, gather_rows(latents, counts=counts), prior, every_prior, start)
+        return world_size() * (within / (n * (n - 1)) - 2 * across / n**2)
+    sums = []
+    every = blocks.once_each(gather_for_blocks(latents, counts))
+    for rows, everyone, draws in zip(split_rows(latents, blocks.sizes), every, prior.split(blocks.sizes), strict=True):
+        sums.append(_kernel_sums(rows, everyone, draws, every_prior, start))
+        start += len(rows)
+    within, across = blocks.sum(sums)
+    return within / (n * (n - 1)) - 2 * across / n**2
+
+
+def _kernel_sums(
+    latents: torch.Tensor, everyone: torch.Tensor, prior: torch.Tensor, every_prior: torch.Tensor, start: int
+) -> torch.Tensor:
+    """Returns the sums of the kernel within the two sets and across them, [2]; start: number of the first row in both sets."""
     within = imq_kernel(latents, everyone, start) + imq_kernel(prior, every_prior, start)
-    across = imq_kernel(latents, every_prior)
-    return world_size() * (within / (n * (n - 1)) - 2 * across / n**2)
+    return torch.stack([within, imq_kernel(latents, every_prior)])
 
 
 def imq_kernel(x: torch.Tensor, y: torch.Tensor, offset: int | None = None) -> torch.Tensor:

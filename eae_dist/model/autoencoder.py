@@ -8,6 +8,7 @@ from torch import nn
 
 from eae_dist.config import ModelConfig
 from eae_dist.data.order import filled
+from eae_dist.distributed import by_block
 from eae_dist.errors import UserError
 from eae_dist.model.networks import NETWORKS, ConvDecoder, ConvEncoder, Family, normalize_spectrum, own_network
 from eae_dist.model.norm import GlobalBatchNorm
@@ -59,7 +60,7 @@ class Autoencoder(nn.Module):
         with full_precision(encoder_output.device):
             if self.variational:
                 mean, raw = encoder_output.chunk(2, 1)
-                return mean, LOG_SIGMA_LIMIT * torch.tanh(raw)
+                return mean, by_block(lambda x: LOG_SIGMA_LIMIT * torch.tanh(x), raw)
             return (encoder_output if self.latent_norm is None else self.latent_norm(encoder_output)), None
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:

@@ -18,10 +18,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.checkpoint import checkpoint
 
+from eae_dist.distributed import active_blocks, by_block, in_blocks, joined, split_rows
 from eae_dist.errors import UserError
 from eae_dist.model.norm import GlobalBatchNorm
 
@@ -115,7 +117,7 @@ class ConvDecoder(nn.Module):
         """Returns images in [0, 1], [b, d] -> [b, c, h, w]."""
         logits = self.layers(self.dense(z))
         # The sigmoid is at least in float32: bfloat16 has steps of 1/256 near white.
-        return torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+        return by_block(torch.sigmoid, logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
 
 class Dense(nn.Linear):
@@ -155,10 +157,10 @@ class Layers(nn.Sequential):
 
 def checkpointed(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Returns block(x) and keeps only x; backward computes block(x) again, including the communication between ranks."""
-    passes = itertools.count()
+    passes, blocks = itertools.count(), active_blocks()
 
     def run(x: torch.Tensor) -> torch.Tensor:
-        with frozen_statistics(block) if next(passes) else nullcontext():
+        with in_blocks(blocks), frozen_statistics(block) if next(passes) else nullcontext():
             return block(x)
 
     return checkpoint(run, x, use_reentrant=False)
@@ -224,6 +226,7 @@ def normalize_spectrum(network: nn.Module) -> None:
 def one_power_iteration(network: nn.Module) -> Iterator[None]:
     """Makes one power iteration for the kernels of `normalize_spectrum`, and no more however often the network is used."""
     layers = [layer for layer in network.modules() if is_parametrized(layer, "weight")]
+    iterating = [layer.get_submodule("parametrizations").training for layer in layers]
     for layer in layers:
         with torch.no_grad():
             layer.weight  # noqa: B018  reading it makes the iteration
@@ -231,8 +234,8 @@ def one_power_iteration(network: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for layer in layers:
-            layer.get_submodule("parametrizations").train(layer.training)
+        for layer, was in zip(layers, iterating, strict=True):
+            layer.get_submodule("parametrizations").train(was)
 
 
 @contextmanager
@@ -252,6 +255,58 @@ def frozen_statistics(network: nn.Module) -> Iterator[None]:
             norm.momentum = momentum
         for spectrum, was in zip(spectra, iterating, strict=True):
             spectrum.train(was)
+
+
+def run_by_block(network: nn.Module, key: str) -> None:
+    """Makes the parts of a network work block by block under `in_blocks`, with the weights once per block.
+
+    A part is a module that holds no batch norm and lies in none that holds no batch norm, so its rows do not know each other.
+    Raises UserError that names the key of the configuration for a module that cannot be taken apart.
+    """
+    for name, layer in network.named_modules():
+        if _normed(layer) and not isinstance(layer, GlobalBatchNorm) and any(True for _ in layer.parameters(recurse=False)):
+            raise UserError(
+                f"train.blocks: {key} has a module ({name or type(layer).__name__}) with parameters of its own and a batch norm "
+                f"inside, which cannot run block by block; move the parameters into a module without batch norm"
+            )
+    for part in _parts_without_norm(network):
+        if not isinstance(part, EXACT):
+            part.forward = _ByBlock(part)
+
+
+EXACT = (nn.ReLU, nn.Flatten, nn.Unflatten, nn.Identity)  # modules with the same bits for any number of rows
+
+
+def _normed(network: nn.Module) -> bool:
+    return any(isinstance(layer, GlobalBatchNorm) for layer in network.modules())
+
+
+def _parts_without_norm(network: nn.Module) -> Iterator[nn.Module]:
+    if not _normed(network):
+        yield network
+    else:
+        for child in network.children():
+            yield from _parts_without_norm(child)
+
+
+class _ByBlock:
+    """The forward pass of a module that runs block by block."""
+
+    def __init__(self, module: nn.Module):
+        self._module, self._forward = module, module.forward
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        blocks, module = active_blocks(), self._module
+        if blocks is None:
+            return self._forward(x)
+        weights = {name: blocks.weights(parameter) for name, parameter in module.named_parameters()}
+        done = []
+        with one_power_iteration(module):
+            for number, part in enumerate(split_rows(x, blocks.sizes)):
+                of_block = {name: each[number] for name, each in weights.items()}
+                with in_blocks(None):  # a block is not cut again
+                    done.append(functional_call(module, of_block, (part,)))
+        return joined(done)
 
 
 def own_network(name: str, key: str, arguments: dict) -> nn.Module:

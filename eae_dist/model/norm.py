@@ -3,7 +3,7 @@
 `nn.SyncBatchNorm` rejects CPU tensors and has no second derivative. This implementation uses the batch-norm kernels of ATen on
 this rank's rows, plus one sum over ranks in each direction. On one GPU it is `F.batch_norm`. On one CPU it takes 1 to 2 times as
 long as `F.batch_norm`, about 4 % of a step of `small`; but a step of `rae_gp`, which is differentiated twice, takes a tenth less.
-n: elements per channel over all ranks.
+n: elements per channel over all ranks. v: blocks of this rank (`distributed.blocks`), one if training has no blocks.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from eae_dist.distributed import sum_over_ranks, world_size
+from eae_dist.distributed import active_blocks, block_sizes, joined, one_per_block, split_rows, sum_of_blocks, world_size
 
 
 class GlobalBatchNorm(nn.Module):
@@ -40,7 +40,7 @@ class GlobalBatchNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns the normalized rows, in the shape of x."""
         evaluating = self.running_mean is not None and not self.training
-        if evaluating or (x.is_cuda and world_size() == 1):
+        if evaluating or (x.is_cuda and world_size() == 1 and active_blocks() is None):
             return F.batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias, not evaluating, self.momentum, self.eps
             )
@@ -48,7 +48,8 @@ class GlobalBatchNorm(nn.Module):
 
     def over_ranks(self, x: torch.Tensor) -> torch.Tensor:
         """Returns the training result of `forward` from our own code, on any device and any number of ranks."""
-        out, mean, variance, count, sums = _GlobalBatchNorm.apply(x, self.weight, self.bias, self.eps)
+        weight, bias = (None if p is None else _once_per_block(p) for p in (self.weight, self.bias))
+        out, mean, variance, count, sums = _GlobalBatchNorm.apply(x, weight, bias, self.eps, *block_sizes(len(x)))
         self.seen += sums
         if self.running_mean is not None and self.running_var is not None:
             self.running_mean.lerp_(mean, self.momentum)
@@ -75,54 +76,74 @@ def finite_norms(network: nn.Module) -> torch.Tensor | None:
     return finite
 
 
-class _GlobalBatchNorm(torch.autograd.Function):
-    """(x, weight or None, bias or None, eps) -> (y, mean [c], biased variance [c], n, sums); only y is differentiable.
+def _once_per_block(parameter: nn.Parameter) -> torch.Tensor:
+    """Returns the parameter once per block of this rank, [c] -> [v, c]."""
+    blocks = active_blocks()
+    return parameter[None] if blocks is None else torch.stack(blocks.weights(parameter))
 
-    sums: the sum of this rank's part of all sums, float64: one number that is finite if they are.
+
+class _GlobalBatchNorm(torch.autograd.Function):
+    """(x, weight [v, c] or None, bias [v, c] or None, eps, sizes, ordered) -> (y, mean [c], biased variance [c], n, sums).
+
+    Only y is differentiable. sizes, ordered: from `block_sizes`. sums: the sum of this rank's part of all sums, float64: one
+    number that is finite if they are.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        eps: float,
+        sizes: tuple[int, ...],
+        ordered: bool,
     ) -> tuple[torch.Tensor, ...]:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        rows = x.numel() // x.shape[1]
-        # Sum and sum of squares about this rank's mean, then over all ranks in float64 to avoid cancellation.
-        center = x.sum([0, *range(2, x.ndim)], dtype=wide) / max(rows, 1)
-        about_center, total = _channel_sums(x, x, center, torch.ones_like(center))
-        total, center, about_center = total.double(), center.double(), about_center.double()
-        squares = about_center + center * total
-        count = torch.full_like(total[:1], rows)
-        mine = torch.cat([total, squares, count])
+        wide, c = torch.promote_types(x.dtype, torch.float32), x.shape[1]
+        # Sum and sum of squares about the mean of a block, then over all blocks in float64 to avoid cancellation.
+        mine = torch.stack([_moments(part, wide) for part in x.split(sizes)])
         sums = mine.sum()
-        total, squares, count = sum_over_ranks(mine).split([len(total), len(total), 1])
+        total, squares, count = sum_of_blocks(mine.unbind(), ordered).split([c, c, 1])
         mean = total / count
         variance = (squares / count - mean.square()).clamp_(min=0)
         ctx.inverse_count = 1 / count
         mean, variance = mean.to(wide), variance.to(wide)
-        ctx.eps = eps
+        ctx.eps, ctx.sizes, ctx.ordered = eps, sizes, ordered
         ctx.save_for_backward(x, weight, mean, variance)
         ctx.mark_non_differentiable(mean, variance, count, sums)
+        weight, bias = (None if p is None else p[0] for p in (weight, bias))
         return _normalize(x, weight, bias, mean, variance, eps), mean, variance, count, sums
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor, *_: None) -> tuple[torch.Tensor | None, ...]:
         x, weight, mean, variance = ctx.saved_tensors
+        sizes, ordered = ctx.sizes, ctx.ordered
         if torch.is_grad_enabled():  # create_graph=True needs differentiable operations
-            return *_differentiable_backward(x, weight, dy, ctx.inverse_count, ctx.eps), None
+            return *_differentiable_backward(x, weight, dy, ctx.inverse_count, ctx.eps, sizes, ordered), None, None, None
         inverse = (variance + ctx.eps).rsqrt()
-        with_normalized, alone = _channel_sums(dy, x, mean, inverse)  # this rank's part of sum dy xhat and sum dy
+        # Each block's part of sum dy xhat and sum dy.
+        sums = [_channel_sums(*part, mean, inverse) for part in zip(dy.split(sizes), x.split(sizes), strict=True)]
         dx = None
         if ctx.needs_input_grad[0]:
-            both = sum_over_ranks(torch.cat([with_normalized, alone]).double()) * ctx.inverse_count
+            both = sum_of_blocks([torch.cat(part).double() for part in sums], ordered) * ctx.inverse_count
             mean_with_normalized, mean_alone = both.to(inverse.dtype).chunk(2)
             # dx = w/s (dy - mean(dy) - xhat mean(dy xhat)): an affine map of x, computed by the kernel, plus a multiple of dy.
-            scale = inverse if weight is None else inverse * weight
+            scale = inverse if weight is None else inverse * weight[0]
             dx = _normalize(x, -scale * mean_with_normalized, -scale * mean_alone, mean, variance, ctx.eps)
             scale = scale.view(1, -1, *[1] * (x.ndim - 2))
             # One pass if the types agree. A scale rounded to bfloat16 would be wrong by 0.4 % in the whole channel.
             dx = dx.addcmul_(dy, scale) if dy.dtype == scale.dtype else dx.add_(dy * scale)
-        return dx, None if weight is None else with_normalized, None if weight is None else alone, None
+        with_normalized, alone = (None if weight is None else torch.stack(part) for part in zip(*sums, strict=True))
+        return dx, with_normalized, alone, None, None, None
+
+
+def _moments(x: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
+    """Returns the sums over rows and pixels of x and x^2, and their number n: float64 [2c + 1]."""
+    rows = x.numel() // x.shape[1]
+    center = x.sum([0, *range(2, x.ndim)], dtype=wide) / max(rows, 1)
+    about_center, total = _channel_sums(x, x, center, torch.ones_like(center))
+    total, center, about_center = total.double(), center.double(), about_center.double()
+    return torch.cat([total, about_center + center * total, torch.full_like(total[:1], rows)])
 
 
 def _channel_sums(
@@ -151,18 +172,32 @@ def _normalize(
 
 
 def _differentiable_backward(
-    x: torch.Tensor, weight: torch.Tensor | None, dy: torch.Tensor, inverse_count: torch.Tensor, eps: float
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    dy: torch.Tensor,
+    inverse_count: torch.Tensor,
+    eps: float,
+    sizes: tuple[int, ...],
+    ordered: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Returns gradients for x, weight and bias, from operations that can be differentiated again across ranks."""
-    dims, shape = [0, *range(2, x.ndim)], (1, -1, *[1] * (x.ndim - 2))
+    dims, shape, v = [0, *range(2, x.ndim)], (1, -1, *[1] * (x.ndim - 2)), len(sizes)
     inverse_count = inverse_count.to(x.dtype)
-    mean = sum_over_ranks(x.sum(dims)) * inverse_count
-    centered = x - mean.view(shape)
-    variance = sum_over_ranks(centered.square().sum(dims)) * inverse_count
-    inverse = (variance + eps).rsqrt()
-    normalized = centered * inverse.view(shape)
-    with_normalized, alone = (dy * normalized).sum(dims), dy.sum(dims)
-    mean_with_normalized, mean_alone = (sum_over_ranks(torch.stack([with_normalized, alone])) * inverse_count).unbind()
-    scale = inverse if weight is None else inverse * weight
-    dx = scale.view(shape) * (dy - mean_alone.view(shape) - normalized * mean_with_normalized.view(shape))
-    return dx, None if weight is None else with_normalized, None if weight is None else alone
+    xs, dys = (split_rows(x, sizes), split_rows(dy, sizes)) if ordered else ((x,), (dy,))
+    mean = one_per_block(sum_of_blocks([part.sum(dims) for part in xs], ordered) * inverse_count, v, ordered)
+    centered = [part - m.view(shape) for part, m in zip(xs, mean, strict=True)]
+    variance = sum_of_blocks([part.square().sum(dims) for part in centered], ordered) * inverse_count
+    inverse = one_per_block((variance + eps).rsqrt(), v, ordered)
+    normalized = [part * i.view(shape) for part, i in zip(centered, inverse, strict=True)]
+    sums = [torch.stack([(d * xhat).sum(dims), d.sum(dims)]) for d, xhat in zip(dys, normalized, strict=True)]
+    means = one_per_block(sum_of_blocks(sums, ordered) * inverse_count, v, ordered)
+    scale = inverse if weight is None else [i * w for i, w in zip(inverse, weight, strict=True)]
+    dx = [
+        s.view(shape) * (d - alone.view(shape) - xhat * with_normalized.view(shape))
+        for s, d, xhat, (with_normalized, alone) in zip(scale, dys, normalized, means, strict=True)
+    ]
+    whole = joined(dx) if ordered else dx[0]
+    if weight is None:
+        return whole, None, None
+    with_normalized, alone = torch.stack(sums).unbind(1)
+    return whole, with_normalized, alone

@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from eae_dist.config import Config, TrainConfig
-from eae_dist.distributed import set_group_timeouts, world_size
+from eae_dist.distributed import gradient_tree, set_group_timeouts, world_size
 from eae_dist.distributed.collectives import is_initialized
 from eae_dist.errors import UserError
 
@@ -95,6 +95,8 @@ class PyTorch:
         model, prepared_optimizer = self.accelerator.prepare(objective, optimizer)
         if world_size() > 1 and not isinstance(model, DistributedDataParallel):
             raise UserError(f"accelerate did not wrap the model for {world_size()} ranks; check the file given to --config_file")
+        if config.train.blocks and world_size() > 1:
+            model.register_comm_hook([], gradient_tree)
         return model, prepared_optimizer
 
     def autocast(self) -> AbstractContextManager:
@@ -172,6 +174,11 @@ class DeepSpeed:
             raise UserError(
                 f"train.accumulate={train.accumulate} needs whole gradients on every rank, but DeepSpeed's ZeRO splits "
                 f"them; set train.accumulate=1, {ddp}"
+            )
+        if train.blocks:
+            raise UserError(
+                f"train.blocks={train.blocks} needs sums over ranks in its own order, but DeepSpeed's ZeRO adds gradients in "
+                f"another; set train.blocks=0, {ddp}"
             )
         if lanes % world_size():
             raise UserError(

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from eae_dist.config import Config, TrainConfig, flatten, save_config
 from eae_dist.data.stream import ShardStream
 from eae_dist.distributed import OtherRankFailed, StopRequest, measured_waits, on_rank_zero, rank, require_equal
-from eae_dist.errors import USER_ERRORS
+from eae_dist.errors import USER_ERRORS, UserError
 from eae_dist.model.autoencoder import to_unit
 from eae_dist.model.norm import finite_norms
 from eae_dist.numerics.keyed_random import derive_key
@@ -51,7 +51,7 @@ def train(config: Config) -> None:
     check_micro_batches(stream, config.train.accumulate, accelerator.device)
     if "entropy" in run.objective.penalties:
         check_neighbors(stream, config)
-    if config.train.accumulate == 1 and run.engine.needs_ddp_warmup:
+    if config.train.accumulate == 1 and run.engine.needs_ddp_warmup and not config.train.blocks:
         warm_up_ddp_buckets(accelerator, run.model, stream)
     if checkpoint is not None:
         run.resume(checkpoint)
@@ -83,7 +83,7 @@ def train(config: Config) -> None:
             run.save(unfinished)
 
         window: list[torch.Tensor] = []  # terms of every step since the last line of the log
-        times, started = StepTimes(stream.rows, waits, run.model), time.perf_counter()
+        times, started = StepTimes(stream.rows, waits, None if config.train.blocks else run.model), time.perf_counter()
         while state.step < end and not stopping:
             # One step on B images.
             stop.start_asking()
@@ -147,9 +147,11 @@ def training_step(
     The last entry is the gradient norm. The entry before it is `finite_norms`, from which `averaged` finds the ranks on which a
     non-finite loss started. A share is the value of one rank; the mean over ranks is the term of the global batch.
     row_ids: numbers of this rank's rows in the global batch, int64 [b]. key: key of all random draws of this step.
+    Raises UserError if a network draws random numbers under train.blocks.
     """
     optimizer.zero_grad()
     device = accelerator.device
+    generator = random_state(device) if config.blocks else None
     if config.accumulate > 1:
         objective = accelerator.unwrap_model(model)
         terms = accumulate(accelerator, objective, batch, config.global_batch, row_ids, key, config.accumulate)
@@ -157,11 +159,21 @@ def training_step(
         first = None if batch["distinct"] else batch["first"].to(device)
         terms = model(to_unit(batch["image"], device), first, config.global_batch, row_ids, key)
         accelerator.backward(terms["loss"])
+    if generator is not None and not torch.equal(random_state(device), generator):
+        raise UserError(
+            f"train.blocks={config.blocks}: a network (model.encoder, model.decoder) draws random numbers, as dropout does, and "
+            f"these differ between numbers of ranks; leave that layer out or set train.blocks=0"
+        )
     norm = engine_of(accelerator).step(model, optimizer, config.clip_norm)
     finite = finite_norms(model)
     finite = torch.zeros_like(norm) if finite is None else finite
     shares = [term.double() for term in (*terms.values(), finite, norm)]
     return [*terms, FINITE_NORMS, "gradient_norm"], torch.stack(shares).detach()
+
+
+def random_state(device: torch.device) -> torch.Tensor:
+    """Returns the state of the generator from which random layers on the device draw."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def warm_up_ddp_buckets(accelerator: Accelerator, model: torch.nn.Module, stream: ShardStream) -> None:

@@ -134,7 +134,7 @@ def averaged(
         ranks = [who for who in here if began[who] == began[here].min()]
         value = float(shares[ranks[0], at, names.index(name)])
         require_finite({name: value}, step - len(window) + at + 1, last_checkpoint, ranks)
-    means = dict(zip(names, shares.mean((0, 1)).tolist(), strict=True))
+    means = dict(zip(names, shares.mean(0).mean(0).tolist(), strict=True))
     del means[FINITE_NORMS]
     return means
 

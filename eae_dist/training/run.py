@@ -22,7 +22,7 @@ from eae_dist.training.checkpoint import Checkpoint
 from eae_dist.training.compilation import set_execution
 from eae_dist.training.console import say
 from eae_dist.training.engines import engine_of
-from eae_dist.training.setup import entropy_reference
+from eae_dist.training.setup import entropy_reference, set_blocks
 from eae_dist.training.state import TrainingState
 from eae_dist.training.validation import validate
 
@@ -41,6 +41,7 @@ class Run:
         self.objective = build_objective(config.model, config.objective, stream.index.image_shape, config.train.seed)
         self.objective.group = subgroup(ranks_of_group(config.objective.group), config.train.timeout)
         self.objective.row_counts = row_counts(stream.rows, accelerator.device)
+        set_blocks(self.objective, config, stream)
         set_execution(self.objective, config.train, accelerator.device)
         self.optimizer = torch.optim.Adam(self.objective.parameters(), lr=config.train.learning_rate)
         self.engine = engine_of(accelerator)

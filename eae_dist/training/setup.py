@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
@@ -19,7 +20,8 @@ from eae_dist.distributed import ranks_of_group, row_counts, world_size
 from eae_dist.distributed.start import Start, require_taken, start
 from eae_dist.errors import UserError
 from eae_dist.losses.entropy import gaussian_reference
-from eae_dist.objectives import objective_class
+from eae_dist.model.networks import run_by_block
+from eae_dist.objectives import Objective, objective_class
 from eae_dist.training.console import say
 from eae_dist.training.engines import accelerator_options, engine_of, uses_deepspeed
 
@@ -35,7 +37,9 @@ UNUSED_SETTINGS = {  # variables that accelerate's configuration sets, and what 
 
 def how_to_start(config: TrainConfig, *, judging: bool = False) -> Start:
     """Returns how a process starts; what judges a model never rounds to TF32."""
-    return Start(config.device, config.timeout, tf32=config.tf32 and not judging, deterministic=config.deterministic)
+    # Blocks need deterministic kernels. Those of CPUs always are, and torch's switch would cost time there.
+    deterministic = config.deterministic or (config.blocks > 0 and config.device != "cpu" and torch.cuda.is_available())
+    return Start(config.device, config.timeout, tf32=config.tf32 and not judging, deterministic=deterministic)
 
 
 def how_to_judge(assignments: Sequence[str]) -> Start:
@@ -61,6 +65,8 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         raise UserError(
             f"train.trackers={missing} are unknown to accelerate or not installed; available: {', '.join(sorted(available))}"
         )
+    if cpu and config.blocks:
+        torch.set_num_threads(1)  # kernels share work between threads, and so the order of their sums depends on the number
     # torch 2.14 renames DDP's broadcast_buffers; accelerate still passes the old name.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     options = accelerator_options(config, cpu)
@@ -116,6 +122,34 @@ def open_stream(config: Config) -> ShardStream:
     return stream
 
 
+def set_blocks(objective: Objective, config: Config, stream: ShardStream) -> None:
+    """Makes training work on the blocks of train.blocks: block i has the lanes [i L/V, (i + 1) L/V). 0: does nothing.
+
+    Raises UserError if the blocks cannot be shared out, or if a network cannot run block by block.
+    """
+    blocks, order, world = config.train.blocks, stream.order, world_size()
+    if not blocks:
+        return
+    if blocks % world:
+        raise UserError(
+            f"train.blocks={blocks} cannot be shared by {world} ranks: the number of ranks must divide it; change the ranks or "
+            f"set train.blocks=0"
+        )
+    if blocks > order.lanes:
+        raise UserError(
+            f"train.blocks={blocks} must be at most {order.lanes}, the number of lanes (data.lanes, by default "
+            f"train.global_batch={order.global_batch}); lower train.blocks"
+        )
+    objective.block_edges = np.arange(blocks + 1) * order.lanes // blocks * (order.global_batch // order.lanes)
+    if (fewest := int(np.diff(objective.block_edges).min())) < config.train.accumulate:
+        raise UserError(
+            f"train.accumulate={config.train.accumulate} needs as many images in every block, but one of train.blocks={blocks} "
+            f"has {fewest}; lower train.accumulate or train.blocks"
+        )
+    for key, network in (("model.encoder", objective.autoencoder.encoder), ("model.decoder", objective.autoencoder.decoder)):
+        run_by_block(network, key)
+
+
 def check_micro_batches(stream: ShardStream, accumulate: int, device: torch.device) -> None:
     """Raises ValueError if a rank has fewer rows than micro-batches."""
     if (fewest := min(row_counts(stream.rows, device))) < accumulate:
@@ -158,4 +192,5 @@ def entropy_reference(config: Config, device: torch.device) -> float:
         eps2=objective.eps2,
         seed=config.train.seed,
         device=device,
+        blocks=config.train.blocks,
     )

@@ -24,8 +24,8 @@ class StepTimes:
     the host does not wait; use a trace.
     """
 
-    def __init__(self, rows: int, waits: Stopwatch, model: torch.nn.Module):
-        """rows: number of this rank's rows in a batch."""
+    def __init__(self, rows: int, waits: Stopwatch, model: torch.nn.Module | None):
+        """rows: number of this rank's rows in a batch. model: None if its gradients are averaged by our own collectives."""
         self.rows, self.steps, self._waits = rows, 0, waits
         self._step, self._reading, self._gradients = Stopwatch(), Stopwatch(), Stopwatch()
         self.reading = self._reading.running

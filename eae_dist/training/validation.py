@@ -5,9 +5,10 @@ import torch
 from accelerate import Accelerator
 
 from eae_dist.config import Config
+from eae_dist.data.order import blocks_of
 from eae_dist.data.remote import Cache
 from eae_dist.data.stream import walk
-from eae_dist.distributed import StopRequest, gather_rows, sum_over_ranks
+from eae_dist.distributed import StopRequest, gather_rows, in_blocks, local_blocks, sum_over_ranks
 from eae_dist.model.autoencoder import to_unit
 from eae_dist.numerics.keyed_random import derive_key
 from eae_dist.objectives import Objective
@@ -41,7 +42,12 @@ def validate(accelerator: Accelerator, objective: Objective, config: Config, sto
         blocks.append({name: rows[:0] for name, rows in objective.per_row(image, np.zeros(1), key).items()})
     per_row = {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
     rows = int(sum_over_ranks(torch.tensor(len(numbers), device=accelerator.device)))
-    terms = objective.terms(per_row, None, rows, numbers, key)
+    shared = None
+    if v := config.train.blocks:  # block i of V has the images that rank i of V ranks would have
+        starts = [blocks_of(rows, config.evaluate.batch, block, v)[0] * config.evaluate.batch for block in range(v)]
+        shared = local_blocks(np.array([*starts, rows]).clip(max=rows), numbers)
+    with in_blocks(shared):
+        terms = objective.terms(per_row, None, rows, numbers, key)
     objective.train()
     means = gather_rows(torch.stack([term.double() for term in terms.values()])[None]).mean(0)
     return dict(zip(terms, means.tolist(), strict=True))

@@ -259,6 +259,7 @@ def settings_of(stage: int, **more) -> dict:
     "settings, changed, ranks, said",
     [
         ({}, {"accumulate": 2}, 2, "train.accumulate=2 needs whole gradients"),
+        ({}, {"blocks": 8}, 2, "train.blocks=8 needs sums over ranks in its own order"),
         ({}, {}, 4, "4 ranks do not divide the 26 lanes"),
         ({}, {"precision": "fp16"}, 2, "take train.precision=bf16"),
         ({}, {"channels_last": True}, 2, "train.channels_last=true"),

@@ -27,7 +27,7 @@ INTEGERS = [key for key, kind in TYPES.items() if kind in (int, int | None)]
 FLOATS = [key for key, kind in TYPES.items() if kind in (float, float | None)]
 PENALTIES = ("kl_weight", "mmd_weight", "latent_weight", "decoder_weight", "gradient_weight", "input_noise")
 ZEROS = ("train.seed", "evaluate.seed", "index.seed", "data.workers", "data.retries", "train.profile")
-MAY_BE_ZERO = {*ZEROS, *(f"objective.{name}" for name in PENALTIES)}
+MAY_BE_ZERO = {"train.blocks", *ZEROS, *(f"objective.{name}" for name in PENALTIES)}
 UNBOUNDED = {"objective.entropy_weight"}  # a weight of 0 or below is a legitimate experiment
 FRACTIONS = ("train.decay", "train.plateau_factor", "model.norm_momentum", "index.recall")
 
@@ -296,6 +296,7 @@ def test_what_decides_the_weights_may_not_change_and_what_does_not_may():
     marked = {f"{s.name}.{f.name}" for s in fields(Config) for f in fields(s.default_factory) if f.metadata.get("changeable")}
     fixed = {"data.split", "data.lanes", "train.seed", "train.global_batch", "train.accumulate", "train.learning_rate"}
     fixed |= {"train.schedule", "train.decay", "train.plateau_factor", "train.plateau_patience", "train.clip_norm"}
+    fixed |= {"train.blocks"}
     # The plateau schedule and the best checkpoint follow from them.
     fixed |= {"data.validation", "train.validate_every", "train.validation_images"}
     assert DEFAULTS.keys() - marked == fixed | {key for key in DEFAULTS if key.startswith(("model.", "objective."))}
