@@ -178,7 +178,8 @@ def exchanged_parts(x: torch.Tensor, *, async_op: bool = False) -> "tuple[torch.
     """
     world = world_size()
     m = -(-x.numel() // world)
-    sent = torch.nn.functional.pad(x.flatten(), (0, m * world - x.numel()))
+    filling = m * world - x.numel()
+    sent = torch.nn.functional.pad(x.flatten(), (0, filling)) if filling else x.flatten()
     received = torch.empty_like(sent)
     with waiting():
         work = dist.all_to_all_single(received, sent, async_op=async_op)
