@@ -136,7 +136,9 @@ def _averaging_here(start: Callable) -> Callable:
 
     def started(self, *args, **kwargs):
         start(self, *args, **kwargs)
-        self.register_comm_hook(None, averaged)
+        chosen = [None, averaged]  # DDP takes one hook only, and the run may have its own
+        self.register_comm_hook(chosen, lambda chosen, bucket: chosen[1](chosen[0], bucket))
+        self.register_comm_hook = lambda *own: chosen.__setitem__(slice(None), own)
 
     return started
 
