@@ -100,7 +100,7 @@ def test_killed_rank_ends_the_others_and_the_same_command_ends_with_the_same_bit
         *others, killed = ended.codes
         assert killed == -signal.SIGKILL and all(code > 0 for code in others), (name, ended)
         for said in ended.said[:-1]:
-            assert f"failed in step {BROKEN}" in said and f"rank {ranks - 1} ended or hangs" in said, said
+            assert f"could not go on in step {BROKEN}" in said and f"rank {ranks - 1} ended or hangs" in said, said
             assert f"the last checkpoint is {tmp_path / name}/checkpoints/step-{SAVED:08d}" in said
         assert latest(tmp_path / name) == f"step-{SAVED:08d}"
     ended = broken(ranks, shards, tmp_path, "SIGKILL")
