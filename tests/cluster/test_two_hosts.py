@@ -107,7 +107,9 @@ def test_cable_that_stays_out_ends_both_hosts_in_time_and_the_same_command_goes_
     ended = trained(hosts, shards, run, 5, f"ip link set {CABLE} down")
     assert all(status != 0 for status, _ in ended) and (tmp_path / "run.mark").exists()
     for number, (_, said) in enumerate(ended):
-        assert f"rank {number} of 2" in said and f"could not go on in step {BROKEN}" in said and "ended or hangs" in said, said[-4000:]
+        assert f"rank {number} of 2" in said and f"could not go on in step {BROKEN}" in said and "ended or hangs" in said, said[
+            -4000:
+        ]
     ip("-n", hosts[1][0], "link", "set", CABLE, "up")
     for status, said in trained(hosts, shards, run, 60):
         assert status == 0, said[-4000:]
