@@ -192,7 +192,7 @@ def training(config: Config, shape: tuple[int, int, int]) -> tuple[Callable[[], 
     model, optimizer = engine_of(accelerator).prepare(objective, optimizer, config, config.train.global_batch)
     rows = config.train.global_batch // world_size()
     images = torch.randint(256, (rows, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(rank()))
-    batch = {"image": images, "first": torch.ones(rows, dtype=torch.bool)}
+    batch = {"image": images, "first": torch.ones(rows, dtype=torch.bool), "distinct": True}
     row_ids = np.arange(rank() * rows, (rank() + 1) * rows)
     return partial(training_step, accelerator, model, optimizer, batch, row_ids, 0, config.train), accelerator.device
 
