@@ -71,6 +71,13 @@ class _Factories(TorchDispatchMode):
         return _computed(operation, args, kwargs or {})
 
 
+class Watching(TorchDispatchMode):
+    """Changes nothing. For runs on the CPU: where a mode watches, autograd adds gradients in new memory and not in place."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        return operation(*args, **(kwargs or {}))
+
+
 class _Module(backend_registration._DummyBackendModule if MISSING is None else object):
     """What torch asks of the module of a device, such as torch.cuda."""
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,8 @@ def _saved(device: str, out: Path, work: Callable, *arguments) -> None:
     with ending_ranks():
         if device == "gpu":
             gpu.pretend()
-        found = work(*arguments)
+        with nullcontext() if device == "gpu" else gpu.Watching():
+            found = work(*arguments)
         if rank() == 0:
             torch.save(gpu.values_of(found), out)
 
@@ -154,10 +156,6 @@ def every_kind_of_step(shards: Path, name: str, _) -> dict:
 def test_steps_and_validation_of_every_row_have_the_bits_of_the_cpu(shards, tmp_path, name):
     on_cpu, found = on_both(tmp_path, every_kind_of_step, shards, name)
     for kind, (terms, state, validation) in on_cpu.items():
-        if (name, kind) == ("rae_gp", "train.accumulate=2"):  # autograd adds the gradients of its two losses in another order
-            torch.testing.assert_close(found[kind][0], terms, rtol=1e-6, atol=0)
-            torch.testing.assert_close(found[kind][1], state, rtol=1e-5, atol=1e-7)
-            continue
         assert torch.equal(found[kind][0], terms) and terms.isfinite().all(), kind
         assert [key for key in state if not torch.equal(found[kind][1][key], state[key])] == [], kind
         assert found[kind][2] == validation, kind
