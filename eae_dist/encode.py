@@ -95,8 +95,8 @@ def encode(directory: Path, out: Path, assignments: Sequence[str]) -> LatentFold
             on_every_rank(partial(encode_parts, mine[number : number + 1]))
 
     # All parts are there.
-    with on_rank_zero() as first:
-        if first:
+    with on_rank_zero() as is_rank_zero:
+        if is_rank_zero:
             splits: dict[str, list] = {split: [] for split in samples}
             for split, part, _ in parts:
                 splits[split].append(read_json(description(out, name_of(split, part)), PART, "run the same command again"))

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import select
 import sys
 import threading
 import time
@@ -138,27 +139,24 @@ def _drop_group(error: BaseException) -> None:
 def last_word(text: str) -> str:
     """Returns the text, and prints it once more when the launcher of this rank has ended, within at most 30 seconds.
 
-    accelerate and torchrun print a traceback of their own after a rank has failed, below which nobody looks for the cause.
+    accelerate and torchrun print a traceback of their own after a rank has failed, below which nobody looks for the cause. Where
+    the system has no pidfd (Linux before 5.3, other systems), the text is not printed once more.
     """
     launcher = launcher_process()
-    if launcher is not None and os.fork() == 0:
-        try:
-            os.setsid()  # a launcher ends the process groups of its ranks
-            end = time.monotonic() + 30
-            while _runs(launcher) and time.monotonic() < end:
-                time.sleep(0.02)
-            os.write(2, f"{text}\n".encode(errors="replace"))
-        finally:
-            os._exit(0)
+    if launcher is None or not hasattr(os, "pidfd_open"):
+        return text
+    with suppress(OSError):
+        # It is readable from the launcher's end on, also before whoever started the launcher has asked how it ended.
+        ended = os.pidfd_open(launcher)
+        if os.fork() == 0:
+            try:
+                os.setsid()  # a launcher ends the process groups of its ranks
+                select.select([ended], [], [], 30)
+                os.write(2, f"{text}\n".encode(errors="replace"))
+            finally:
+                os._exit(0)
+        os.close(ended)
     return text
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except OSError:
-        return False
-    return True
 
 
 def _where() -> str:

@@ -7,15 +7,14 @@ import yaml
 
 from eae_dist.distributed.stop import LAUNCHERS
 
-# What accelerate assumes without a file, for the keys that change how a run is computed or on how many ranks.
+# What accelerate assumes without a file, for the keys that choose ranks, devices or an engine. Precision, accumulation and
+# compilation are not among them: there the settings of the run decide (setup.UNUSED_SETTINGS).
 ASSUMED: dict[str, tuple[object, ...]] = {
-    "mixed_precision": ("no", False, None),
     "num_processes": (None,),
     "num_machines": (1, None),
     "distributed_type": ("NO", "MULTI_GPU", "MULTI_CPU", None),
     "use_cpu": (False, None),
     "gpu_ids": ("all", None),
-    "dynamo_config": ({}, None),
     "deepspeed_config": ({}, None),
     "fsdp_config": ({}, None),
     "megatron_lm_config": ({}, None),
