@@ -21,7 +21,7 @@ def test_draws_of_a_gaussian_measure_as_the_draws_they_are_compared_with():
 def test_sliced_wasserstein_of_a_moved_or_stretched_gaussian_is_its_closed_form():
     # Along a direction u the mean moves by m.u: the mean square over directions is |m|^2 / d. A scale s is off by |s - 1|.
     x = normal(20_000, 4)
-    assert sliced_wasserstein(x + torch.tensor([3.0, 0, 0, 0]), directions=4000) == pytest.approx(3 / 2, rel=0.02)
+    assert sliced_wasserstein(x[:4000] + torch.tensor([3.0, 0, 0, 0]), directions=4000) == pytest.approx(3 / 2, rel=0.02)
     assert sliced_wasserstein(1.5 * x) == pytest.approx(0.5, rel=0.03)
 
 
