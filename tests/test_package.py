@@ -1,8 +1,12 @@
 """The package as its users meet it: names at the top, one command, what an installation holds."""
 
+import os
 import re
 import subprocess
 import sys
+import sysconfig
+import tarfile
+import venv
 from pathlib import Path
 
 import pytest
@@ -73,6 +77,35 @@ def test_shipped_configuration_is_found_by_its_name_and_a_file_wins(tmp_path, mo
     assert find_config("mnist5k") == Path("mnist5k") and load_config(["--config", "mnist5k"]).train.seed == 7
     with pytest.raises(ValueError, match="mnist6k: there is no such .*; shipped: celeba, cifar10, fashion_mnist, mnist, mnist5k"):
         find_config("mnist6k")
+
+
+@pytest.mark.slow
+def test_wheel_made_from_the_sdist_packs_trains_and_evaluates_away_from_a_clone(tmp_path):
+    """The dependencies are those of the tests, because installing them again takes minutes; the package is the wheel's."""
+    tree = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
+    for name in filter(None, tree):
+        (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "tree" / name).write_bytes((ROOT / name).read_bytes())
+    made = tmp_path / "dist"
+    subprocess.run([sys.executable, "-m", "build", "--outdir", made, tmp_path / "tree"], check=True, stdout=subprocess.DEVNULL)
+    (sdist,), (wheel,) = made.glob("*.tar.gz"), made.glob("*.whl")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"LICENSE", "README.md", "pyproject.toml", "configs/cifar10/eae.yaml", "eae_dist/py.typed"} <= names
+
+    venv.create(tmp_path / "empty", with_pip=True)
+    binaries = tmp_path / "empty" / "bin"
+    (site,) = (tmp_path / "empty/lib").glob("python*/site-packages")
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))  # after the wheel's own folder on the path
+    run = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": "", "OMP_NUM_THREADS": "1"}, "check": True, "text": True}
+    subprocess.run([binaries / "python", "-m", "pip", "install", "--quiet", "--no-deps", wheel], **run)
+    where = subprocess.run([binaries / "python", "-c", "import eae_dist; print(eae_dist.__file__)"], capture_output=True, **run)
+    assert Path(where.stdout).is_relative_to(site)
+    brief = ["train.epochs=1", "train.output=run", "evaluate.count=200", "evaluate.densities=[isotropic]"]
+    for command_line in (["pack", "mnist5k", "shards/mnist5k"], ["train", "--config", "mnist5k", "mnist5k/eae", *brief]):
+        subprocess.run([binaries / "eae-dist", *command_line], stdout=subprocess.DEVNULL, **run)
+    told = subprocess.run([binaries / "eae-dist", "evaluate", "--ckpt", "run"], capture_output=True, **run)
+    assert re.search(r"^isotropic +\d", told.stdout, re.MULTILINE), told.stdout
 
 
 ROOMS = ("errors", "numerics", "distributed", "config", "data", "losses", "model", "latent", "metrics", "objectives", "report")
