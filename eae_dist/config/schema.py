@@ -131,7 +131,7 @@ class ObjectiveConfig:
     reconstruction_weight: float | None = setting(None, above=0)
     """Weight of the squared error, which is summed per image. Default: 1/(pixels channels); for vae, cv_vae and two_stage_vae:
     1/channels."""
-    entropy_weight: float = 0.006
+    entropy_weight: float = 0.01
     """eae, eae_linear: weight w in the loss (squared error per pixel and channel) - w (entropy in nats per latent dimension)."""
     k: int = setting(1, at_least=1)
     """eae, eae_linear: the entropy is estimated from the distance to the k-th nearest neighbor. The paper uses 1."""
