@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from eae_dist.data.stream import ShardStream
     from eae_dist.inference.trained_model import TrainedModel, load
     from eae_dist.latent.densities import DENSITIES
+    from eae_dist.latent.flow import Flow
     from eae_dist.latent.gaussian import Gaussian, Isotropic
     from eae_dist.latent.index import LatentIndex
     from eae_dist.latent.mixture import Mixture
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "DENSITIES": "latent.densities",
     "FeatureStats": "metrics.frechet",
+    "Flow": "latent.flow",
     "Gaussian": "latent.gaussian",
     "GlobalBatchNorm": "model.norm",
     "Isotropic": "latent.gaussian",
@@ -38,6 +40,7 @@ _HOMES = {
 __all__ = [
     "DENSITIES",
     "FeatureStats",
+    "Flow",
     "Gaussian",
     "GlobalBatchNorm",
     "Isotropic",

@@ -318,6 +318,7 @@ def fit_densities(
             "epochs": settings.second_stage_epochs,
             "seed": settings.seed,
         },
+        "flow": {"seed": settings.seed},
     }
     folder, latents, fitted = done.path.parent / "densities", None, {}
     for name in names:

@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(prog="python -m eae_dist.generate", description=__doc__.split(":\n")[0])
     parser.add_argument("--ckpt", type=Path, required=True, help="a checkpoint folder, or a run folder (its latest checkpoint)")
-    parser.add_argument("--density", default="isotropic", help="isotropic, mvg, gmm or two_stage; default: isotropic")
+    parser.add_argument("--density", default="isotropic", help="isotropic, mvg, gmm, two_stage or flow; default: isotropic")
     parser.add_argument("--count", type=int, default=100, help="how many images; default: 100")
     parser.add_argument("--nproc", type=int, help="local ranks; default: one per GPU, or one on a CPU")
     parser.add_argument(

@@ -4,13 +4,18 @@ import torch
 
 from eae_dist.distributed import gather_objects, rank, world_size
 from eae_dist.latent.densities import DENSITIES
+from eae_dist.latent.flow import Flow
 from eae_dist.latent.mixture import Mixture
 from eae_dist.latent.rows import Rows
 from eae_dist.latent.two_stage import TwoStage
 
 # Of 5,000 rows in three blocks: empty ranks, ranks inside one block, a block on three ranks, a bound between two blocks.
 BOUNDS = {1: [0, 5000], 2: [0, 2100, 5000], 3: [0, 4096, 4096, 5000], 4: [0, 0, 2300, 2400, 5000]}
-SMALL = {"gmm": lambda: Mixture(4, starts=2), "two_stage": lambda: TwoStage(width=24, epochs=2, batch=512, learning_rate=1e-3)}
+SMALL = {
+    "gmm": lambda: Mixture(4, starts=2),
+    "two_stage": lambda: TwoStage(width=24, epochs=2, batch=512, learning_rate=1e-3),
+    "flow": lambda: Flow(transforms=1, width=8, epochs=2, batch=512),
+}
 
 
 def latents() -> torch.Tensor:

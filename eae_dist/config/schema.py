@@ -246,8 +246,8 @@ class EvaluateConfig:
     reference: str = setting("test", changeable=True)
     """The split that generated and reconstructed images are compared with."""
     densities: list[str] = setting([], changeable=True)
-    """Densities that are fitted to the training latents and sampled: isotropic, mvg, gmm, two_stage. Default: isotropic, mvg and
-    gmm; for two_stage_vae: two_stage."""
+    """Densities that are fitted to the training latents and sampled: isotropic, mvg, gmm, two_stage, flow (needs the package
+    zuko). Default: isotropic, mvg and gmm; for two_stage_vae: two_stage."""
     components: int = setting(10, at_least=1, changeable=True)
     """Number of components of gmm."""
     second_stage_weight: float = setting(1.5e-3, above=0, changeable=True)
@@ -282,7 +282,8 @@ class EvaluateConfig:
     """Number of images taken from the start of the split and of the reference, and number of samples drawn. Default: all images
     of the split."""
     seed: int = setting(0, at_least=0, below=2**63, changeable=True)
-    """Fixes the drawn samples, the pairs of images for mid-points, the starting points of gmm and the training of two_stage."""
+    """Fixes the drawn samples, the pairs of images for mid-points, the starting points of gmm and the training of two_stage and
+    flow."""
 
 
 @dataclass

@@ -10,6 +10,7 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from eae_dist.errors import UserError
+from eae_dist.latent.flow import Flow
 from eae_dist.latent.gaussian import Gaussian, Isotropic, Seeds
 from eae_dist.latent.mixture import Mixture
 from eae_dist.latent.two_stage import TwoStage
@@ -47,7 +48,13 @@ class ReconstructingDensity(Density, Protocol):
         """Returns the reconstructions of latents, [m, d] -> [m, d]."""
 
 
-DENSITIES: dict[str, type[Density]] = {"isotropic": Isotropic, "mvg": Gaussian, "gmm": Mixture, "two_stage": TwoStage}
+DENSITIES: dict[str, type[Density]] = {
+    "isotropic": Isotropic,
+    "mvg": Gaussian,
+    "gmm": Mixture,
+    "two_stage": TwoStage,
+    "flow": Flow,
+}
 
 
 def save_density(density: Density, path: Path, model_sha256: str) -> None:

@@ -38,6 +38,7 @@ TITLES = {
     "mvg": "MVG",
     "gmm": "GMM",
     "two_stage": "second stage",
+    "flow": "flow",
     "reconstruction": "reconstruction",
     "interpolation_linear": "between, linear",
     "interpolation_spherical": "between, spherical",

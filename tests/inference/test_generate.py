@@ -51,7 +51,7 @@ def test_isotropic_draws_need_no_evaluation_and_others_say_how_to_get_one(run):
     assert model.sample(2).shape == (2, 1, 16, 16)
     with pytest.raises(FileNotFoundError, match=r"mvg was not fitted; run `python -m eae_dist.evaluate --ckpt .*step-00000004 "):
         model.sample(2, "mvg")
-    with pytest.raises(ValueError, match="the density gnn is unknown; it is one of isotropic, mvg, gmm, two_stage"):
+    with pytest.raises(ValueError, match="the density gnn is unknown; it is one of isotropic, mvg, gmm, two_stage, flow"):
         model.sample(2, "gnn")
 
 

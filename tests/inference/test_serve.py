@@ -234,7 +234,7 @@ def test_description_says_what_can_be_asked(app):
         D,
         [*SHAPE],
     )
-    assert described["densities"] == ["isotropic", "mvg"] and set(described["missing"]) == {"gmm", "two_stage"}
+    assert described["densities"] == ["isotropic", "mvg"] and set(described["missing"]) == {"gmm", "two_stage", "flow"}
     assert described["index"] == {"kind": "flat", "rows": 150, "split": "train", "data": "shards"}
     assert get(app, "/health").json() == {"status": "ok", "waiting": 0}
 
@@ -410,7 +410,7 @@ def test_bad_image_is_422_with_its_reason(app, data, reason):
         ("/decode", b'{"latents": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", 400, "body"),
         ("/decode", b"{", 422, "the body is not JSON"),
         ("/decode", b"\xff\xfe", 422, "the body is not JSON"),
-        ("/sample", {"density": "gnn"}, 422, "density: Input should be 'isotropic', 'mvg', 'gmm' or 'two_stage'"),
+        ("/sample", {"density": "gnn"}, 422, "density: Input should be 'isotropic', 'mvg', 'gmm', 'two_stage' or 'flow'"),
         ("/sample", {"density": "gmm"}, 409, "the density gmm was not fitted to these weights; run `python -m eae_dist.evaluate"),
         ("/sample", {"count": 0}, 422, "count: Input should be greater than or equal to 1"),
         ("/sample", {"count": 257}, 422, "count: Input should be less than or equal to 256"),
