@@ -42,7 +42,9 @@ from eae_dist.distributed import ending_ranks, rank, world_size
 from eae_dist.latent import gpu_search
 from eae_dist.latent.index import LatentIndex
 from eae_dist.losses.entropy import knn_entropy
-from eae_dist.metrics.features import Extractor, build_features, inception, inception_layout
+from eae_dist.metrics.extractor import Extractor
+from eae_dist.metrics.features import build_features
+from eae_dist.metrics.inception import inception, inception_layout
 from eae_dist.numerics.precision import allow_tf32
 from eae_dist.objectives import build_objective, resolve
 from eae_dist.training import compilation

@@ -31,7 +31,9 @@ from eae_dist.data.order import permutation
 from eae_dist.data.stream import walk
 from eae_dist.inference.trained_model import TrainedModel, sample_seeds
 from eae_dist.latent.gaussian import Gaussian
-from eae_dist.metrics.features import Extractor, build_features, lite0
+from eae_dist.metrics.efficientnet import lite0
+from eae_dist.metrics.extractor import Extractor
+from eae_dist.metrics.features import build_features
 from eae_dist.metrics.image_sets import compare, describe
 from eae_dist.model.autoencoder import to_uint8, to_unit
 from eae_dist.numerics.keyed_random import derive_key

@@ -18,9 +18,9 @@ from threadpoolctl import threadpool_limits
 from benchmarks.images import picture
 from benchmarks.table import Row, at_least, take_turns
 from eae_dist.data.image_folders import walk_images
-from eae_dist.metrics.features import inception, inception_layout
 from eae_dist.metrics.frechet import GRID_BITS, FeatureStats, frechet_distance
 from eae_dist.metrics.image_sets import describe
+from eae_dist.metrics.inception import inception, inception_layout
 
 FEATURES, MANY, FEW = 2048, 5000, 500  # samples of statistics with and without full rank
 IMAGES, BATCH = 32, 16

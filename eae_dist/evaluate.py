@@ -37,7 +37,8 @@ from eae_dist.inference.trained_model import LatentsOf, decoded, interpolations,
 from eae_dist.latent.densities import DENSITIES, Density, ReconstructingDensity, load_density, save_density
 from eae_dist.latent.gaussianity import gaussianity
 from eae_dist.losses.terms import squared_error
-from eae_dist.metrics.features import Extractor, build_features, features_for
+from eae_dist.metrics.extractor import Extractor
+from eae_dist.metrics.features import build_features, features_for
 from eae_dist.metrics.frechet import warnings_about
 from eae_dist.metrics.image_sets import ImageSet, announce, cached_image_set, compare, describe, headline
 from eae_dist.model.autoencoder import Autoencoder, encoded, to_unit

@@ -19,7 +19,7 @@ from torch import nn
 from world_cases import configured
 
 from eae_dist.data.indexing import build_index
-from eae_dist.metrics import features
+from eae_dist.metrics import inception
 
 torch.set_num_threads(1)  # the tests' tensors are small; on a busy machine threads that wait for each other crawl
 ROOT = Path(__file__).parent.parent
@@ -105,7 +105,7 @@ def fid_case(tmp_path_factory) -> Path:
     convolutions keep the scale, and the batch norms of the first layers take their statistics from some images.
     """
     torch.manual_seed(0)
-    network = features.inception_layout()
+    network = inception.inception_layout()
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight)
@@ -114,9 +114,9 @@ def fid_case(tmp_path_factory) -> Path:
     stem = nn.Sequential(network.Conv2d_1a_3x3, network.Conv2d_2a_3x3, network.Conv2d_2b_3x3).train()
     pixels = np.stack([image_of(number, (3, 32, 32)) for number in range(500, 524)])
     with torch.no_grad():
-        stem(features.PREPROCESSING["pytorch-fid"][0](torch.from_numpy(pixels).permute(0, 3, 1, 2)))
+        stem(inception.PREPROCESSING["pytorch-fid"][0](torch.from_numpy(pixels).permute(0, 3, 1, 2)))
     folder = tmp_path_factory.mktemp("fid")
-    (weights := folder / "hub" / "checkpoints" / features.INCEPTION_FILE).parent.mkdir(parents=True)
+    (weights := folder / "hub" / "checkpoints" / inception.INCEPTION_FILE).parent.mkdir(parents=True)
     torch.save(network.state_dict(), weights)
     for name, start, noise in (("a", 0, 0), ("b", 1000, 12)):
         (folder / name).mkdir()

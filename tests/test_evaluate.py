@@ -36,7 +36,8 @@ from eae_dist.inference.trained_model import sample_seeds, spherical_middle
 from eae_dist.latent.densities import DENSITIES
 from eae_dist.latent.mixture import Mixture
 from eae_dist.latent.two_stage import TwoStage
-from eae_dist.metrics.features import FEATURES, Extractor, build_features
+from eae_dist.metrics.extractor import Extractor
+from eae_dist.metrics.features import FEATURES, build_features
 from eae_dist.metrics.frechet import FeatureStats, frechet_distance
 from eae_dist.metrics.image_sets import compare, describe
 from eae_dist.model.autoencoder import Autoencoder

@@ -28,7 +28,8 @@ from eae_dist.inference.encoded_dataset import EncodedDataset
 from eae_dist.inference.service.model import ServedModel
 from eae_dist.latent.densities import DENSITIES
 from eae_dist.losses import entropy
-from eae_dist.metrics.features import FEATURES, INCEPTION_FILE, PREPROCESSING, build_features
+from eae_dist.metrics.features import FEATURES, build_features
+from eae_dist.metrics.inception import INCEPTION_FILE, PREPROCESSING
 from eae_dist.neighbors import neighbors
 from eae_dist.numerics.keyed_random import derive_key
 from eae_dist.objectives import build_objective

@@ -2,7 +2,8 @@
 
 import torch.nn.functional as F
 
-from eae_dist.metrics.features import FEATURES, Extractor
+from eae_dist.metrics.extractor import Extractor
+from eae_dist.metrics.features import FEATURES
 
 
 def thumbnails() -> Extractor:

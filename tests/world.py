@@ -48,9 +48,9 @@ from eae_dist.distributed import (
 from eae_dist.evaluate import evaluate, reconstructed
 from eae_dist.inference.trained_model import decoded
 from eae_dist.losses.entropy import entropy_terms, gaussian_reference, knn_entropy
-from eae_dist.metrics.features import INCEPTION_FILE, inception
 from eae_dist.metrics.frechet import ROOTS, frechet_distance
 from eae_dist.metrics.image_sets import describe
+from eae_dist.metrics.inception import INCEPTION_FILE, inception
 from eae_dist.model.norm import GlobalBatchNorm
 from eae_dist.numerics.keyed_random import derive_key
 from eae_dist.objectives import build_objective

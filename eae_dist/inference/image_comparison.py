@@ -17,7 +17,8 @@ from eae_dist.data.image_folders import ImageWalk, contents_sha256, walk_images
 from eae_dist.distributed import from_rank_zero, on_rank_zero, sum_over_ranks
 from eae_dist.errors import UserError
 from eae_dist.inference.trained_model import with_progress
-from eae_dist.metrics.features import Extractor, build_features, features_for
+from eae_dist.metrics.extractor import Extractor
+from eae_dist.metrics.features import build_features, features_for
 from eae_dist.metrics.frechet import FeatureStats, Moments, frechet_distance, warnings_about
 from eae_dist.metrics.image_sets import ImageSet, announce, cached_image_set, compare, describe, headline
 from eae_dist.metrics.statistics_file import SavedStatistics, save_statistics

@@ -17,7 +17,7 @@ from eae_dist.config import EvaluateConfig
 from eae_dist.data.order import filled
 from eae_dist.distributed import gather_objects, gather_rows, on_rank_zero, rank, sum_over_ranks
 from eae_dist.errors import UserError
-from eae_dist.metrics.features import Extractor
+from eae_dist.metrics.extractor import Extractor
 from eae_dist.metrics.frechet import FeatureStats, frechet_distance, warnings_about
 from eae_dist.metrics.kid import kernel_distance
 from eae_dist.metrics.prdc import precision_recall_density_coverage

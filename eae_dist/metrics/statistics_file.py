@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from eae_dist.errors import UserError
-from eae_dist.metrics.features import Extractor
+from eae_dist.metrics.extractor import Extractor
 from eae_dist.metrics.frechet import FeatureStats, Moments
 from eae_dist.numerics.atomic_files import replace_file
 

@@ -12,9 +12,10 @@ from PIL import Image
 from thumbnails import thumbnails  # noqa: F401  makes these features known
 from world_metrics import stats_of
 
-from eae_dist.metrics import features
-from eae_dist.metrics.features import INCEPTION_FILE, PREPROCESSING, build_features, inception
+from eae_dist.metrics import efficientnet
+from eae_dist.metrics.features import build_features, features_for
 from eae_dist.metrics.frechet import frechet_distance
+from eae_dist.metrics.inception import INCEPTION_FILE, PREPROCESSING, inception
 from eae_dist.numerics.atomic_files import sha256_of
 
 OFFLINE = ("efflite0", "efflite0_64px")
@@ -69,7 +70,7 @@ def test_color_networks_see_gray_as_three_equal_channels():
 
 def test_damaged_weights_are_refused(monkeypatch):
     built("efflite0")  # or skips
-    monkeypatch.setattr(features, "LITE0_SHA256", 64 * "0")
+    monkeypatch.setattr(efficientnet, "LITE0_SHA256", 64 * "0")
     with pytest.raises(ValueError, match="is damaged: its sha256 is .*, expected 0000"):
         build_features("efflite0")
 
@@ -87,13 +88,13 @@ def test_features_for_small_images_do_not_see_what_is_black_to_a_person():
 
 def test_a_batch_in_parts_has_the_features_of_the_whole(monkeypatch):
     expected = built("efflite0_64px")(images(0, 5))
-    monkeypatch.setattr(features, "CACHED_PIXELS", 2 * 64 * 64)
+    monkeypatch.setattr(efficientnet, "CACHED_PIXELS", 2 * 64 * 64)
     assert torch.allclose(built("efflite0_64px")(images(0, 5)), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(("height", "width", "name"), [(28, 28, OFFLINE[1]), (64, 64, OFFLINE[1]), (64, 65, OFFLINE[0])])
 def test_small_images_are_judged_at_a_small_size(height, width, name):
-    assert features.features_for(height, width) == name
+    assert features_for(height, width) == name
 
 
 @pytest.mark.parametrize("batch", [torch.zeros(2, 1, 32, 32), torch.zeros(2, 2, 32, 32).byte(), torch.zeros(1, 32, 32).byte()])
@@ -247,7 +248,7 @@ def test_only_the_well_known_weights_and_preprocessing_are_called_fid(inception_
     assert build_features("inception", weights=inception_weights, preprocessing="tf1").metric == f"{found.metric}_tf1"
     with pytest.raises(ValueError, match=f"its sha256 begins with {found.sha256[:8]}, expected 6726825d; get it again"):
         build_features("inception")
-    monkeypatch.setattr(features, "sha256_of", lambda path: "6726825d" + 56 * "0")
+    monkeypatch.setattr("eae_dist.metrics.inception.sha256_of", lambda path: "6726825d" + 56 * "0")
     assert (build_features("inception").metric, build_features("inception").kernel_metric) == ("fid", "kid")
     assert build_features("inception", preprocessing="clean").metric == "fid_clean"
     assert inception(dimensions=64).metric == "fid_dims64"
