@@ -175,7 +175,7 @@ def open_features(settings: EvaluateConfig, index: ShardIndex, assignments: Sequ
     name = settings.features or features_for(*index.image_shape[1:])
     if ":" in name and f"evaluate.features={name}" not in assignments:
         raise UserError(f"evaluate.features={name} is named only by the checkpoint; give it on the command line to run it")
-    return build_features(name, weights=settings.inception_weights, preprocessing=settings.preprocessing)
+    return build_features(name, weights=settings.weights, preprocessing=settings.preprocessing)
 
 
 def said_once(warnings: dict[str, list[str]]) -> list[str]:

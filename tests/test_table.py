@@ -269,7 +269,7 @@ def test_changed_digit_in_the_numbers_of_a_row_is_seen(configs, tmp_path):
         (["{configs}", "objective.kl_weight=0.2"], "objective.kl_weight=0.2 has no effect with objective.name=rae"),
         (["{configs}", "data.root=nowhere"], "nowhere"),
         # What only the evaluation reads is refused before anything is trained.
-        (["{configs}", "evaluate.features=inception", "evaluate.inception_weights=nowhere.pth"], "nowhere.pth does not exist: "),
+        (["{configs}", "evaluate.features=inception", "evaluate.weights=nowhere.pth"], "nowhere.pth does not exist: "),
         (["{configs}", "evaluate.densities=[mgv]"], "evaluate.densities: mgv is unknown"),
         (["{configs}", "evaluate.split=tset"], "no split 'tset'"),
         (["{configs}", "evaluate.features=own_features:mean"], "cannot be imported"),

@@ -24,7 +24,11 @@ from eae_dist.errors import UserError
 from eae_dist.numerics.atomic_files import replace_file
 
 # Former names: they are still read from a run folder's config.yaml. Elsewhere, an error gives the new name.
-RENAMED_KEYS = {"index.queries": "index.query_split", "index.near": "index.duplicate_ratio"}
+RENAMED_KEYS = {
+    "index.queries": "index.query_split",
+    "index.near": "index.duplicate_ratio",
+    "evaluate.inception_weights": "evaluate.weights",
+}
 RENAMED_VALUES = {("train.precision", "no"): "fp32"}
 
 

@@ -256,13 +256,13 @@ class EvaluateConfig:
     second_stage_epochs: int = setting(100, at_least=1, changeable=True)
     """Passes over the training latents in the second stage of two_stage. The default is the official value."""
     features: str | None = setting(None, changeable=True)
-    """The network whose features are compared: inception (the distance is fid), efflite0 (images at 128 x 128), efflite0_64px (at
-    64 x 64) or your own package.module:function, given on the command line. Default: efflite0_64px for images of up to
-    64 pixels, else efflite0."""
+    """The network whose features are compared: inception (the distance is fid), dinov2_vits14, dinov2_vitl14 (need the package
+    timm), efflite0 (images at 128 x 128), efflite0_64px (at 64 x 64) or your own package.module:function, given on the command
+    line. Default: efflite0_64px for images of up to 64 pixels, else efflite0."""
     preprocessing: str | None = setting(None, changeable=True)
-    """Preprocessing of images for inception: pytorch-fid (default), tf1 or clean."""
-    inception_weights: str | None = setting(None, changeable=True)
-    """File with the weights of inception. Default: its place in the cache of torch.hub."""
+    """Preprocessing of images for inception: pytorch-fid (default), tf1 or clean; for dinov2_*: dgm-eval (default) or tf1."""
+    weights: str | None = setting(None, changeable=True)
+    """File with the weights of inception, dinov2_vits14 or dinov2_vitl14. Default: its place in the cache of torch.hub."""
     frechet: str = setting("svd", choices=("svd", "sqrtm"), changeable=True)
     """Method for the matrix square root in the Fréchet distance: svd, or sqrtm as in pytorch-fid."""
     read: str = setting("pack", choices=("pack", "pytorch-fid"), changeable=True)

@@ -119,7 +119,7 @@ def extractor_of(settings: EvaluateConfig, images: ImageWalk, saved: Sequence[Sa
         if settings.features is None and one.features is None:
             raise UserError(f"{one.path} does not say which features it is of; set evaluate.features (pytorch-fid's: inception)")
     name = settings.features or features_for(*images.size)
-    extractor = build_features(name, weights=settings.inception_weights, preprocessing=settings.preprocessing)
+    extractor = build_features(name, weights=settings.weights, preprocessing=settings.preprocessing)
     for one in saved:
         one.check_features(extractor)
     return extractor

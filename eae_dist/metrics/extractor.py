@@ -3,6 +3,7 @@
 b: images of a batch, c: 1 or 3 channels, f: features.
 """
 
+import os
 import pickle
 import re
 from collections.abc import Callable
@@ -11,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from eae_dist.errors import UserError
+from eae_dist.errors import MissingFile, UserError
+from eae_dist.numerics.atomic_files import sha256_of
 
 GRAY = "gray as three equal channels"
 
@@ -74,6 +76,46 @@ class Extractor(nn.Module):
 def in_color(images: torch.Tensor) -> torch.Tensor:
     """Converts uint8 [b, 1 or 3, h, w] to float32 [b, 3, h, w], 0 to 255; gray becomes three equal channels."""
     return images.float().expand(-1, 3, -1, -1)
+
+
+def resized_as_tf1(images: torch.Tensor, side: int) -> torch.Tensor:
+    """Resizes float images to side x side as TensorFlow 1 does: bilinear, positions measured from the corners of pixels."""
+
+    def resized(x: torch.Tensor, dim: int) -> torch.Tensor:
+        place = torch.arange(side, dtype=torch.float32, device=x.device) * (x.shape[dim] / side)
+        low = place.floor().long()
+        below, above = x.index_select(dim, low), x.index_select(dim, (low + 1).clamp(max=x.shape[dim] - 1))
+        weight = (place - low).view([-1 if d == dim else 1 for d in range(4)])
+        return below + (above - below) * weight
+
+    return resized(resized(images, 3), 2)
+
+
+def torch_hub(file: str) -> Path:
+    """Returns the path at which torch's hub keeps a file of weights."""
+    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    return Path(os.environ.get("TORCH_HOME", f"{cache}/torch")).expanduser() / "hub" / "checkpoints" / file
+
+
+def found_weights(weights: str | Path | None, url: str, sha256: str, what: str) -> tuple[Path, str, bool]:
+    """Returns the file of weights, its sha256 and whether it is the official one.
+
+    weights: the user's file; default: the place of the official one in the cache of torch's hub. sha256: the start of the
+    official file's. Raises FileNotFoundError if there is no file, ValueError if another one lies in the official place.
+    """
+    path = Path(weights) if weights is not None else torch_hub(url.rpartition("/")[2])
+    if not path.is_file():
+        raise MissingFile(
+            f"{path} does not exist: the weights of {what} are not part of this package and are not downloaded; get them from "
+            f"{url} and put them there, or set evaluate.weights"
+        )
+    found = sha256_of(path)
+    if weights is None and not found.startswith(sha256):
+        raise UserError(
+            f"{path} is damaged or another file: its sha256 begins with {found[:8]}, expected {sha256[:8]}; get it again from "
+            f"{url}, or set evaluate.weights to your own weights"
+        )
+    return path, found, found.startswith(sha256)
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:

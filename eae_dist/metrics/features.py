@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from eae_dist.errors import UserError
+from eae_dist.metrics.dinov2 import dinov2_vitl14, dinov2_vits14
 from eae_dist.metrics.efficientnet import SMALL_SIDE, efflite0, efflite0_64px
 from eae_dist.metrics.extractor import Extractor
 from eae_dist.metrics.inception import inception
@@ -19,7 +20,10 @@ FEATURES: dict[str, Callable[..., Extractor]] = {
     "inception": inception,
     "efflite0": efflite0,
     "efflite0_64px": efflite0_64px,
+    "dinov2_vits14": dinov2_vits14,
+    "dinov2_vitl14": dinov2_vitl14,
 }
+OF_A_FILE = ("inception", "dinov2_vits14", "dinov2_vitl14")  # the user has their weights and chooses their preprocessing
 
 
 def features_for(height: int, width: int) -> str:
@@ -30,13 +34,14 @@ def features_for(height: int, width: int) -> str:
 def build_features(name: str, *, weights: str | Path | None = None, preprocessing: str | None = None) -> Extractor:
     """Returns the extractor of that row of FEATURES, or of a user's function named `package.module:function`.
 
-    weights: the file of weights, for `inception` only. preprocessing: a row of PREPROCESSING, for `inception` only. Raises
-    ValueError for an unknown name or option or a damaged file, FileNotFoundError for a missing file.
+    weights: the file of weights, and preprocessing: how images are prepared, for the rows of OF_A_FILE only. Raises ValueError
+    for an unknown name or option or a damaged file, FileNotFoundError for a missing file.
     """
-    if name == "inception":
-        return inception(weights, preprocessing or "pytorch-fid")
+    if name in OF_A_FILE:
+        return FEATURES[name](weights, **({} if preprocessing is None else {"preprocessing": preprocessing}))
     if weights is not None or preprocessing is not None:
-        raise UserError(f"evaluate.features={name} has its own weights and preprocessing; these are options of inception")
+        of_a_file = ", ".join(OF_A_FILE)
+        raise UserError(f"evaluate.features={name} has its own weights and preprocessing; these are options of {of_a_file}")
     if name in FEATURES:
         return FEATURES[name]()
     if ":" in name:

@@ -1,6 +1,5 @@
 """The Inception-v3 that defines FID: the network of pytorch-fid, with its file of weights."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from eae_dist.errors import MissingFile, UserError
-from eae_dist.metrics.extractor import GRAY, Extractor, in_color, load_weights
-from eae_dist.numerics.atomic_files import sha256_of
+from eae_dist.errors import UserError
+from eae_dist.metrics.extractor import GRAY, Extractor, found_weights, in_color, load_weights, resized_as_tf1
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
@@ -27,19 +25,9 @@ def inception(weights: str | Path | None = None, preprocessing: str = "pytorch-f
     """
     if preprocessing not in PREPROCESSING:
         raise UserError(f"evaluate.preprocessing={preprocessing} is unknown; it is one of {', '.join(PREPROCESSING)}")
-    path = Path(weights) if weights is not None else inception_place()
-    if not path.is_file():
-        raise MissingFile(
-            f"{path} does not exist: the weights of pytorch-fid's Inception, {INCEPTION_FILE} (95 MB), are not part of this "
-            f"package and are not downloaded; get them from {INCEPTION_URL} and put them there, or set evaluate.inception_weights"
-        )
-    sha256, known = sha256_of(path), Path(INCEPTION_FILE).stem.rsplit("-", 1)[1]  # the name ends with the start of the sha256
-    if weights is None and not sha256.startswith(known):
-        raise UserError(
-            f"{path} is damaged or another file: its sha256 begins with {sha256[:8]}, expected {known}; get it again from "
-            f"{INCEPTION_URL}, or set evaluate.inception_weights to your own weights"
-        )
-    base = "fid" if sha256.startswith(known) else f"fd_inception_{sha256[:8]}"
+    known = Path(INCEPTION_FILE).stem.rsplit("-", 1)[1]  # the name ends with the start of the sha256
+    path, sha256, official = found_weights(weights, INCEPTION_URL, known, f"pytorch-fid's Inception, {INCEPTION_FILE} (95 MB),")
+    base = "fid" if official else f"fd_inception_{sha256[:8]}"
     suffix = "" if preprocessing == "pytorch-fid" else f"_{preprocessing}"
     prepare, description = PREPROCESSING[preprocessing]
     return Extractor(
@@ -50,12 +38,6 @@ def inception(weights: str | Path | None = None, preprocessing: str = "pytorch-f
         sha256=sha256,
         preprocessing=f"{preprocessing}: {description}",
     )
-
-
-def inception_place() -> Path:
-    """Returns the path at which torch's hub, and therefore pytorch-fid, keeps the weights."""
-    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    return Path(os.environ.get("TORCH_HOME", f"{cache}/torch")).expanduser() / "hub" / "checkpoints" / INCEPTION_FILE
 
 
 def _inception_network(state: dict[str, torch.Tensor], dimensions: int, path: Path) -> nn.Module:
@@ -102,19 +84,8 @@ def pytorch_fid_preprocessing(images: torch.Tensor) -> torch.Tensor:
 
 
 def tf1_preprocessing(images: torch.Tensor) -> torch.Tensor:
-    """Preprocesses as the original TensorFlow 1 code and torch-fidelity do.
-
-    The resizing is bilinear and measures positions from the corners of pixels instead of their centers.
-    """
-
-    def resized(x: torch.Tensor, dim: int) -> torch.Tensor:
-        place = torch.arange(INCEPTION_SIDE, dtype=torch.float32, device=x.device) * (x.shape[dim] / INCEPTION_SIDE)
-        low = place.floor().long()
-        below, above = x.index_select(dim, low), x.index_select(dim, (low + 1).clamp(max=x.shape[dim] - 1))
-        weight = (place - low).view([-1 if d == dim else 1 for d in range(4)])
-        return below + (above - below) * weight
-
-    return (resized(resized(in_color(images), 3), 2) - 128) / 128
+    """Preprocesses as the original TensorFlow 1 code and torch-fidelity do."""
+    return (resized_as_tf1(in_color(images), INCEPTION_SIDE) - 128) / 128
 
 
 def clean_preprocessing(images: torch.Tensor) -> torch.Tensor:

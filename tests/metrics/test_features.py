@@ -248,7 +248,7 @@ def test_only_the_well_known_weights_and_preprocessing_are_called_fid(inception_
     assert build_features("inception", weights=inception_weights, preprocessing="tf1").metric == f"{found.metric}_tf1"
     with pytest.raises(ValueError, match=f"its sha256 begins with {found.sha256[:8]}, expected 6726825d; get it again"):
         build_features("inception")
-    monkeypatch.setattr("eae_dist.metrics.inception.sha256_of", lambda path: "6726825d" + 56 * "0")
+    monkeypatch.setattr("eae_dist.metrics.extractor.sha256_of", lambda path: "6726825d" + 56 * "0")
     assert (build_features("inception").metric, build_features("inception").kernel_metric) == ("fid", "kid")
     assert build_features("inception", preprocessing="clean").metric == "fid_clean"
     assert inception(dimensions=64).metric == "fid_dims64"
