@@ -273,14 +273,14 @@ def test_damage_of_the_kept_index_is_said_with_the_way_out(latents, name, text):
 def killed_search(latents: str) -> None:
     from eae_dist.latent import index
 
-    original = index._nearest
+    original = index.nearest
 
     def killed(*arguments):
         if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*arguments)
 
-    index._nearest = killed
+    index.nearest = killed
     neighbors_module.main(["--latents", latents])
 
 

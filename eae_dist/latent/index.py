@@ -1,95 +1,35 @@
 """Nearest neighbors among latents, with FAISS. An index is spread over all ranks and their GPUs, and is searched as one.
 
-    flat      exact: compares each query with every row
-    ivf_flat  compares each query with the rows of the nearest cells of a k-means
-    ivf_pq    as ivf_flat, on codes of d/2 bytes per row; compares the best candidates again with the rows, read from disk
-    hnsw      follows the edges of a graph; slow to build, fastest for single queries
-
-Each rank indexes its own rows. Queries go to all ranks, and each rank answers with candidates. FAISS searches in the product form
-of the distance, which loses precision for close pairs, so the distances of the candidates are computed again by direct
-difference. For flat, the result of a search depends only on the queries and the rows, bit for bit, and not on which rank holds a
-row. For the other kinds it also depends on which rows each rank holds.
+Each rank indexes its own rows. Queries go to all ranks, and each rank answers with candidates and their distances by direct
+difference (`index_part.py`). For the kind flat, the result of a search depends only on the queries and
+the rows, bit for bit, and not on which rank holds a row. For the other kinds (`index_kinds.py`) it also depends on which rows
+each rank holds.
 n: rows of all ranks, d: dimensions, m: queries.
 """
 
-import errno
-import itertools
 import logging
-import os
-import secrets
-import shutil
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import faiss
 import numpy as np
 import torch
 
-from eae_dist.distributed import (
-    exchange_rows,
-    from_rank_zero,
-    gather_objects,
-    gather_padded,
-    message_device,
-    on_every_rank,
-    on_rank_zero,
-    rank,
-    row_counts,
-    world_size,
-)
-from eae_dist.errors import MissingFile, UserError, UserFileError
+from eae_dist.distributed import exchange_rows, gather_objects, gather_padded, message_device, rank, row_counts, world_size
+from eae_dist.errors import UserError
 from eae_dist.latent import gpu_search
-from eae_dist.numerics.atomic_files import fsync, sha256_of
-from eae_dist.numerics.json_files import read_json, sealed
+from eae_dist.latent.index_files import DamagedIndex, index_description, load_parts, save_parts
+from eae_dist.latent.index_kinds import EFFORT, FEWEST_FOR_CODES, KINDS, Choice, choose, memory_of_a_rank, most_effort, trained
+from eae_dist.latent.index_part import Part, merged, nearest
+
+__all__ = ["KINDS", "LONGEST", "DamagedIndex", "LatentIndex", "choose", "index_description"]
 
 log = logging.getLogger("eae_dist")
 
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
-KINDS = ("flat", "ivf_flat", "ivf_pq", "hnsw")
-EFFORT = {"ivf_flat": "nprobe", "ivf_pq": "nprobe", "hnsw": "efSearch"}  # the FAISS parameter that trades time for recall
-EXACT_UNTIL = 100_000  # rows; an exact search of 1,000 queries, d = 64, takes a fifth of a second on one core
-SPARE = 8  # candidates beyond k; with them the first search usually satisfies `_rounding`
-GRAPH = 32  # edges per row in hnsw
-TRAINING = 64  # rows per cell that k-means is trained on
-FEWEST_FOR_CODES = 9_984  # rows, 39 for each of the 256 values of a byte; FAISS warns if there are fewer
 BY_PRODUCTS = 1_000  # queries times dimensions from which FAISS compares in matrix products
 BLOCK = 65_536  # rows added, or queries of all ranks searched, at once
-CANDIDATES = 2**23  # candidates compared at once; they take about half a gigabyte
 LONGEST = 2.0**62  # the norm from which squared distances may not be finite in float32
-VERSION = 1
-
-
-class DamagedIndex(UserError):
-    """Files of a saved index are missing or differ from their checksums."""
-
-
-@dataclass
-class Part:
-    """Rows [start, start + len(rows)) of the whole index, float32, and the FAISS indexes that search them.
-
-    Without `index`, queries are compared with the rows one by one. `on_gpu`: a copy that is searched instead where it can be.
-    """
-
-    start: int
-    rows: np.ndarray
-    index: faiss.Index | None = None
-    on_gpu: faiss.Index | None = None
-
-    @cached_property
-    def longest(self) -> float:
-        """The largest norm of a row."""
-        return float(np.sqrt(np.einsum("nd,nd->n", self.rows, self.rows).max()))
-
-
-class Choice(NamedTuple):
-    """The kind of an index, and the reason for it."""
-
-    kind: str
-    reason: str
 
 
 class LatentIndex:
@@ -140,7 +80,7 @@ class LatentIndex:
         if not 0 < recall <= 1:
             raise UserError(f"recall={recall} must lie in (0, 1]")
         d = widths.pop()
-        choice = Choice(kind, "it was asked for") if kind != "auto" else choose(max(counts), d, recall, _memory(memory))
+        choice = Choice(kind, "it was asked for") if kind != "auto" else choose(max(counts), d, recall, memory_of_a_rank(memory))
         if choice.kind not in KINDS:
             raise UserError(f"kind={kind} is unknown; it is auto or one of {', '.join(KINDS)}")
         fewest = min(count for count in counts if count)
@@ -148,7 +88,7 @@ class LatentIndex:
             raise UserError(f"kind=ivf_pq needs {FEWEST_FOR_CODES:,} latents on a rank, got {fewest:,}; take flat")
         part = Part(sum(counts[: rank()]), rows)
         if len(rows) and choice.kind != "flat":
-            part.index = _trained(choice.kind, part, np.random.default_rng(seed))
+            part.index = trained(choice.kind, part, np.random.default_rng(seed))
             for start in range(0, len(rows), BLOCK):
                 part.index.add(np.ascontiguousarray(rows[start : start + BLOCK]))
         effort = {"ivf_flat": 8, "ivf_pq": 8, "hnsw": 32}.get(choice.kind)
@@ -200,7 +140,7 @@ class LatentIndex:
         if self.kind == "flat":
             return found(1)
         indexes = [part.index for part in self._parts if part.index is not None]
-        most = max(gather_objects(max((_most_effort(index, self.kind) for index in indexes), default=1)))
+        most = max(gather_objects(max((most_effort(index, self.kind) for index in indexes), default=1)))
         while True:
             high = 1
             while (share := found(high)) < recall and high < most:
@@ -224,28 +164,9 @@ class LatentIndex:
 
         Call it on every rank. Raises OSError on every rank if it cannot be written.
         """
-        path = Path(path)
-        # The names are unique to this save, because another process may save the same index.
-        mark = from_rank_zero(secrets.token_hex(8))
-        aside, old = (path.with_name(f".{path.name}.{mark}.{what}") for what in ("partial", "old"))
-        try:
-            with on_rank_zero() as is_rank_zero:
-                if is_rank_zero:
-                    aside.mkdir(parents=True)
-            saved = on_every_rank(lambda: [self._save_part(part, aside) for part in self._parts])
-            ordered = sorted(itertools.chain(*gather_objects(saved)), key=lambda part: part["start"])
-            with on_rank_zero() as is_rank_zero:
-                if is_rank_zero:
-                    described = {"version": VERSION, "n": self.n, "d": self.d, "kind": self.kind, "reason": self.reason}
-                    described |= {"effort": self.effort, "oversampling": self.oversampling, "about": self.about}
-                    (aside / "index.json").write_text(sealed(described | {"parts": ordered}))
-                    fsync(aside / "index.json")
-                    fsync(aside)
-                    _exchange(aside, path, old)
-        finally:
-            if rank() == 0:
-                shutil.rmtree(aside, ignore_errors=True)
-                shutil.rmtree(old, ignore_errors=True)
+        described = {"n": self.n, "d": self.d, "kind": self.kind, "reason": self.reason}
+        described |= {"effort": self.effort, "oversampling": self.oversampling, "about": self.about}
+        save_parts(Path(path), described, self._parts)
 
     @classmethod
     def load(cls, path: str | Path) -> "LatentIndex":
@@ -254,13 +175,9 @@ class LatentIndex:
         Files are memory-mapped, except for the codes of a CPU index. Raises FileNotFoundError if there is no index. Raises
         DamagedIndex, which names the file, on the rank of a damaged file, and OSError on the other ranks.
         """
-        path = Path(path)
-        described = index_description(path)
-        of_parts, d = described["parts"], described["d"]
-        first, stop = (len(of_parts) * share // world_size() for share in (rank(), rank() + 1))
-        loaded = on_every_rank(lambda: [_load_part(path, part, d, described["kind"]) for part in of_parts[first:stop]])
+        described, parts = load_parts(Path(path))
         choice = Choice(described["kind"], described["reason"])
-        index = cls(loaded, described["n"], d, choice, None, described["oversampling"], described["about"])
+        index = cls(parts, described["n"], described["d"], choice, None, described["oversampling"], described["about"])
         index._set_effort(described["effort"])
         return index
 
@@ -278,13 +195,13 @@ class LatentIndex:
         device = message_device()
         counts = row_counts(len(asked), device)
         everyone = gather_padded(torch.tensor(asked, device=device), counts).cpu().numpy()
-        found = [_nearest(part, everyone, min(k, len(part.rows)), self._candidates) for part in self._parts]
-        squared, ids = _merged(found, k, len(everyone))
+        found = [nearest(part, everyone, min(k, len(part.rows)), self._candidates) for part in self._parts]
+        squared, ids = merged(found, k, len(everyone))
         if world_size() == 1:
             return squared, ids
         # Every rank's answers to this rank's queries, [W, queries, k].
         answers = [exchange_rows(torch.from_numpy(answer).to(device), counts).cpu().numpy() for answer in (squared, ids)]
-        return _merged(list(zip(*answers, strict=True)), k, counts[rank()])
+        return merged(list(zip(*answers, strict=True)), k, counts[rank()])
 
     def _candidates(self, part: Part, queries: np.ndarray, count: int) -> np.ndarray:
         """Returns ids within the part of about `count` rows near each query, [m, up to count]; -1 if fewer were found."""
@@ -298,142 +215,6 @@ class LatentIndex:
         if part.index is None:
             return faiss.knn(queries, part.rows, count)[1]
         return part.index.search(queries, count)[1]
-
-    def _save_part(self, part: Part, folder: Path) -> dict:
-        name = f"part-{part.start:012d}"
-        try:
-            np.save(folder / f"{name}.npy", part.rows)
-            if part.index is not None:
-                faiss.write_index(part.index, str(folder / f"{name}.faiss"))
-        except (OSError, RuntimeError) as error:  # FAISS raises RuntimeError if the disk is full
-            raise UserFileError(f"the index in {folder.parent} could not be written: {error}") from error
-        files = sorted(path.name for path in folder.glob(f"{name}.*"))
-        for file in files:
-            fsync(folder / file)
-        return {"start": part.start, "rows": len(part.rows), "files": {file: sha256_of(folder / file) for file in files}}
-
-
-def index_description(path: Path) -> dict:
-    """Reads the description that `save` wrote. Raises FileNotFoundError if there is none, DamagedIndex if it cannot be read."""
-    if not (path / "index.json").is_file():
-        raise MissingFile(f"{path} holds no index (index.json); LatentIndex.save writes one")
-    try:
-        form = {"version": int, "n": int, "d": int, "kind": str, "reason": str, "oversampling": int, "about": dict, "parts": list}
-        described = read_json(path / "index.json", form, "it can be made again")
-        if described["version"] != VERSION:
-            raise ValueError(f"version {described['version']}, this program reads version {VERSION}")
-        names = ("n", "d", "kind", "reason", "effort", "oversampling", "about", "parts")
-        return {name: described[name] for name in names}
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamagedIndex(f"{path}/index.json cannot be read as an index: {error}") from error
-
-
-def choose(rows: int, d: int, recall: float, memory: int) -> Choice:
-    """Chooses the kind for this many rows per rank, and gives the reason.
-
-    hnsw is never chosen, because it takes by far the longest to build.
-    """
-    size = f"{rows:,} rows of {d} dimensions a rank"
-    if recall == 1:
-        return Choice("flat", "a recall of 1 needs an exact search")
-    if rows <= EXACT_UNTIL:
-        return Choice("flat", f"{size} are few enough to compare with every one, up to {EXACT_UNTIL:,}")
-    if (taken := rows * (4 * d + 8)) <= memory:
-        return Choice("ivf_flat", f"{size} take {taken:,} bytes, which fit into {memory:,}")
-    return Choice("ivf_pq", f"{size} would take {taken:,} bytes, more than {memory:,}; their codes take {rows * (d // 2 + 8):,}")
-
-
-def _memory(given: int | None) -> int:
-    """Returns the bytes that an index may use on each rank. It is rank 0's value, so that all ranks choose the same kind."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
-    return from_rank_zero(given or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 // ranks)
-
-
-def _trained(kind: str, part: Part, generator: np.random.Generator) -> faiss.Index:
-    """Returns an empty index whose quantizers are trained on some of the part's rows."""
-    m, d = part.rows.shape
-    if kind == "hnsw":
-        return faiss.index_factory(d, f"HNSW{GRAPH},Flat")
-    cells = max(1, min(int(4 * m**0.5), m // 39))
-    index = faiss.index_factory(d, f"IVF{cells},Flat" if kind == "ivf_flat" else _coded(part, cells))
-    sample = np.sort(generator.choice(m, min(m, max(TRAINING * cells, FEWEST_FOR_CODES)), replace=False))
-    index.train(np.ascontiguousarray(part.rows[sample]))
-    return index
-
-
-def _coded(part: Part, cells: int) -> str:
-    """Returns the FAISS factory string for codes of half a byte per dimension.
-
-    A CPU is three times as fast with codes that fit into its registers. GPUs do not support these.
-    """
-    d = part.rows.shape[1]
-    return f"IVF{cells},PQ{d}x4fs" if gpu_search.gpu() is None else gpu_search.coded(d, cells, part.longest)
-
-
-def _most_effort(index: faiss.Index, kind: str) -> int:
-    return index.ntotal if kind == "hnsw" else faiss.extract_index_ivf(index).nlist
-
-
-def _nearest(part: Part, queries: np.ndarray, k: int, candidates: Callable) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the k nearest rows of a part, two [m, k]. It takes more candidates until no nearest row can be missing."""
-    squared, ids = np.full((len(queries), k), np.inf, np.float32), np.full((len(queries), k), -1, np.int64)
-    open_, wanted = np.arange(len(queries)), min(k + SPARE, len(part.rows))
-    while len(open_):
-        cut, at_once = [], max(CANDIDATES // wanted, 1)
-        for some in (open_[start : start + at_once] for start in range(0, len(open_), at_once)):
-            asked = np.ascontiguousarray(queries[some])
-            found = candidates(part, asked, wanted)
-            if (few := (found < 0).sum(1) > found.shape[1] - k).any():  # the searched cells hold fewer than k rows
-                found[few] = faiss.knn(asked[few], part.rows, found.shape[1])[1]
-            distances, found = _by_distance(_squared_distances(asked, part.rows, found), found)
-            squared[some], ids[some] = distances[:, :k], found[:, :k]
-            # If the last candidate is as near as the k-th, up to rounding, other rows may be as near as well.
-            near = distances[:, -1] - distances[:, k - 1] <= _rounding(part, asked)
-            cut.append(some[near & (found.shape[1] < len(part.rows))])
-        open_, wanted = np.concatenate(cut), min(4 * wanted, len(part.rows))
-    ids[ids >= 0] += part.start
-    return squared, ids
-
-
-def _rounding(part: Part, queries: np.ndarray) -> np.ndarray | float:
-    """Returns the effect of rounding on an exact search, [m].
-
-    A row that the search left out can seem farther than its last candidate by up to this much and still be nearer.
-    """
-    if part.index is not None:
-        return 0.0
-    # |q|^2 + |x|^2 - 2 q.x has an error of at most E = (d + 2) 2^-24 (|q| + |x|)^2. So has the sum of squared differences.
-    error = (queries.shape[1] + 2) * 2**-24 * (np.linalg.norm(queries, axis=1) + part.longest) ** 2
-    return 4 * error
-
-
-def _squared_distances(queries: np.ndarray, rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Returns the distances of queries to rows by direct difference; infinity for id -1: [m, d], [r, d], [m, c] -> [m, c]."""
-    out, ids = np.empty(ids.shape, np.float32), np.ascontiguousarray(ids)
-    faiss.fvec_L2sqr_by_idx(
-        faiss.swig_ptr(out),
-        faiss.swig_ptr(queries),
-        faiss.swig_ptr(rows),
-        faiss.swig_ptr(ids),
-        rows.shape[1],
-        len(ids),
-        ids.shape[1],
-    )
-    out[ids < 0] = np.inf
-    return out
-
-
-def _by_distance(squared: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sorts each row by distance, and equal distances by id."""
-    order = np.lexsort((ids, squared), axis=1)
-    return np.take_along_axis(squared, order, 1), np.take_along_axis(ids, order, 1)
-
-
-def _merged(found: list[tuple[np.ndarray, np.ndarray]], k: int, queries: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the k nearest rows of several answers, filled up with infinity and -1 if there are fewer."""
-    nothing = np.full((queries, k), np.inf, np.float32), np.full((queries, k), -1, np.int64)
-    squared, ids = _by_distance(*(np.concatenate(parts, 1) for parts in zip(*found, nothing, strict=True)))
-    return np.ascontiguousarray(squared[:, :k]), np.ascontiguousarray(ids[:, :k])
 
 
 def _float_rows(x: np.ndarray | torch.Tensor, what: str, d: int | None = None) -> tuple[np.ndarray, str | None]:
@@ -449,35 +230,3 @@ def _float_rows(x: np.ndarray | torch.Tensor, what: str, d: int | None = None) -
     blocks = (rows[i : i + BLOCK] for i in range(0, len(rows), BLOCK))
     broken = sum(int((~(np.einsum("nd,nd->n", block, block) < LONGEST**2)).sum()) for block in blocks)
     return rows, f"{broken} of {len(rows):,} {what} are not finite or have a norm of {LONGEST:.2g} or more" if broken else None
-
-
-def _exchange(new: Path, path: Path, old: Path) -> None:
-    """Renames the folder `new` to `path`, and the folder that was there to `old`; other processes may do so at the same time."""
-    while True:
-        with suppress(FileNotFoundError):
-            path.rename(old)
-        try:
-            new.rename(path)
-            return fsync(path.parent)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                with suppress(OSError):
-                    old.rename(path)
-                raise
-            shutil.rmtree(old, ignore_errors=True)  # another process has put its own folder there
-
-
-def _load_part(folder: Path, part: dict, d: int, kind: str) -> Part:
-    for name, sha256 in part["files"].items():
-        if not (folder / Path(name).name).is_file():
-            raise DamagedIndex(f"the index {folder} is damaged: {name} is missing")
-        if sha256_of(folder / Path(name).name) != sha256:
-            raise DamagedIndex(f"the index {folder} is damaged: {name} does not match its checksum")
-    names = {Path(name).suffix: folder / Path(name).name for name in part["files"]}
-    rows = np.load(names[".npy"], mmap_mode="r", allow_pickle=False)
-    if rows.shape != (part["rows"], d) or rows.dtype != np.float32:
-        raise DamagedIndex(f"the index {folder} is damaged: {names['.npy'].name} holds {rows.dtype} {rows.shape}")
-    # FAISS has two ways to map files. The older one maps only the cells of an index, and would read a graph into memory.
-    mapped = faiss.IO_FLAG_MMAP_IFC if kind == "hnsw" else faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY
-    index = faiss.read_index(str(names[".faiss"]), mapped) if ".faiss" in names else None
-    return Part(part["start"], rows, index, gpu_search.copied(rows, index))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from world_search import ROWS, latents, queries
 
-from eae_dist.latent import index as index_module
+from eae_dist.latent import index_part
 from eae_dist.latent.index import KINDS, DamagedIndex, LatentIndex, choose
 from eae_dist.latent.neighbor_statistics import compare_distances, entropy_of_distances, nearest_others, vote
 from eae_dist.losses.entropy import knn_entropy
@@ -66,9 +66,9 @@ def test_exact_search_is_exact_at_any_scale(scale):
 
 def test_many_copies_are_compared_a_few_at_a_time(monkeypatch):
     rows, compared = np.repeat(latents()[:3], 300, 0), []
-    distances = index_module._squared_distances
-    monkeypatch.setattr(index_module, "CANDIDATES", 2_000)
-    monkeypatch.setattr(index_module, "_squared_distances", lambda q, x, ids: compared.append(ids.size) or distances(q, x, ids))
+    distances = index_part._squared_distances
+    monkeypatch.setattr(index_part, "CANDIDATES", 2_000)
+    monkeypatch.setattr(index_part, "_squared_distances", lambda q, x, ids: compared.append(ids.size) or distances(q, x, ids))
     squared, ids = LatentIndex.build(rows, "flat").search(rows, 2)
     assert (squared == 0).all() and (ids == 300 * (np.arange(900)[:, None] // 300) + [0, 1]).all()
     assert max(compared) <= 2_000
