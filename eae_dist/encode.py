@@ -23,11 +23,12 @@ from eae_dist.data.stream import walk
 from eae_dist.distributed import gather_objects, on_every_rank, on_rank_zero, rank, world_size
 from eae_dist.distributed.launch import run_on_ranks
 from eae_dist.errors import UserError
+from eae_dist.inference.judged_checkpoint import evaluation_config, load_objective, named_networks, open_data
 from eae_dist.latent.store import PART, PART_ROWS, VERSION, LatentFolder, description, finished_part, write_part
 from eae_dist.model.autoencoder import encoded
 from eae_dist.numerics.atomic_files import replace_file
 from eae_dist.numerics.json_files import read_json, sealed
-from eae_dist.training.checkpoint import evaluation_config, load_objective, named_networks, open_data, open_on_rank_zero
+from eae_dist.training.checkpoint import open_on_rank_zero
 from eae_dist.training.setup import how_to_judge
 
 IDENTITY = ("model_sha256", "index_sha256", "batch")  # what the bits of a latent depend on, on one kind of processor

@@ -33,6 +33,7 @@ from eae_dist.distributed import from_rank_zero, gather_rows, on_rank_zero, rank
 from eae_dist.distributed.launch import run_on_ranks
 from eae_dist.errors import UserError
 from eae_dist.inference.image_comparison import evaluate_folders, save_folder_statistics
+from eae_dist.inference.judged_checkpoint import evaluation_config, evaluation_folder, load_objective, named_networks, open_data
 from eae_dist.inference.trained_model import LatentsOf, decoded, interpolations, sample_seeds, with_progress
 from eae_dist.latent.densities import DENSITIES, Density, ReconstructingDensity, load_density, save_density
 from eae_dist.latent.gaussianity import gaussianity
@@ -47,16 +48,8 @@ from eae_dist.numerics.json_files import read_json, sealed
 from eae_dist.objectives import objective_class
 from eae_dist.report.grids import ACROSS, SAMPLES, draw_grids, grid, grid_inputs, save_grids
 from eae_dist.report.summaries import summary, summary_of_folders
-from eae_dist.training.checkpoint import (
-    evaluation_config,
-    evaluation_folder,
-    load_objective,
-    lock,
-    named_networks,
-    open_data,
-    open_on_rank_zero,
-    versions,
-)
+from eae_dist.training.checkpoint import open_on_rank_zero, versions
+from eae_dist.training.run_folder import lock
 from eae_dist.training.setup import how_to_judge
 
 log = logging.getLogger("eae_dist")

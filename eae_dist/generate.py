@@ -20,11 +20,12 @@ from eae_dist.config import is_assignment
 from eae_dist.distributed import on_every_rank, on_rank_zero
 from eae_dist.distributed.launch import run_on_ranks
 from eae_dist.errors import UserError
+from eae_dist.inference.judged_checkpoint import evaluation_config, named_networks
 from eae_dist.inference.trained_model import decoded, sample_seeds, trained_model
 from eae_dist.numerics.atomic_files import replace_file
 from eae_dist.numerics.json_files import read_json, sealed
 from eae_dist.report.grids import png_bytes
-from eae_dist.training.checkpoint import evaluation_config, named_networks, open_on_rank_zero
+from eae_dist.training.checkpoint import open_on_rank_zero
 from eae_dist.training.setup import how_to_judge
 
 

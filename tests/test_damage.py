@@ -28,6 +28,7 @@ from eae_dist.inference.encoded_dataset import EncodedDataset
 from eae_dist.latent.densities import DENSITIES, save_density
 from eae_dist.training import checkpoint as checkpoints
 from eae_dist.training.metrics_log import lines_up_to
+from eae_dist.training.run_folder import open_run_folder
 
 IDENTITY = {"seed": 0, "global_batch": 26, "lanes": 26, "index_sha256": "0" * 64, "order_version": 1}
 SAMPLE, REST = range(24), range(24, 200)
@@ -90,7 +91,7 @@ class World:
 
     def resume(self, run: Path) -> str:
         """What a training that begins takes from its folder: a checkpoint as it was saved, and the lines of the log."""
-        found = checkpoints.open_run_folder(run, self.config, IDENTITY)
+        found = open_run_folder(run, self.config, IDENTITY)
         if found is None:
             assert not list(run.glob("checkpoints/step-*")), "a run with checkpoints was started anew"
             return "resumed"

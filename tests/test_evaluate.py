@@ -343,7 +343,7 @@ def test_progress_and_numbers_that_cannot_be_read_are_made_again(run, tmp_path, 
 
 def test_second_evaluation_into_a_folder_is_refused_while_the_first_runs(run, tmp_path):
     script = (
-        f"from eae_dist.training.checkpoint import lock; from pathlib import Path; _held = lock(Path({str(tmp_path / 'out')!r}))"
+        f"from eae_dist.training.run_folder import lock; from pathlib import Path; _held = lock(Path({str(tmp_path / 'out')!r}))"
     )
     script += "; print('held', flush=True); input()"
     with subprocess.Popen(

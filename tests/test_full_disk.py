@@ -11,8 +11,9 @@ from eae_dist import generate as generate_module
 from eae_dist.config import load_config
 from eae_dist.errors import UserFileError
 from eae_dist.generate import generate, main
-from eae_dist.training import checkpoint as checkpoints
+from eae_dist.training import run_folder
 from eae_dist.training.loop import train
+from eae_dist.training.run_folder import lock
 
 pytestmark = pytest.mark.usefixtures("cpu")
 
@@ -27,9 +28,9 @@ def test_full_disk_at_the_lock_of_a_run_names_it(tmp_path, monkeypatch):
         fileno = lambda self: os.open(tmp_path / "lock", os.O_CREAT | os.O_RDWR)  # noqa: E731
         truncate = full
 
-    monkeypatch.setattr(checkpoints, "open", lambda *_: Full(), raising=False)
+    monkeypatch.setattr(run_folder, "open", lambda *_: Full(), raising=False)
     with pytest.raises(OSError, match=f"{tmp_path}/run/.lock could not be written: No space left on device"):
-        checkpoints.lock(tmp_path / "run")
+        lock(tmp_path / "run")
 
 
 @pytest.mark.parametrize("method", ["add_scalar", "flush", "close", "__init__"])

@@ -19,6 +19,7 @@ import eae_dist
 from eae_dist.config import load_config, save_config
 from eae_dist.data.shard_index import ShardIndex
 from eae_dist.distributed.launch import CommandFailed, JobPool
+from eae_dist.inference.judged_checkpoint import evaluation_config, evaluation_folder
 from eae_dist.latent.densities import save_density
 from eae_dist.latent.two_stage import TwoStage
 from eae_dist.numerics.json_files import read_json, sealed
@@ -74,7 +75,7 @@ class Here:
 
     def evaluate(self, command) -> None:
         checkpoint = checkpoints.open_checkpoint(command[1])
-        config = checkpoints.evaluation_config(checkpoint, command[2:])
+        config = evaluation_config(checkpoint, command[2:])
         ((_, metrics),) = evaluations(rows=(config.objective.name,))
         metrics |= {
             "model_sha256": checkpoint.model_sha256,
@@ -82,7 +83,7 @@ class Here:
             "checkpoint": str(checkpoint.path),
         }
         metrics |= {"index_sha256": ShardIndex.load(config.data.root).sha256, "reference_images": config.evaluate.count or 33}
-        folder = checkpoints.evaluation_folder(checkpoint)
+        folder = evaluation_folder(checkpoint)
         folder.mkdir(exist_ok=True)
         (folder / "metrics.json").write_text(sealed(metrics))
         if config.objective.name == "two_stage_vae":

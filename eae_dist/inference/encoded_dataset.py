@@ -14,11 +14,12 @@ from eae_dist.data.remote import Cache
 from eae_dist.data.stream import read_samples
 from eae_dist.distributed import from_rank_zero, rank, world_size
 from eae_dist.errors import MissingFile, UserError
+from eae_dist.inference.judged_checkpoint import evaluation_config, named_networks, open_data
 from eae_dist.inference.trained_model import TrainedModel, trained_model
 from eae_dist.latent.index import DamagedIndex, LatentIndex, index_description
 from eae_dist.latent.store import LatentFolder
 from eae_dist.model.autoencoder import encoded
-from eae_dist.training.checkpoint import Checkpoint, evaluation_config, named_networks, open_data, open_on_rank_zero
+from eae_dist.training.checkpoint import Checkpoint, open_on_rank_zero
 
 log = logging.getLogger("eae_dist")
 

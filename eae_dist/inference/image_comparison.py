@@ -24,7 +24,8 @@ from eae_dist.metrics.image_sets import ImageSet, announce, cached_image_set, co
 from eae_dist.metrics.statistics_file import SavedStatistics, save_statistics
 from eae_dist.numerics.atomic_files import replace_file
 from eae_dist.numerics.json_files import sealed
-from eae_dist.training.checkpoint import lock, versions
+from eae_dist.training.checkpoint import versions
+from eae_dist.training.run_folder import lock
 
 
 def evaluate_folders(real: Path, generated: Path, assignments: Sequence[str], out: Path | None = None) -> dict:

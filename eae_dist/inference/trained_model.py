@@ -14,12 +14,13 @@ from tqdm import tqdm
 from eae_dist.data.order import blocks_of, filled, permutation
 from eae_dist.distributed import rank, world_size
 from eae_dist.errors import MissingFile, UserError
+from eae_dist.inference.judged_checkpoint import evaluation_folder, load_objective
 from eae_dist.latent.densities import DENSITIES, Density, ReconstructingDensity, load_density
 from eae_dist.latent.gaussian import Isotropic
 from eae_dist.model.autoencoder import Autoencoder, to_uint8
 from eae_dist.numerics.keyed_random import derive_key, keyed_hash
 from eae_dist.objectives import objective_class
-from eae_dist.training.checkpoint import Checkpoint, evaluation_folder, load_objective, open_checkpoint
+from eae_dist.training.checkpoint import Checkpoint, open_checkpoint
 
 LatentsOf = Callable[[np.ndarray], torch.Tensor]
 

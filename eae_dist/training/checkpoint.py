@@ -11,7 +11,6 @@ A checkpoint is written to a temporary folder, fsynced and renamed. Where the st
 name step-00000120.new, and replaces the old one when it is safely there. Unpickling never runs code from a checkpoint.
 """
 
-import fcntl
 import itertools
 import json
 import logging
@@ -19,25 +18,20 @@ import os
 import pickle
 import platform
 import shutil
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import eae_dist
-from eae_dist.config import HOW_TO_START, WHERE_DATA_LIES, Config, changed_keys, override, read_config, save_config
-from eae_dist.data.remote import Cache
-from eae_dist.data.shard_index import ShardIndex
+from eae_dist.config import Config, read_config, save_config
 from eae_dist.distributed import from_rank_zero, on_rank_zero
 from eae_dist.errors import MissingFile, UserError, UserFileError
-from eae_dist.numerics.atomic_files import fsync, naming, sha256_of
+from eae_dist.numerics.atomic_files import fsync, sha256_of
 from eae_dist.numerics.json_files import read_json
-from eae_dist.objectives import Objective, build_objective
 
 log = logging.getLogger("eae_dist")
 
@@ -200,136 +194,6 @@ def set_aside_newer(run: Path, path: Path) -> Path:
     if best.is_symlink() and not best.exists():  # it was renamed; the next better validation links it again
         best.unlink()
     return path
-
-
-def load_objective(checkpoint: Checkpoint, allow: Collection[str] = ()) -> Objective:
-    """Returns the trained objective on the CPU, in eval mode.
-
-    A checkpoint may have an untrusted origin, so a network class that it names (model.encoder, model.decoder) is imported only
-    if it is in `allow`. Raises ValueError otherwise.
-    """
-    config = checkpoint.config
-    for key, name in (("model.encoder", config.model.encoder), ("model.decoder", config.model.decoder)):
-        if name is not None and name not in allow:
-            raise UserError(
-                f"{checkpoint.path} was trained with {key}={name}, code that is not part of eae_dist; "
-                f"name it to allow its import: {key}={name} on the command line, or load(..., allow=[{name!r}])"
-            )
-    objective = build_objective(config.model, config.objective, checkpoint.state["image_shape"], config.train.seed)
-    objective.load_state_dict(checkpoint.model_state())
-    return objective.eval()
-
-
-def named_networks(assignments: Sequence[str]) -> list[str]:
-    """Returns the network classes that a command line names and so allows."""
-    return [text.split("=", 1)[1] for text in assignments if text.startswith(("model.encoder=", "model.decoder="))]
-
-
-def evaluation_config(checkpoint: Checkpoint, assignments: Sequence[str]) -> Config:
-    """Returns the checkpoint's configuration with changed evaluate.*, index.*, location of the data and way to start.
-
-    Raises ValueError for a change of any other setting.
-    """
-    config = override(checkpoint.config, assignments)
-    data = replace(checkpoint.config.data, **{key: getattr(config.data, key) for key in WHERE_DATA_LIES})
-    train = replace(checkpoint.config.train, **{key: getattr(config.train, key) for key in HOW_TO_START})
-    judged = replace(checkpoint.config, evaluate=config.evaluate, index=config.index, data=data, train=train)
-    changed = changed_keys(judged, config, changeable=False) + changed_keys(judged, config, changeable=True)
-    if changed:
-        raise UserError(
-            f"only evaluate.*, index.* and data.root can be set for the checkpoint {checkpoint.path}, how a remote data.root "
-            f"is read, and train.{', train.'.join(HOW_TO_START)}; the checkpoint fixes all other settings:\n  "
-            + "\n  ".join(changed)
-        )
-    return config
-
-
-def open_data(checkpoint: Checkpoint, config: Config) -> ShardIndex:
-    """Opens the index of data.root. Raises ValueError for images of another shape than those of the model."""
-    index = ShardIndex.load(config.data.root, Cache.of(config.data))
-    if index.image_shape != tuple(checkpoint.state["image_shape"]):
-        raise UserError(
-            f"data.root={config.data.root} holds images of shape {index.image_shape} (c, h, w), but the checkpoint was trained "
-            f"on {tuple(checkpoint.state['image_shape'])}"
-        )
-    return index
-
-
-def evaluation_folder(checkpoint: Checkpoint) -> Path:
-    """Returns RUN/evaluation for a checkpoint in RUN/checkpoints, else the folder evaluation beside the checkpoint."""
-    folder = checkpoint.path.parent
-    return (folder.parent if folder.name == "checkpoints" else folder) / "evaluation"
-
-
-def lock(folder: Path, setting: str = "train.output") -> IO | None:
-    """Creates the folder and locks it against other jobs until the returned file is closed or the process ends.
-
-    Call on every rank; rank 0 holds the lock. setting: what names the folder. Raises OSError if the folder cannot be written or
-    is in use.
-    """
-    held = None
-    with on_rank_zero() as is_rank_zero:
-        if is_rank_zero:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                held = open(folder / ".lock", "a+")  # noqa: SIM115  it is open for as long as the lock is held
-            except OSError as error:
-                raise UserFileError(f"{setting}={folder} cannot be written: {error}") from error
-            try:
-                fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError) as error:
-                held.seek(0)
-                holder = f"another job ({held.read()})"
-                raise UserFileError(f"{setting}={folder} is in use by {holder}; wait for it or choose another folder") from error
-            except OSError as error:  # some network file systems have no locks
-                log.warning("%s=%s cannot be locked (%s); keep other jobs out of it", setting, folder, error)
-            else:
-                with naming(folder / ".lock"):
-                    held.truncate(0)
-                    held.write(f"process {os.getpid()} on {platform.node()}")
-                    held.flush()
-    return held
-
-
-def open_run_folder(run: Path, config: Config, data_identity: dict) -> Checkpoint | None:
-    """Creates or continues the run folder; returns the newest intact checkpoint on every rank, or None for a new run.
-
-    Raises ValueError if the data or a setting that must not change has changed, and OSError if the folder cannot be written.
-    """
-    found = None
-    with on_rank_zero() as is_rank_zero:
-        if is_rank_zero:
-            run.mkdir(parents=True, exist_ok=True)
-            found, damage = newest_intact(run)
-            for line in damage:
-                log.warning("%s; going back to the checkpoint before it", line)
-            if found is not None:  # without a checkpoint, settings may still change
-                changed = changed_keys(found.config, config, changeable=False)
-                if changed and found.state["stream"].get("index_sha256") != data_identity.get("index_sha256"):
-                    changed.insert(0, f"data: {found.config.data.root} -> {config.data.root}")  # the cause of others
-                if changed:
-                    raise UserError(
-                        f"train.output={run} holds a run with other settings; choose another folder or the old values:\n  "
-                        + "\n  ".join(changed)
-                    )
-                for line in changed_keys(found.config, config, changeable=True):
-                    log.info("changed since the last checkpoint: %s", line)
-                check_same_data(found.state["stream"], data_identity, run)
-                found = replace(found, path=set_aside_newer(run, found.path))
-                mark_best(run, found.state["best_step"])
-            elif damage:
-                raise UserError(f"no checkpoint of {run} is intact; move the folder away to start a new run")
-    return from_rank_zero(found)  # the other ranks do not read and verify all files once more
-
-
-def check_same_data(before: dict, now: dict, run: Path) -> None:
-    """Raises ValueError if this stream does not continue the batches of the run."""
-    changed = [f"{key}: {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
-    if changed:
-        raise UserError(
-            f"{run} was trained on other data or in another order; restore data.root or choose another train.output:\n  "
-            + "\n  ".join(changed)
-        )
 
 
 def versions() -> dict[str, str]:

@@ -19,13 +19,13 @@ from eae_dist.model.autoencoder import to_unit
 from eae_dist.model.norm import finite_norms
 from eae_dist.numerics.keyed_random import derive_key
 from eae_dist.objectives import resolve
-from eae_dist.training import checkpoint as checkpoints
 from eae_dist.training.accumulation import accumulate
 from eae_dist.training.console import describe, progress_bar, progress_terms, say
 from eae_dist.training.crash_report import reported_crashes
 from eae_dist.training.engines import engine_of
 from eae_dist.training.metrics_log import FINITE_NORMS, TrainingDiverged
 from eae_dist.training.run import Run
+from eae_dist.training.run_folder import lock, open_run_folder
 from eae_dist.training.setup import check_micro_batches, check_neighbors, last_step, open_stream, start_accelerator
 from eae_dist.training.step_times import StepTimes, traced
 
@@ -43,8 +43,8 @@ def train(config: Config) -> None:
     stream = open_stream(config)
     config = resolve(config, stream.index.image_shape, stream.lanes)
     folder = Path(config.train.output)
-    _lock = checkpoints.lock(folder)  # held until this function returns
-    checkpoint = checkpoints.open_run_folder(folder, config, stream.identity())
+    _lock = lock(folder)  # held until this function returns
+    checkpoint = open_run_folder(folder, config, stream.identity())
 
     # The model with its loss, the optimizer, the buckets of DDP, and the state of the last checkpoint.
     run = Run(config, accelerator, stream)

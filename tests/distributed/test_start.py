@@ -21,7 +21,8 @@ from eae_dist.distributed import ending_ranks, rank, subgroup
 from eae_dist.distributed import start as starting
 from eae_dist.distributed.start import MPI_SIZES, RANK_VARIABLES, Place, Start, met, require_taken, start
 from eae_dist.errors import UserError
-from eae_dist.training.checkpoint import evaluation_config, open_checkpoint
+from eae_dist.inference.judged_checkpoint import evaluation_config
+from eae_dist.training.checkpoint import open_checkpoint
 from eae_dist.training.loop import train as train_run
 from eae_dist.training.setup import how_to_judge, start_accelerator
 

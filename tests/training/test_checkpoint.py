@@ -28,7 +28,8 @@ from eae_dist.config import Config, read_config, save_config
 from eae_dist.numerics.atomic_files import replace_file, sha256_of
 from eae_dist.objectives import Objective, build_objective
 from eae_dist.training import checkpoint as checkpoints
-from eae_dist.training.checkpoint import FILES, Checkpoint, DamagedCheckpoint, newest_intact, open_checkpoint, open_run_folder
+from eae_dist.training.checkpoint import FILES, Checkpoint, DamagedCheckpoint, newest_intact, open_checkpoint
+from eae_dist.training.run_folder import lock, open_run_folder
 
 SHAPE = (1, 16, 16)
 IDENTITY = {"seed": 0, "global_batch": 26, "lanes": 26, "index_sha256": "0" * 64, "order_version": 1}
@@ -528,7 +529,7 @@ def test_run_folder_that_cannot_be_written_is_an_error_that_names_its_key(tmp_pa
     (tmp_path / "file").touch()
     run = tmp_path / "file" / below
     with pytest.raises(OSError, match=f"^train.output={run} cannot be written"):
-        checkpoints.lock(run)
+        lock(run)
 
 
 def test_best_that_a_kill_kept_from_being_linked_is_linked_at_the_next_start(tmp_path, write, trained):
@@ -541,8 +542,8 @@ def test_best_that_a_kill_kept_from_being_linked_is_linked_at_the_next_start(tmp
 
 
 def test_second_job_on_a_run_folder_is_refused_and_the_first_goes_on(tmp_path):
-    held = checkpoints.lock(tmp_path / "run")
-    script = f"from eae_dist.training.checkpoint import lock; from pathlib import Path; lock(Path({str(tmp_path / 'run')!r}))"
+    held = lock(tmp_path / "run")
+    script = f"from eae_dist.training.run_folder import lock; from pathlib import Path; lock(Path({str(tmp_path / 'run')!r}))"
     second = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert second.returncode != 0 and f"is in use by another job (process {os.getpid()} on " in second.stderr
     held.close()

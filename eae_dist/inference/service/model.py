@@ -15,12 +15,13 @@ from accelerate import PartialState
 from eae_dist.config import Config
 from eae_dist.errors import UserError
 from eae_dist.inference.encoded_dataset import EncodedDataset
+from eae_dist.inference.judged_checkpoint import evaluation_config, named_networks
 from eae_dist.inference.trained_model import TrainedModel, trained_model
 from eae_dist.latent.densities import DENSITIES, Density, ReconstructingDensity
 from eae_dist.latent.index import LatentIndex
 from eae_dist.model.autoencoder import to_uint8, to_unit
 from eae_dist.objectives import objective_class
-from eae_dist.training.checkpoint import Checkpoint, evaluation_config, named_networks, open_checkpoint
+from eae_dist.training.checkpoint import Checkpoint, open_checkpoint
 
 log = logging.getLogger("eae_dist")
 
