@@ -108,7 +108,7 @@ def pretend() -> None:
     torch.nn.Module.to = _moved
     DistributedDataParallel.__init__ = _averaging_here(DistributedDataParallel.__init__)
     dist.new_group = _noted(dist.new_group)
-    for name in ("all_reduce", "all_to_all_single", "all_gather_into_tensor", "all_gather_single"):
+    for name in ("all_reduce", "broadcast", "all_to_all_single", "all_gather_into_tensor", "all_gather_single"):
         if hasattr(dist, name):
             setattr(dist, name, _checked(getattr(dist, name)))
     _Factories().__enter__()

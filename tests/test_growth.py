@@ -3,7 +3,9 @@
 The formulas are those of docs/scaling.md. W: ranks, b: rows of a rank, n = W b, d: latent dimensions.
 """
 
+import json
 import math
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +18,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from conftest import ROOT, image_of
 from ranks import run_ranks
+from saboteur import Touch
 from thumbnails import thumbnails
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,7 +26,15 @@ from world_cases import configured
 
 from eae_dist.data import shard_index
 from eae_dist.data.stream import walk
-from eae_dist.distributed import StopRequest, average_over_ranks, collectives, rank
+from eae_dist.distributed import (
+    StopRequest,
+    average_over_ranks,
+    collectives,
+    ending_ranks,
+    from_rank_zero,
+    rank,
+    tensors_from_rank_zero,
+)
 from eae_dist.latent import index as index_module
 from eae_dist.latent.index import LatentIndex
 from eae_dist.metrics.image_sets import describe
@@ -55,6 +66,8 @@ class Traffic(TorchDispatchMode):
             sizes = [sum(x.nbytes for x in pytree.tree_leaves(argument)) for argument in args[:2] if holds_tensors(argument)]
             if name == "allreduce_":  # around the ring, each rank passes on all parts but its own, twice
                 sent = received = 2 * sizes[0] * others
+            elif name == "broadcast_":
+                sent = received = sizes[0]
             else:  # in a gather each rank passes on what it received
                 out, given = sizes
                 sent, received = (out if "gather" in name else given) * others, out * others
@@ -183,6 +196,53 @@ def note_hashes(shards: Path, run: Path) -> None:
     assert all(hashed.count(name) <= 1 for name in hashed) and "test.shards.npy" in hashed
 
 
-def test_checkpoint_is_read_by_one_rank_and_a_table_once(shards, run, tmp_path):
+def test_checkpoint_is_verified_by_one_rank_and_a_table_once(shards, run, tmp_path):
     ended = run_ranks(2, tmp_path / "logs", note_hashes, shards, run)
     assert ended.codes == [0, 0], ended.said
+
+
+def load_together(run: Path, damaged: Path) -> None:
+    """What each rank reads of a checkpoint that all load, and what they find in it."""
+    read = []
+
+    def noted(original):
+        return lambda path, *more, **options: read.append(Path(path).name) or original(path, *more, **options)
+
+    alone = checkpoint.open_checkpoint(run)
+    expected = {**alone.model_state(), "optimizer": alone.optimizer_state()}
+    checkpoint.load_file, torch.load = noted(checkpoint.load_file), noted(torch.load)
+    with ending_ranks():
+        PartialState(cpu=True)
+        together = checkpoint.open_on_rank_zero(run)
+        found = {**together.model_state(), "optimizer": together.optimizer_state()}
+        assert read == (["model.safetensors", "optimizer.pt"] if rank() == 0 else [])
+        leaves, wanted = pytree.tree_leaves(found), pytree.tree_leaves(expected)
+        assert pytree.tree_structure(found) == pytree.tree_structure(expected)
+        for one, other in zip(leaves, wanted, strict=True):
+            same_layout = not isinstance(one, torch.Tensor) or (one.stride(), one.dtype) == (other.stride(), other.dtype)
+            assert same_layout and (torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other)
+        print("the same on this rank", flush=True)
+        checkpoint.open_on_rank_zero(damaged).optimizer_state()
+
+
+def test_checkpoint_is_read_by_one_rank_and_sent_to_the_others(run, tmp_path):
+    damaged = shutil.copytree(run, tmp_path / "damaged", symlinks=True)
+    folder = checkpoint.open_checkpoint(damaged).path
+    torch.save(Touch(tmp_path / "touched"), folder / "optimizer.pt")
+    manifest = json.loads((folder / "manifest.json").read_text()) | {"optimizer.pt": sha256_of(folder / "optimizer.pt")}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    ended = run_ranks(2, tmp_path / "logs", load_together, run, damaged)
+    assert ended.codes == [1, 1] and all("the same on this rank" in said for said in ended.said), ended.said
+    assert "error [rank 0]" in ended.said[0] and "optimizer.pt holds something else than tensors" in ended.said[0]
+    assert "error" not in ended.said[1] and "Traceback" not in "".join(ended.said) and not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize("ranks", WORLDS)
+def test_checkpoint_is_sent_to_a_rank_once_however_many_there_are(monkeypatch, ranks):
+    weights = {"a": torch.ones(3, 4), "b": {0: [torch.ones(5), torch.tensor(2.0)]}, "step": 7}
+    with world_of(ranks, monkeypatch) as traffic:
+        assert tensors_from_rank_zero(weights)["step"] == 7
+    with world_of(ranks, monkeypatch) as objects:
+        from_rank_zero(7)
+    assert traffic.calls["broadcast_"] == 3 + objects.calls["broadcast_"]
+    assert 0 <= traffic.received - 4 * (12 + 5 + 1) < 2_000  # beside what stands for the tensors

@@ -32,6 +32,7 @@ from eae_dist.distributed.collectives import (
     set_group_timeouts,
     subgroup,
     sum_over_ranks,
+    tensors_from_rank_zero,
     world_size,
 )
 from eae_dist.distributed.failures import (
@@ -85,5 +86,6 @@ __all__ = [
     "subgroup",
     "sum_of_blocks",
     "sum_over_ranks",
+    "tensors_from_rank_zero",
     "world_size",
 ]

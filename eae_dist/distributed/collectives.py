@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -246,6 +246,51 @@ def from_rank_zero(value: Value) -> Value:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+class _Form(NamedTuple):
+    """Stands for a tensor that rank 0 will send."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def tensors_from_rank_zero(tree: Value) -> Value:
+    """Returns the nested dicts and lists of rank 0 on every rank, with tensors on the CPU; the other ranks' are not looked at.
+
+    Each tensor is a message, and keeps its memory format.
+    """
+    if world_size() == 1:
+        return tree
+    device, first = message_device(), rank() == 0
+
+    def form(leaf: Any) -> Any:
+        return _Form(tuple(leaf.shape), leaf.stride(), leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf
+
+    def sent(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            dist.broadcast(leaf.to(device).contiguous(), src=0)
+        return leaf
+
+    def received(leaf: Any) -> Any:
+        if not isinstance(leaf, _Form):
+            return leaf
+        dist.broadcast(message := torch.empty(leaf.shape, dtype=leaf.dtype, device=device), src=0)
+        return torch.empty_strided(leaf.shape, leaf.stride, dtype=leaf.dtype).copy_(message)
+
+    forms = from_rank_zero(_mapped(form, tree) if first else None)
+    with waiting():
+        return _mapped(sent, tree) if first else _mapped(received, forms)
+
+
+def _mapped(change: Callable[[Any], Any], tree: Any) -> Any:
+    """Returns nested dicts and lists in which everything else is changed."""
+    if isinstance(tree, dict):
+        return {key: _mapped(change, item) for key, item in tree.items()}
+    if isinstance(tree, list):
+        return [_mapped(change, item) for item in tree]
+    return change(tree)
 
 
 def barrier() -> None:

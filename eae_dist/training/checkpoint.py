@@ -18,7 +18,8 @@ import os
 import pickle
 import platform
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from safetensors.torch import load_file, save_file
 
 import eae_dist
 from eae_dist.config import Config, read_config, save_config
-from eae_dist.distributed import from_rank_zero, on_rank_zero
+from eae_dist.distributed import from_rank_zero, on_rank_zero, tensors_from_rank_zero
 from eae_dist.errors import MissingFile, UserError, UserFileError
 from eae_dist.numerics.atomic_files import fsync, sha256_of
 from eae_dist.numerics.json_files import read_json
@@ -44,22 +45,41 @@ class DamagedCheckpoint(UserError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint folder. state: "step", "images" and the other entries that `save` received."""
+    """A verified checkpoint folder. state: "step", "images" and the other entries that `save` received.
+
+    of_rank_zero: all ranks opened it together. Then call its methods on every rank: rank 0 alone reads the files, and the others
+    raise RankZeroFailed if it cannot.
+    """
 
     path: Path
     config: Config
     state: dict
     model_sha256: str
+    of_rank_zero: bool = False
 
     def model_state(self) -> dict[str, torch.Tensor]:
         """Returns weights and buffers by name. Raises DamagedCheckpoint for a file without tensors."""
+        return self._read_by_rank_zero(self._model_state) if self.of_rank_zero else self._model_state()
+
+    def optimizer_state(self) -> dict:
+        """Returns the state for load_state_dict of the optimizer. Raises DamagedCheckpoint for a file that would run code."""
+        return self._read_by_rank_zero(self._optimizer_state) if self.of_rank_zero else self._optimizer_state()
+
+    @staticmethod
+    def _read_by_rank_zero(read: Callable[[], dict]) -> dict:
+        found: dict = {}
+        with on_rank_zero() as is_rank_zero:
+            if is_rank_zero:
+                found = read()
+        return tensors_from_rank_zero(found)
+
+    def _model_state(self) -> dict[str, torch.Tensor]:
         try:
             return load_file(self.path / "model.safetensors")
         except SafetensorError as error:
             raise DamagedCheckpoint(f"{self.path}: model.safetensors holds something else than tensors ({error})") from error
 
-    def optimizer_state(self) -> dict:
-        """Returns the state for load_state_dict of the optimizer. Raises DamagedCheckpoint for a file that would run code."""
+    def _optimizer_state(self) -> dict:
         try:
             return torch.load(self.path / "optimizer.pt", map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
@@ -158,7 +178,7 @@ def open_on_rank_zero(directory: str | Path) -> Checkpoint:
     checkpoint: Checkpoint | None = None
     with on_rank_zero() as is_rank_zero:
         if is_rank_zero:
-            checkpoint = open_checkpoint(directory)
+            checkpoint = replace(open_checkpoint(directory), of_rank_zero=True)
     checkpoint = from_rank_zero(checkpoint)
     assert checkpoint is not None  # otherwise rank 0 has raised
     return checkpoint

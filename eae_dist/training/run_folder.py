@@ -71,7 +71,7 @@ def open_run_folder(run: Path, config: Config, data_identity: dict) -> Checkpoin
                 for line in changed_keys(found.config, config, changeable=True):
                     log.info("changed since the last checkpoint: %s", line)
                 check_same_data(found.state["stream"], data_identity, run)
-                found = replace(found, path=set_aside_newer(run, found.path))
+                found = replace(found, path=set_aside_newer(run, found.path), of_rank_zero=True)
                 mark_best(run, found.state["best_step"])
             elif damage:
                 raise UserError(f"no checkpoint of {run} is intact; move the folder away to start a new run")
