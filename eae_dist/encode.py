@@ -69,7 +69,8 @@ def encode(directory: Path, out: Path, assignments: Sequence[str]) -> LatentFold
     # same rows, and the last batch is filled up.
     mine = parts[rank() :: world_size()]
     absent = gather_objects([(split, part) for split, part, _ in mine if finished_part(out, name_of(split, part)) is None])
-    missing = [one for one in parts if one[:2] in {found for of_rank in absent for found in of_rank}]
+    absent_anywhere = {found for of_rank in absent for found in of_rank}
+    missing = [one for one in parts if one[:2] in absent_anywhere]
     mine = missing[rank() :: world_size()]
     blocks = sum(stop - start for split, part, of in mine for start, stop in [blocks_of(samples[split], block, part, of)])
     with tqdm(desc="encoding", total=blocks, unit=" blocks", disable=rank() != 0, leave=False) as progress:
