@@ -24,7 +24,7 @@ import torch
 
 from eae_dist.data.image_files import read_image
 from eae_dist.data.pixels import Rules
-from eae_dist.distributed import gather_objects, gather_rows, message_device, on_rank_zero, rank, sum_over_ranks
+from eae_dist.distributed import gather_rows, message_device, on_rank_zero, rank, row_counts, sum_over_ranks
 from eae_dist.distributed.launch import run_on_ranks
 from eae_dist.errors import UserError
 from eae_dist.inference.encoded_dataset import EncodedDataset
@@ -123,10 +123,11 @@ def from_their_ranks(images: torch.Tensor, numbers: np.ndarray) -> np.ndarray:
 
     images: the images of this rank.
     """
-    start = sum(gather_objects(len(images))[: rank()])
-    mine = {int(number): images[number - start].numpy() for number in numbers if start <= number < start + len(images)}
-    found = {number: image for of_rank in gather_objects(mine) for number, image in of_rank.items()}
-    return np.stack([found[int(number)] for number in numbers])
+    start = sum(row_counts(len(images), message_device())[: rank()])
+    found = images.new_zeros(len(numbers), *images.shape[1:])
+    here = np.flatnonzero((start <= numbers) & (numbers < start + len(images)))
+    found[here] = images[numbers[here] - start]  # every image is on one rank, and zero on the others
+    return sum_over_ranks(found.to(message_device())).cpu().numpy()
 
 
 def near_pairs(distance: np.ndarray, twin: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:

@@ -8,6 +8,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from conftest import image_of, write_shards
 from PIL import Image
 from ranks import run_ranks
@@ -18,12 +19,13 @@ import eae_dist
 from eae_dist import encode as encode_module
 from eae_dist import neighbors as neighbors_module
 from eae_dist.data.stream import read_samples, walk
+from eae_dist.distributed import rank
 from eae_dist.encode import encode
 from eae_dist.inference.encoded_dataset import EncodedDataset
 from eae_dist.latent.index import DamagedIndex, LatentIndex
 from eae_dist.latent.store import DamagedLatents, LatentFolder
 from eae_dist.model.autoencoder import to_unit
-from eae_dist.neighbors import main, near_pairs
+from eae_dist.neighbors import from_their_ranks, main, near_pairs
 
 pytestmark = pytest.mark.usefixtures("cpu")
 RANKS = (1, 2, 4)
@@ -268,6 +270,21 @@ def test_damage_of_the_kept_index_is_said_with_the_way_out(latents, name, text):
         EncodedDataset(latents.root, None, []).index()
     shutil.rmtree(index)
     assert EncodedDataset(latents.root, None, []).index().n == 150
+
+
+def images_from_their_ranks() -> None:
+    """Each rank has two images more than the one before; image i has the value i everywhere."""
+    PartialState(cpu=True)
+    start = rank() * (rank() + 1)
+    numbers = torch.arange(start, start + 2 * (rank() + 1), dtype=torch.uint8)
+    found = from_their_ranks(numbers[:, None, None, None].expand(-1, 3, 4, 4).contiguous(), np.array([11, 0, 5, 6, 2]))
+    assert found.shape == (5, 3, 4, 4) and found.dtype == np.uint8
+    assert (found == np.array([11, 0, 5, 6, 2])[:, None, None, None]).all()
+
+
+def test_images_of_any_rank_come_in_the_order_of_their_numbers(tmp_path):
+    ended = run_ranks(3, tmp_path / "logs", images_from_their_ranks)
+    assert ended.codes == [0, 0, 0], ended.said
 
 
 def killed_search(latents: str) -> None:

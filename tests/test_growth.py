@@ -5,10 +5,12 @@ The formulas are those of docs/scaling.md. W: ranks, b: rows of a rank, n = W b,
 
 import json
 import math
+import os
 import shutil
+import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from conftest import ROOT, image_of
+from conftest import ROOT, image_of, write_shards
 from ranks import run_ranks
 from saboteur import Touch
 from thumbnails import thumbnails
@@ -24,24 +26,31 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from world_cases import configured
 
+from eae_dist.config import flatten
 from eae_dist.data import shard_index
-from eae_dist.data.stream import walk
+from eae_dist.data.shard_index import SHARD_DTYPE, member_table
+from eae_dist.data.stream import ShardStream, walk
 from eae_dist.distributed import (
     StopRequest,
     average_over_ranks,
     collectives,
     ending_ranks,
     from_rank_zero,
+    on_every_rank,
     rank,
+    ranks_of_group,
+    require_equal,
     tensors_from_rank_zero,
 )
 from eae_dist.latent import index as index_module
 from eae_dist.latent.index import LatentIndex
 from eae_dist.metrics.image_sets import describe
 from eae_dist.model.norm import GlobalBatchNorm
+from eae_dist.neighbors import from_their_ranks
 from eae_dist.numerics.atomic_files import sha256_of
 from eae_dist.objectives import build_objective
 from eae_dist.training import checkpoint
+from eae_dist.training.metrics_log import FINITE_NORMS, averaged
 
 fake = pytest.importorskip("torch.testing._internal.distributed.fake_pg", reason="this torch has no recording process group")
 WORLDS = (2, 8, 64, 1024)
@@ -175,6 +184,56 @@ def test_search_exchanges_candidates_in_messages_that_do_not_grow(monkeypatch, r
     assert traffic.largest <= max(256, ranks) * max(8 * k, 4 * d)
 
 
+@pytest.mark.parametrize("ranks", WORLDS)
+def test_line_of_the_log_gathers_the_terms_of_its_steps(monkeypatch, ranks):
+    window, names = [torch.ones(4, dtype=torch.float64)] * 10, ["loss", "entropy", FINITE_NORMS, "gradient_norm"]
+    with world_of(ranks, monkeypatch) as traffic:
+        averaged(window, names, 10, lambda: None, ignore_gradient=False)
+    counts = 8 * (ranks - 1)  # of the rows that a rank sends
+    assert traffic.received == counted("line of the log", W=ranks, steps=10, terms=4) + counts
+
+
+@pytest.mark.parametrize("ranks", WORLDS)
+def test_pictures_of_neighbors_are_gathered_in_messages_that_do_not_grow(monkeypatch, ranks):
+    images = torch.arange(6 * 3 * 8 * 8, dtype=torch.uint8).view(6, 3, 8, 8)
+    with world_of(ranks, monkeypatch) as traffic:
+        from_their_ranks(images, np.array([5, 0, 2]))
+    assert traffic.moved["allreduce_"] == pytest.approx(2 * (ranks - 1) / ranks * 3 * images[0].nbytes)
+    assert traffic.received == traffic.moved["allreduce_"] + 8 * (ranks - 1)
+
+
+def small_objects(monkeypatch, ranks: int) -> Counter:
+    """The bytes that a rank receives of every other rank in pickles, by what is asked."""
+    config, rows = configured(Path(), "eae"), np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32)
+    images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
+    asked = {
+        "settings": lambda: require_equal(flatten(config), "settings"),
+        "work": lambda: on_every_rank(lambda: None),
+        "machines": lambda: ranks_of_group("node"),
+        "moments": lambda: describe([(0, images)], thumbnails(), 4, 0, torch.device("cpu"), "images"),
+        "index": lambda: LatentIndex.build(rows, "flat"),
+    }
+    found = Counter()
+    for what, work in asked.items():
+        with world_of(ranks, monkeypatch) as traffic:
+            work()
+        found[what] = traffic.moved["allgather_"] / (ranks - 1)
+    with world_of(ranks, monkeypatch):
+        index = LatentIndex.build(rows, "flat")
+    with world_of(ranks, monkeypatch) as traffic:
+        index.search(rows[:4], 3)
+    return found | Counter(search=traffic.moved["allgather_"] / (ranks - 1))
+
+
+def test_small_objects_of_a_rank_do_not_grow_with_the_ranks(monkeypatch):
+    of_two, of_many = small_objects(monkeypatch, 2), small_objects(monkeypatch, 1024)
+    print({what: round(count) for what, count in of_two.items()})
+    assert of_two.keys() == of_many.keys() and all(of_two.values())
+    for what, count in of_two.items():
+        assert abs(of_many[what] - count) <= 16, what  # a number of ranks takes more bytes
+        assert count <= counted("pickles: the settings" if what == "settings" else "pickles: each other question", W=2), what
+
+
 def note_hashes(shards: Path, run: Path) -> None:
     """What each rank hashes where a command opens a checkpoint and looks at its data three times."""
     hashed = []
@@ -246,3 +305,47 @@ def test_checkpoint_is_sent_to_a_rank_once_however_many_there_are(monkeypatch, r
         from_rank_zero(7)
     assert traffic.calls["broadcast_"] == 3 + objects.calls["broadcast_"]
     assert 0 <= traffic.received - 4 * (12 + 5 + 1) < 2_000  # beside what stands for the tensors
+
+
+def index_of(folder: Path, count: int) -> Path:
+    """An index of so many shards, of which all have the content of one; only that one is there."""
+    root = write_shards(folder / "many", {"train": (10,)})
+    one, path = np.load(root / "train.shards.npy")[0], root / "train.shards.npy"
+    table = np.zeros(count, dtype=[("name", "S22"), *SHARD_DTYPE])
+    for field in one.dtype.names:
+        table[field] = one[field]
+    table["name"] = np.char.mod(b"train-%07d.tar", np.arange(count))
+    np.save(path, table)
+    info = json.loads((root / "index.json").read_text())
+    info["splits"]["train"] |= {"samples": 10 * count, "shards": count, "table_sha256": sha256_of(path)}
+    (root / "index.json").write_text(json.dumps(info))
+    return root
+
+
+@pytest.mark.parametrize("rank", [0, 1, 1023])
+def test_start_on_1024_ranks_hashes_the_table_of_a_million_shards_once_a_rank(tmp_path, monkeypatch, rank):
+    hashed, count = [], 10**6
+    root = index_of(tmp_path, count)
+    monkeypatch.setattr(shard_index, "sha256_of", lambda path: hashed.append(Path(path).stat().st_size) or sha256_of(path))
+    read, begun = bytes_read(), time.process_time()
+    stream = ShardStream(root, "train", 4096, rank=rank, world=1024)
+    assert stream.rows == 4 and stream.samples == 10 * count
+    shards = np.unique(stream.order.rows(np.arange(8), *stream.lane_range)[0])  # a thread reads ahead
+    seconds, read = time.process_time() - begun, bytes_read() - read
+    assert len(hashed) == 1 and hashed[0] == pytest.approx(counted("table of a split", S=count, name=22), abs=1_000)
+    assert hashed[0] <= read < hashed[0] + 2**20  # the order of the samples reads it by its mapped memory
+    for number in shards:
+        for content in (shard := f"train-{number:07d}.tar", member_table(shard)):
+            if not (root / content).exists():
+                os.link(root / content.replace(f"{number:07d}", "000000"), root / content)
+    with closing(iter(stream)) as batches:
+        assert len(next(batches)["key"]) == 4
+    stream.index.split("train")
+    of_shards = hashed[1:]
+    assert 4 <= len(of_shards) <= len(shards) and sum(of_shards) < 1_000 * len(shards)
+    print(f"rank {rank}: {hashed[0]:,} bytes hashed, {read:,} read, {seconds:.2f} s of a CPU; then {sum(of_shards):,} of members")
+
+
+def bytes_read() -> int:
+    """What this process has read by system calls, from a disk or from memory."""
+    return int(Path("/proc/self/io").read_text().split()[1])
