@@ -287,6 +287,20 @@ def test_images_of_any_rank_come_in_the_order_of_their_numbers(tmp_path):
     assert ended.codes == [0, 0, 0], ended.said
 
 
+def numbers_of_neighbors(latents: str, out: str) -> None:
+    neighbors_module.main(["--latents", latents, "--out", out, "evaluate.batch=64"])
+
+
+def test_neighbors_need_no_samples_on_every_rank(latents, tmp_path):
+    """33 samples are one block of evaluate.batch, which one rank draws."""
+    found = []
+    for ranks in (1, 2):
+        ended = run_ranks(ranks, tmp_path / "logs", numbers_of_neighbors, str(latents.root), str(tmp_path / str(ranks)))
+        assert ended.codes == [0] * ranks, ended.said
+        found.append((tmp_path / str(ranks) / "neighbors.json").read_text())
+    assert found[0] == found[1]
+
+
 def killed_search(latents: str) -> None:
     from eae_dist.latent import index
 

@@ -98,9 +98,9 @@ class EncodedDataset:
         return read_samples(self.config.data.root, split, numbers, self.cache).numpy()
 
     def encode(self, images: torch.Tensor) -> np.ndarray:
-        """Encodes uint8 [m, c, h, w] -> [m, d], in blocks of the same size as for the latents of the folder."""
+        """Encodes uint8 [m, c, h, w] -> [m, d], in blocks of the same size as for the latents of the folder; m may be 0."""
         block = self.folder.about["batch"]
-        blocks = [encoded(self.model.autoencoder, part, block, self.device) for part in images.split(block)]
+        blocks = [encoded(self.model.autoencoder, part, block, self.device) for part in images.split(block) if len(part)]
         return torch.cat([torch.zeros(0, self.folder.d, device=self.device), *blocks]).cpu().numpy()
 
     def class_of(self, label: int) -> str | None:
