@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from eae_dist.distributed.collectives import from_rank_zero, gather_objects, is_initialized, rank, world_size
+from eae_dist.distributed.hanging import end_later, process_name
 from eae_dist.distributed.stop import launcher_process
 from eae_dist.errors import UserError, is_users
 
@@ -185,18 +186,25 @@ def _tell_failure(error: Exception) -> None:
         _within(PATIENCE, lambda: _store().set(f"eae_dist/failed/{rank()}", told))
 
 
+def tell_process() -> None:
+    """Leaves the name of this rank's process for the others, which end it if it hangs. Does nothing on systems without /proc."""
+    with suppress(OSError):
+        _store().set(f"eae_dist/process/{rank()}", process_name(os.getpid()))
+
+
 def failed_ranks(patience: float, leave: Callable[[], None] = lambda: None) -> str:
     """Returns which ranks failed, ended or hang, as a phrase; "" if all answer. Call where a collective has failed.
 
     A rank that ended left its error, or does not call this function within `patience` seconds, as the ranks do that saw a
-    collective fail. They talk through the store of the process group, not by a collective.
+    collective fail. They talk through the store of the process group, not by a collective. A rank on this machine that hangs is
+    killed some seconds later.
     leave: is called before the others are asked, and may leave the group.
     """
     if world_size() == 1:
         return ""
     store, me, others = _store(), rank(), set(range(world_size())) - {rank()}
     leave()
-    end, silent, told = time.monotonic() + patience, set(others), {}
+    end, silent, told, hanging = time.monotonic() + patience, set(others), {}, []
 
     def answered(question: str, other: int) -> bool:
         try:
@@ -211,6 +219,8 @@ def failed_ranks(patience: float, leave: Callable[[], None] = lambda: None) -> s
         for other in sorted(silent):
             if store.check([f"eae_dist/failed/{other}"]):
                 told[other] = store.get(f"eae_dist/failed/{other}").decode()
+            elif store.check([f"eae_dist/process/{other}"]):
+                hanging.append(store.get(f"eae_dist/process/{other}").decode())
         store.set(f"eae_dist/asked/{me}", "")
 
     # The process that serves the store is rank 0, or torchrun, which outlives the ranks.
@@ -219,6 +229,7 @@ def failed_ranks(patience: float, leave: Callable[[], None] = lambda: None) -> s
     if me == 0:  # the others ask its store
         end = time.monotonic() + patience
         _within(patience + 1, lambda: [answered("asked", other) for other in others - silent])
+    end_later(hanging)
     if told:
         return ", ".join(f"rank {other} failed ({why})" for other, why in told.items())
     if not silent:

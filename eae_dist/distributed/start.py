@@ -19,7 +19,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 
 from eae_dist.distributed.collectives import is_initialized, set_group_timeouts, world_size
-from eae_dist.distributed.failures import first_line
+from eae_dist.distributed.failures import first_line, tell_process
 from eae_dist.errors import UserError
 from eae_dist.numerics.keyed_random import derive_key
 from eae_dist.numerics.precision import allow_tf32
@@ -79,6 +79,7 @@ def start(how: Start) -> torch.device:
             f"rank {place.rank} cannot connect to the other ranks ({first_line(error)}); where a node has several networks, name "
             f"one that all nodes share: GLOO_SOCKET_IFNAME, and for GPUs NCCL_SOCKET_IFNAME"
         ) from error
+    tell_process()
     return device
 
 
