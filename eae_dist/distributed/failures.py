@@ -101,7 +101,7 @@ def ending_ranks(*known: type[Exception]) -> Iterator[None]:
     except RankZeroFailed:  # rank 0 says why
         sys.exit(1)
     except OtherRankFailed as error:
-        sys.exit(f"error{_where()}: {error}")
+        sys.exit(last_word(f"error{_where()}: {error}"))
     except known as error:
         sys.exit(last_word(f"error: {error}") if rank() == 0 else 1)
     except Exception as error:
