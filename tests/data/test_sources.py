@@ -516,6 +516,67 @@ def test_cifar10_as_folders_of_png_has_the_official_labels(outer, splits, tmp_pa
     assert ShardIndex.load(tmp_path / "out").name == "cifar10"
 
 
+def write_kaggle(folder: Path, n: int = 40) -> dict:
+    """Kaggle's layout; returns what is expected of it. Its test has no labels."""
+    expected, lines = {}, ["id,label"]
+    for split in ("train", "test"):
+        (folder / split).mkdir(parents=True)
+    for i, image in enumerate(random_images(n, 32, 32, 3), start=1):
+        Image.fromarray(image).save(folder / "train" / f"{i}.png")
+        Image.fromarray(image).save(folder / "test" / f"{i}.png")
+        lines.append(f"{i},{CIFAR_CLASSES[7 * i % 10]}")
+        expected[f"train/{i}"] = (channels_first(image), 7 * i % 10)
+    (folder / "trainLabels.csv").write_text("\n".join(lines) + "\n")
+    return expected
+
+
+@pytest.mark.parametrize("outer", ["", "cifar-10"])
+def test_cifar10_of_kaggle_is_read_with_its_list_of_labels(outer, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", no_network)
+    expected = write_kaggle(tmp_path / "raw" / outer)
+    Image.new("RGB", (32, 32)).save(tmp_path / "raw" / outer / "train" / "99.png")
+    assert pack("cifar10", "--root", tmp_path / "raw", tmp_path / "out") == 0
+    found = packed(tmp_path / "out")
+    check_samples(found, expected)
+    assert [len(found[split]) for split in SPLITS] == [32, 4, 4]
+    assert ShardIndex.load(tmp_path / "out").classes == CIFAR_CLASSES
+    said = capsys.readouterr().out
+    assert "1 images in" in said and "trainLabels.csv does not name them" in said
+    assert "test was left out: it has no labels" in said
+
+
+def test_a_broken_image_of_kaggles_cifar10_is_left_out_when_asked(tmp_path, capsys):
+    expected = write_kaggle(tmp_path / "raw")
+    (tmp_path / "raw" / "train" / "3.png").write_bytes(b"x")
+    assert pack("cifar10", "--root", tmp_path / "raw", tmp_path / "out", "--skip-bad") == 0
+    del expected["train/3"]
+    check_samples(packed(tmp_path / "out"), expected)
+    assert "1 of 40 files are not usable images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "spoil, wanted",
+    [
+        (lambda root: (root / "trainLabels.csv").write_text("id,label\n1,frogs\n"), "line 2: got '1,frogs', expected a new"),
+        (lambda root: (root / "trainLabels.csv").write_text("1,frog\n1,frog\n"), "line 2: got '1,frog'"),
+        (lambda root: (root / "trainLabels.csv").write_text("../1,frog\n"), "line 1: got '../1,frog'"),
+        (lambda root: (root / "trainLabels.csv").write_text("id,label\n"), "names no image"),
+        (lambda root: (root / "train" / "3.png").unlink(), "1 of 40 images of trainLabels.csv are not there"),
+        (lambda root: (root / "train" / "3.png").write_bytes(b"x"), "1 of 40 files are not usable images"),
+        (lambda root: Image.new("RGB", (30, 30)).save(root / "train" / "3.png"), "images of several sizes, expected 32x32"),
+        (lambda root: (root / "train").rename(root / "unpacked"), "train is not there; it has the images"),
+        (lambda root: (root / "train").rename(root / "train.7z.d") and (root / "train.7z").touch(), "unpack"),
+    ],
+)
+def test_what_is_wrong_with_cifar10_of_kaggle_is_said(spoil, wanted, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", no_network)
+    write_kaggle(tmp_path / "raw")
+    spoil(tmp_path / "raw")
+    assert pack("cifar10", "--root", tmp_path / "raw", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert wanted in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
 def test_a_batch_of_cifar10_runs_nothing(tmp_path, capsys):
     class Trap:
         def __reduce__(self):

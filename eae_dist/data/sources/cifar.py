@@ -1,5 +1,6 @@
 """CIFAR-10, as its authors, torchvision, Kaggle or fast.ai lay it out."""
 
+import csv
 import hashlib
 import io
 import pickle
@@ -12,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from eae_dist.data.pixels import AS_THEY_ARE, Fit
+from eae_dist.data.image_files import ENDINGS, ImageFiles, checked, how_read, left_out
+from eae_dist.data.pixels import AS_THEY_ARE, Fit, Rules
 from eae_dist.data.sources.downloads import downloaded
 from eae_dist.data.sources.folders import imagefolder
 from eae_dist.data.sources.samples import CACHE, Samples, Source, numbered, with_held_out_splits
@@ -23,6 +25,7 @@ CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 BATCHES = {"train": [f"data_batch_{number}" for number in range(1, 6)], "test": ["test_batch"]}
 FOLDERS = ("cifar-10-batches-py", "cifar-10-batches-bin", ".")
 ARCHIVES = ("cifar-10-python.tar.gz", "cifar-10-binary.tar.gz", "cifar-10-python.tar", "cifar-10-binary.tar")
+KAGGLE_LABELS = "trainLabels.csv"
 RECORD = 1 + 3 * 32 * 32  # bytes of an image in the binary version: its label, then its colors
 ALLOWED = {  # all that a batch needs; anything else in a pickle could run programs
     *((module, "_reconstruct") for module in ("numpy.core.multiarray", "numpy._core.multiarray")),
@@ -33,15 +36,21 @@ ALLOWED = {  # all that a batch needs; anything else in a pickle could run progr
 }
 
 
-def cifar10(root: Path | None, workers: int, fit: Fit) -> Source:
-    """CIFAR-10, 60,000 color images of 32x32: torchvision's download, or in --root its archive, its batches or PNG folders."""
+def cifar10(root: Path | None, skip_bad: bool, workers: int, fit: Fit) -> Source:
+    """CIFAR-10, 60,000 color images of 32x32: torchvision's download, or in --root its archive, its batches or PNG files."""
     root = root or CACHE
-    if (found := batches_in(root)) is None and (pictures := picture_folder(root)) is not None:
-        return from_pictures(pictures, workers, fit)
+    found = batches_in(root)
+    if found is None and (pictures := picture_folder(root)) is not None:
+        return from_pictures(pictures, skip_bad, workers, fit)
+    if found is None and (listed := kaggle_folder(root)) is not None:
+        return from_kaggle(listed, skip_bad, workers, fit)
     if found is None:
         from torchvision.datasets import CIFAR10
 
-        put = f"cifar-10-python.tar.gz, or the folder cifar-10-batches-py in it, or train/CLASS/*.png and test/, into {root}"
+        put = (
+            f"cifar-10-python.tar.gz, or the folder cifar-10-batches-py in it, or train/CLASS/*.png and test/, or Kaggle's "
+            f"{KAGGLE_LABELS} and train/*.png, into {root}"
+        )
         downloaded(CIFAR10, root, put, train=True)
         found = batches_in(root)
         assert found is not None  # torchvision has put them there
@@ -139,18 +148,21 @@ class _Batch(pickle.Unpickler):
 
 def picture_folder(root: Path) -> Path | None:
     """Returns the folder in `root`, or that itself, whose splits have folders with the names of the classes; None without one."""
-    if not root.is_dir():
-        return None
-    for folder in (root, *sorted(path for path in root.iterdir() if path.is_dir())):
-        splits = [path for path in folder.iterdir() if path.is_dir() and split_called(path.name) == "train"]
+    for folder in (root, *folders_in(root)):
+        splits = [path for path in folders_in(folder) if split_called(path.name) == "train"]
         if any((split / name).is_dir() for split in splits for name in CLASSES):
             return folder
     return None
 
 
-def from_pictures(folder: Path, workers: int, fit: Fit) -> Source:
+def folders_in(folder: Path) -> list[Path]:
+    """Returns the folders in a folder in order, none if it does not exist."""
+    return sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+
+
+def from_pictures(folder: Path, skip_bad: bool, workers: int, fit: Fit) -> Source:
     """Returns the source of folders of images, with the labels of the official order of classes."""
-    found = imagefolder(folder, fit, AS_THEY_ARE, False, workers, False, None)
+    found = imagefolder(folder, fit, AS_THEY_ARE, skip_bad, workers, False, None)
     if strange := sorted(set(found.classes) - set(CLASSES)):
         raise UserError(
             f"{folder} has the classes {', '.join(strange[:5])}, which CIFAR-10 has not; `pack imagefolder` takes any"
@@ -158,3 +170,54 @@ def from_pictures(folder: Path, workers: int, fit: Fit) -> Source:
     official = np.array([*(CLASSES.index(name) for name in found.classes), -1])  # the last is for label -1
     splits = {split: replace(samples, labels=official[samples.labels]) for split, samples in found.splits.items()}
     return source(splits, found.preprocessing, found.notes)
+
+
+def kaggle_folder(root: Path) -> Path | None:
+    """Returns the folder in `root`, or that itself, with Kaggle's list of labels; None without one."""
+    return next((folder for folder in (root, *folders_in(root)) if (folder / KAGGLE_LABELS).is_file()), None)
+
+
+def from_kaggle(folder: Path, skip_bad: bool, workers: int, fit: Fit) -> Source:
+    """Returns the source of Kaggle's files: train/1.png, ... and their labels in trainLabels.csv, of which test is a part.
+
+    Kaggle's test/ has no labels, and most images there are not those of CIFAR-10. Raises ValueError for a list or an
+    image that cannot be used.
+    """
+    named = kaggle_labels(folder / KAGGLE_LABELS)
+    place = folder / "train"
+    if not place.is_dir():
+        packed = folder / "train.7z"
+        raise UserError(f"{place} is not there; " + (f"unpack {packed}" if packed.is_file() else "it has the images of the list"))
+    paths = [place / f"{name}.png" for name in named]
+    if missing := [path for path in paths if not path.is_file()]:
+        what = f"{len(missing):,} of {len(paths):,} images of {KAGGLE_LABELS} are not there"
+        raise UserError(f"{what}, the first of them {missing[0]}; unpack all of train")
+    shapes, bad, _ = checked(ImageFiles([str(path) for path in paths], Rules(channels=3), fit), workers)
+    lost = left_out(bad, len(paths), skip_bad)
+    if len(set(shapes)) > 1:
+        raise UserError(f"{place} has images of several sizes, expected 32x32; fetch them again")
+    notes = [f"labels are those of {folder / KAGGLE_LABELS}", *lost]
+    if others := sum(path.suffix.lower() in ENDINGS and path.stem not in named for path in place.iterdir()):
+        notes.append(f"{others:,} images in {place} were left out, as {KAGGLE_LABELS} does not name them")
+    if (folder / "test").is_dir():
+        notes.append(f"{folder / 'test'} was left out: it has no labels, and images that are not those of CIFAR-10")
+    named = {name: label for name, label in named.items() if str(place / f"{name}.png") not in bad}
+    files = ImageFiles([str(place / f"{name}.png") for name in named], Rules(channels=3), fit)
+    train = Samples(files, np.array(list(named.values())), [f"train/{name}" for name in named])
+    splits, how = with_held_out_splits({"train": train})
+    return source(splits, f"{how_read(3, fit)}; {how}", tuple(notes))
+
+
+def kaggle_labels(path: Path) -> dict[str, int]:
+    """Returns the label of each image, by its name without .png. Raises ValueError that names an unusable line."""
+    named: dict[str, int] = {}
+    for number, fields in enumerate(csv.reader(path.read_text(errors="replace").splitlines()), start=1):
+        if fields in ([], ["id", "label"]):
+            continue
+        if len(fields) != 2 or fields[1] not in CLASSES or not fields[0].isalnum() or fields[0] in named:
+            got = ",".join(fields)[:60]
+            raise UserError(f"{path}, line {number}: got {got!r}, expected a new image and its class, as `1,frog`")
+        named[fields[0]] = CLASSES.index(fields[1])
+    if not named:
+        raise UserError(f"{path} names no image; fetch it again")
+    return named
