@@ -12,6 +12,8 @@ import torch
 from accelerate import Accelerator
 
 from eae_dist.distributed import gather_rows
+from eae_dist.distributed.failures import first_line
+from eae_dist.errors import UserError
 from eae_dist.model.autoencoder import to_uint8
 from eae_dist.numerics.atomic_files import naming, replace_file
 from eae_dist.numerics.json_files import read_json, sealed
@@ -19,6 +21,7 @@ from eae_dist.numerics.json_files import read_json, sealed
 log = logging.getLogger("eae_dist")
 
 Record = dict[str, float | list[float]]  # one line of the log; a list has one number per rank
+MLFLOW_FILE = "/eae_dist.db"  # of mlflow in a run folder
 FINITE_NORMS = "finite_norms"  # logged with the terms: number of batch norms with finite input on a rank
 
 
@@ -40,24 +43,42 @@ class MetricsLog:
             self._start_trackers(run, step, settings)
 
     def _start_trackers(self, run: Path, step: int, settings: dict) -> None:
-        """Starts the trackers; in a continued run, those of services continue their run, whose ids lie in the run folder."""
+        """Starts the trackers; in a continued run, those of services continue their run, whose ids lie in the run folder.
+
+        Raises UserError if one does not start.
+        """
+        main, names = self.accelerator.is_main_process, {str(tracker) for tracker in self.accelerator.log_with}
         ids = self.trackers / "ids.json"
         known = read_json(ids, {}, "remove it to start new runs of the trackers") if ids.is_file() else {}
-        known.setdefault("wandb", secrets.token_hex(8))
-        options = {
+        if "wandb" in names and "wandb" not in known and main:
+            known["wandb"] = secrets.token_hex(8)
+            self._keep(known)  # before it starts, as a start that fails after it would leave a run behind
+        options: dict[str, dict] = {
             "tensorboard": {"purge_step": step + 1},  # hides what an interrupted run wrote after the checkpoint
-            "wandb": {"dir": str(run), "id": known["wandb"], "resume": "allow", "name": run.resolve().name},
+            "wandb": {"dir": str(run), "id": known.get("wandb"), "resume": "allow", "name": run.resolve().name},
             "mlflow": {"run_id": known.get("mlflow"), "run_name": run.resolve().name},
         }
-        self.accelerator.init_trackers(project_name(run), init_kwargs=options)
+        if "mlflow" in names and main:
+            options["mlflow"] |= mlflow_kept_in(self.trackers.resolve() / "mlflow")
+        try:
+            self.accelerator.init_trackers(project_name(run), init_kwargs=options)
+        except OSError:  # `naming` says where
+            raise
+        except Exception as error:  # every tracker has errors of its own
+            why = f"{type(error).__module__.partition('.')[0]}: {first_line(error)}"
+            raise UserError(
+                f"train.trackers={sorted(names)}: one did not start ({why}); set it right, or leave it out"
+            ) from error
         for tracker in self.accelerator.trackers:
             if tracker.name != "tensorboard":  # TensorBoard would show settings as a second run
                 tracker.store_init_configuration({key: str(value) for key, value in settings.items()})
-            if tracker.name == "mlflow" and self.accelerator.is_main_process:
-                known["mlflow"] = tracker.tracker.info.run_id
-        if self.accelerator.is_main_process and {"wandb", "mlflow"} & {tracker.name for tracker in self.accelerator.trackers}:
-            self.trackers.mkdir(exist_ok=True)
-            replace_file(ids, sealed(known))
+            if tracker.name == "mlflow" and main:
+                self._keep(known | {"mlflow": tracker.tracker.info.run_id})
+
+    def _keep(self, ids: dict[str, str]) -> None:
+        """Writes the ids of the trackers' runs into the run folder."""
+        self.trackers.mkdir(exist_ok=True)
+        replace_file(self.trackers / "ids.json", sealed(ids))
 
     def write(self, record: Record) -> None:
         """Appends one record with "step", "images" and finite floats. Raises OSError on rank 0 if writing fails."""
@@ -88,6 +109,20 @@ class MetricsLog:
         with naming(self.trackers):
             for tracker in self.accelerator.trackers:
                 tracker.finish()
+
+
+def mlflow_kept_in(folder: Path) -> dict[str, str]:
+    """Makes mlflow keep its runs in a folder, unless the user named a server or another place; returns options of its tracker.
+
+    By itself mlflow writes into the folder in which a command starts, so a run that continues elsewhere would not be found.
+    """
+    import mlflow
+
+    if mlflow.is_tracking_uri_set() and not mlflow.get_tracking_uri().endswith(MLFLOW_FILE):  # that of a run before this one
+        return {}
+    folder.mkdir(parents=True, exist_ok=True)
+    mlflow.set_tracking_uri(f"sqlite:///{folder}{MLFLOW_FILE}")
+    return {"logging_dir": str(folder / "artifacts")}
 
 
 def project_name(run: Path) -> str:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 import types
 
 import accelerate
@@ -16,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from eae_dist.config import ModelConfig
+from eae_dist.errors import UserError
 from eae_dist.model.autoencoder import Autoencoder, build_autoencoder, resolve_model
 from eae_dist.report.grids import BETWEEN, PAIRS, SAMPLES, draw_grids, grid_inputs, save_grids
 from eae_dist.training import metrics_log
@@ -26,6 +28,7 @@ from eae_dist.training.metrics_log import (
     TrainingDiverged,
     averaged,
     lines_up_to,
+    mlflow_kept_in,
     project_name,
     require_finite,
 )
@@ -338,10 +341,56 @@ class Service(GeneralTracker):
         self.sent.append((artifact_path, path))
 
 
+def mlflow_at(address: str = "") -> types.SimpleNamespace:
+    """Stands for the module mlflow, with an address that the user has set, or none."""
+    module = types.SimpleNamespace(address=address)
+    module.is_tracking_uri_set = lambda: bool(module.address)
+    module.get_tracking_uri = lambda: module.address
+    module.set_tracking_uri = lambda address: setattr(module, "address", address)
+    return module
+
+
+def test_mlflow_keeps_its_runs_in_the_run_folder_unless_told_where(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlflow", module := mlflow_at())
+    for run in ("one", "two"):  # the second run of a process does not go to the first
+        folder = tmp_path / run
+        assert mlflow_kept_in(folder) == {"logging_dir": str(folder / "artifacts")}
+        assert module.address == f"sqlite:///{folder}/eae_dist.db" and folder.is_dir()
+    monkeypatch.setitem(sys.modules, "mlflow", module := mlflow_at("http://host:5000"))
+    assert mlflow_kept_in(tmp_path / "three") == {} and module.address == "http://host:5000"
+    assert not (tmp_path / "three").exists()
+
+
+def test_tracker_that_does_not_start_is_one_line_and_starts_no_second_run_later(tmp_path, monkeypatch, fresh_accelerator):
+    class Refused(Exception):
+        pass
+
+    def refuse(self):
+        raise Refused("the tracking server is gone\nTraceback of the server")
+
+    service = type("wandb", (Service,), {"name": "wandb", "started": [], "sent": []})
+    monkeypatch.setitem(accelerate.accelerator.LOGGER_TYPE_TO_CLASS, "wandb", service)
+    (tmp_path / "run").mkdir()
+    known = []
+    for start in (refuse, Service.start):
+        monkeypatch.setattr(service, "start", start)
+        accelerator = fresh_accelerator([])
+        accelerator.log_with = ["wandb"]
+        if start is refuse:
+            wanted = r"train.trackers=\['wandb'\]: one did not start \(test_report: the tracking server is gone\); set it right"
+            with pytest.raises(UserError, match=wanted):
+                MetricsLog(tmp_path / "run", accelerator, 0, {})
+        else:
+            MetricsLog(tmp_path / "run", accelerator, 0, {})
+        known.append(json.loads((tmp_path / "run" / "trackers" / "ids.json").read_text())["wandb"])
+    assert known[0] == known[1] == service.started[0][1]["id"]
+
+
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
 def test_service_gets_the_grids_and_a_restart_continues_its_run(tmp_path, monkeypatch, fresh_accelerator, name):
     service = type(name, (Service,), {"name": name, "started": [], "sent": []})
     monkeypatch.setitem(accelerate.accelerator.LOGGER_TYPE_TO_CLASS, name, service)
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow_at())
     run = tmp_path / "photos-eae"
     run.mkdir()
     for start in (0, 20):
@@ -359,6 +408,7 @@ def test_service_gets_the_grids_and_a_restart_continues_its_run(tmp_path, monkey
         assert (30, {"samples": (1, 12, 23, 3)}) in sent
     else:
         assert first[1]["run_id"] is None and again[1]["run_id"] == "run-1"
+        assert first[1]["logging_dir"] == again[1]["logging_dir"] == str(run / "trackers" / "mlflow" / "artifacts")
         assert ("samples", str(run / "samples" / "step-samples.png")) in sent
 
 
