@@ -70,7 +70,8 @@ class MetricsLog:
                 f"train.trackers={sorted(names)}: one did not start ({why}); set it right, or leave it out"
             ) from error
         for tracker in self.accelerator.trackers:
-            if tracker.name != "tensorboard":  # TensorBoard would show settings as a second run
+            # TensorBoard would show settings as a second run, and mlflow refuses another value of one in a continued run.
+            if tracker.name != "tensorboard" and not (tracker.name == "mlflow" and "mlflow" in known):
                 tracker.store_init_configuration({key: str(value) for key, value in settings.items()})
             if tracker.name == "mlflow" and main:
                 self._keep(known | {"mlflow": tracker.tracker.info.run_id})
