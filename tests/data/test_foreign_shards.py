@@ -207,10 +207,8 @@ def test_images_of_all_sizes_and_formats_are_resized(tmp_path, capsys):
     write_tar(tmp_path / "in" / "a.tar", members)
     assert pack("webdataset", tmp_path / "in" / "a.tar", tmp_path / "out") == 2
     assert "0 is 30x20" in (error := capsys.readouterr().err) and "give --size N" in error
-    assert pack("webdataset", tmp_path / "in" / "a.tar", tmp_path / "out", "--size", 8) == 2
-    assert "other options (fit)" in capsys.readouterr().err
-    assert pack("webdataset", tmp_path / "in" / "a.tar", tmp_path / "b", "--size", 8) == 0
-    found = together(tmp_path / "b")
+    assert pack("webdataset", tmp_path / "in" / "a.tar", tmp_path / "out", "--size", 8) == 0
+    found = together(tmp_path / "out")
     assert found.keys() == expected.keys()
     for key, pixels in expected.items():
         np.testing.assert_array_equal(found[key][0], pixels, err_msg=key)
@@ -395,36 +393,84 @@ sys.exit(pack.main(sys.argv[1:]))
 """
 
 
+def killed_pack(folder: Path, *options: str) -> Path:
+    """Packs the tars of a folder into `out` beside it, and is killed in the second; returns out.parts."""
+    command = ["webdataset", str(folder / "*.tar"), str(folder.parent / "out"), "--workers", "1", *options]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([sys.executable, "-c", KILLED, *command], env=environment, capture_output=True, timeout=120)
+    assert ended.returncode == -signal.SIGKILL
+    return folder.parent / "out.parts"
+
+
 def test_a_killed_pack_goes_on_with_the_same_bytes_and_converts_changed_tars_again(tmp_path, capsys):
     write_tars(tmp_path / "in", cls=cls)
-    command = ["webdataset", str(tmp_path / "in" / "*.tar"), str(tmp_path / "out"), "--workers", "1"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    killed = subprocess.run([sys.executable, "-c", KILLED, *command], env=environment, capture_output=True, timeout=120)
-    assert killed.returncode == -signal.SIGKILL and not (tmp_path / "out").exists()
-    assert (tmp_path / "out.parts" / "000001.json").exists()
+    parts = killed_pack(tmp_path / "in")
+    assert not (tmp_path / "out").exists() and (parts / "000001.json").exists()
     os.utime(tmp_path / "in" / "00000.tar")
-    assert main(command) == 0
+    assert pack("webdataset", tmp_path / "in" / "*.tar", tmp_path / "out") == 0
     assert "1 of 3 files had been converted by an interrupted pack" in capsys.readouterr().out
     assert pack("webdataset", tmp_path / "in" / "*.tar", tmp_path / "whole") == 0
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 
 def test_parts_of_another_pack_are_not_taken(tmp_path, capsys):
-    write_tars(tmp_path / "in", json=lambda row: b"{")
+    write_tars(tmp_path / "in", cls=cls)
+    parts = killed_pack(tmp_path / "in")
     arguments = ["webdataset", tmp_path / "in" / "*.tar", tmp_path / "out"]
-    assert pack(*arguments, "--label-key", "json:a") == 2
-    capsys.readouterr()
-    for options, differ in ((["--size", 4], "fit, label_key"), (["--label-key", "json:a", "--format", "webp"], "encoding")):
+    for options, differ in ((["--size", 4, "--label-key", "txt"], "fit, label_key"), (["--format", "webp"], "encoding")):
         assert pack(*arguments, *options) == 2
         assert f"with other options ({differ}); give the same, or remove" in capsys.readouterr().err
-    report = tmp_path / "out.parts" / "000000.json"
+    report = parts / "000000.json"
     report.write_text(report.read_text().replace('"bytes"', '"bites"', 1))
-    assert pack(*arguments, "--label-key", "json:a") == 2
+    assert pack(*arguments) == 2
     assert "000000.json cannot be read (it does not match its checksum); remove it" in capsys.readouterr().err
     (tmp_path / "b.parts").mkdir()
     (tmp_path / "b.parts" / "thesis.txt").write_text("precious")
     assert pack("webdataset", tmp_path / "in" / "*.tar", tmp_path / "b") == 2
     assert "b.parts is in the way and was not created by pack" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("format", ["png", "jpeg", "raw"])
+def test_a_damaged_image_of_an_interrupted_pack_is_named_and_converted_again(format, tmp_path, capsys):
+    write_tars(tmp_path / "in", cls=cls)
+    parts = killed_pack(tmp_path / "in", "--format", format)
+    images = bytearray((parts / "000000.images").read_bytes())
+    images[-3] ^= 1  # of an array this changes a pixel, and nothing else would notice
+    (parts / "000000.images").write_bytes(images)
+    arguments = ["webdataset", tmp_path / "in" / "*.tar", tmp_path / "out", "--format", format]
+    assert pack(*arguments) == 2
+    error = capsys.readouterr().err
+    assert f"{parts}/000000.images is damaged; remove {parts}/000000.json" in error and error.count("error:") == 1
+    (parts / "000000.json").unlink()
+    assert pack(*arguments) == 0
+    assert pack(*arguments[:2], tmp_path / "whole", "--format", format) == 0
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "members, options, advised",
+    [
+        ({"a.b.png": 0, "c.d.png": 1}, [], ["--dots-in-keys"]),
+        ({"a.png": 0, "a.jpg": 1}, [], ["--image-key", "png"]),
+        ({"a.png": 0, "b.png": (4, 4)}, [], ["--size", "4"]),
+        ({"a.json": b'{"kind": 1}', "a.png": 0}, ["--label-key", "json:label"], ["--label-key", "json:kind"]),
+    ],
+)
+def test_what_an_error_advises_can_be_done_at_once(members, options, advised, tmp_path, capsys):
+    files = {}
+    for number in range(20):
+        for name, what in members.items():
+            image = IMAGES[number, :4, :4] if isinstance(what, tuple) else IMAGES[number]
+            files[f"{number:03d}{name}"] = (
+                what if isinstance(what, bytes) else encoded(image, Path(name).suffix[1:].replace("jpg", "jpeg"))
+            )
+    write_tar(tmp_path / "in" / "a.tar", files)
+    arguments = ["webdataset", tmp_path / "in" / "a.tar", tmp_path / "out"]
+    assert pack(*arguments, *options) == 2
+    assert advised[0] in capsys.readouterr().err
+    assert pack(*arguments, *advised) == 0
+    assert not (tmp_path / "out.parts").exists()
+    assert len(together(tmp_path / "out")) == 20 * sum(name.endswith(".png") for name in members)
 
 
 @pytest.mark.parametrize(

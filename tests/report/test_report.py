@@ -401,7 +401,7 @@ def test_service_gets_the_grids_and_a_restart_continues_its_run(tmp_path, monkey
         grids = {"samples": torch.rand(3, 12, 23)}
         log.show(grids, save_grids(grids, run / "samples", "step-"), start + 10)
     (first, again), sent = service.started, service.sent
-    assert first[0] == again[0] == "photos-eae" 
+    assert first[0] == again[0] == "photos-eae"
     settings = [values for what, values in sent if what == "settings"]
     assert settings == [{"train.epochs": "20"}, {"train.epochs": "40"}][: 2 if name == "wandb" else 1]  # mlflow takes no other
     assert (10, {"images": 26, "loss": 0.5}) in sent and (30, {"images": 26, "loss": 0.5}) in sent

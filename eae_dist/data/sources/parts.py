@@ -16,6 +16,7 @@ import io
 import json
 import os
 import shutil
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -36,7 +37,7 @@ from eae_dist.errors import UserError
 from eae_dist.numerics.atomic_files import fsync, replace_file
 from eae_dist.numerics.json_files import read_json, sealed
 
-LOCK, OPTIONS = ".lock", "options.json"
+LOCK, OPTIONS, FAILED = ".lock", "options.json", "failed"
 
 
 class Part(Protocol):
@@ -70,12 +71,16 @@ class Conversion:
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """Images in the files of parts; an item is the bytes of one image file. part, offset, bytes: int64 [n]. channels: of all."""
+    """Images in the files of parts; an item is the bytes of one image file, which raises ValueError if they are damaged.
+
+    part, offset, bytes, crc32: int64 [n]. channels: of all.
+    """
 
     folder: Path
     part: np.ndarray
     offset: np.ndarray
     bytes: np.ndarray
+    crc32: np.ndarray
     channels: int
 
     @overload
@@ -84,9 +89,13 @@ class EncodedImages:
     def __getitem__(self, i: np.ndarray) -> "EncodedImages": ...
     def __getitem__(self, i: "int | np.ndarray") -> "builtins.bytes | EncodedImages":
         if isinstance(i, np.ndarray):
-            return EncodedImages(self.folder, self.part[i], self.offset[i], self.bytes[i], self.channels)
-        with open(images_file(self.folder, self.part[i]), "rb") as file:
-            return os.pread(file.fileno(), int(self.bytes[i]), int(self.offset[i]))
+            return EncodedImages(self.folder, self.part[i], self.offset[i], self.bytes[i], self.crc32[i], self.channels)
+        path = images_file(self.folder, self.part[i])
+        with open(path, "rb") as file:
+            data = os.pread(file.fileno(), int(self.bytes[i]), int(self.offset[i]))
+        if zlib.crc32(data) != self.crc32[i]:
+            raise UserError(f"{path} is damaged; remove {path.with_suffix('.json')}, and its images are converted again")
+        return data
 
 
 @dataclass(frozen=True)
@@ -116,6 +125,16 @@ def convert_parts(
     """
     record = {"rules": asdict(conversion.rules), "fit": asdict(conversion.fit), "encoding": asdict(conversion.encoding)} | options
     finish = opened(folder, json.loads(json.dumps(record | {"parts": [part.name for part in parts]})))
+    try:
+        return _converted(parts, conversion, folder, finish, skip_bad, workers)
+    except UserError:
+        (folder / FAILED).touch()  # the error may advise other options
+        raise
+
+
+def _converted(
+    parts: list[Part], conversion: Conversion, folder: Path, finish: Callable[[], None], skip_bad: bool, workers: int
+) -> Converted:
     tasks = ((number, part, conversion, folder) for number, part in enumerate(parts))
     reports, first = [], None  # first: the name and shape of the first part with an image
     with (
@@ -142,12 +161,12 @@ def convert_parts(
     channels = conversion.rules.channels or (3 if found["color"] else 1)
     if conversion.encoding.format == "raw" and conversion.rules.channels is None and found["gray"] and found["color"]:
         raise UserError("gray and color images are mixed, which --format raw cannot hold; give --channels 3 or --channels 1")
-    sizes = [np.array(report["bytes"], dtype=np.int64) for report in reports]
+    sizes, sums = ([np.array(report[what], dtype=np.int64) for report in reports] for what in ("bytes", "crc32"))
     number = np.repeat(np.arange(len(parts)), rows)
     offsets = np.concatenate([np.cumsum(size) - size for size in sizes])
     keys, said = unique_keys(parts, reports)
     return Converted(
-        images=EncodedImages(folder, number, offsets, np.concatenate(sizes), channels),
+        images=EncodedImages(folder, number, offsets, np.concatenate(sizes), np.concatenate(sums), channels),
         keys=keys,
         labels=[label for report in reports for label in report["labels"]],
         part=number,
@@ -159,7 +178,10 @@ def convert_parts(
 
 
 def opened(folder: Path, options: dict) -> Callable[[], None]:
-    """Creates or continues a folder of parts and locks it; returns the function that removes it. Raises ValueError."""
+    """Creates or continues a folder of parts and locks it; returns the function that removes it. Raises ValueError.
+
+    What an interrupted pack has converted is kept from a pack with other options; what a failed one has, is converted again.
+    """
     if folder.exists() and any(folder.iterdir()) and not (folder / LOCK).exists():
         raise UserError(f"{folder} is in the way and was not created by pack; remove it")
     folder.mkdir(parents=True, exist_ok=True)
@@ -169,9 +191,13 @@ def opened(folder: Path, options: dict) -> Callable[[], None]:
     except BlockingIOError:
         lock.close()
         raise UserError(f"another pack is writing {folder}; wait for it or give another folder") from None
-    known = folder / OPTIONS
+    known, failed = folder / OPTIONS, folder / FAILED
     advice = f"remove the folder {folder}, and all files are converted again"
     if known.is_file() and (before := read_json(known, {}, advice, is_sealed=True)) != options:
+        if failed.exists():
+            shutil.rmtree(folder)
+            lock.close()
+            return opened(folder, options)
         lock.close()
         differ = [name for name in options if before.get(name) != options[name]]
         raise UserError(
@@ -179,6 +205,7 @@ def opened(folder: Path, options: dict) -> Callable[[], None]:
             f"remove that folder"
         )
     replace_file(known, sealed(options))
+    failed.unlink(missing_ok=True)
 
     def finish() -> None:
         shutil.rmtree(folder)
@@ -227,6 +254,7 @@ def convert_part(task: tuple[int, Part, Conversion, Path]) -> dict:
             found.update(kinds)
     fsync(images_file(folder, number))
     report |= {"keys": [*rows], "bytes": [len(row[0]) for row in rows.values()], "labels": [labels.get(key) for key in rows]}
+    report["crc32"] = [zlib.crc32(row[0]) for row in rows.values()]
     report |= {"sizes": sizes, "bad": bad, "found": found}
     replace_file(done, sealed(report))
     return report

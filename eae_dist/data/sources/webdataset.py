@@ -51,8 +51,12 @@ def webdataset(
     converted = convert_parts(files, Conversion(rules, fit, encoding), parts, options, skip_bad, workers)
     ignored = sum((Counter(report["ignored"]) for report in converted.reports), Counter())
     if label_key is not None and not any(label is not None for label in converted.labels):
+        converted.finish()  # another label needs all of it again
         fields = next((report["fields"] for report in converted.reports if report["fields"]), None)
-        raise UserError(f"no sample has the label {label_key}" + (f"; a .json holds {', '.join(fields[:10])}" if fields else ""))
+        raise UserError(
+            f"no sample has the label {label_key}"
+            + (f"; a .json holds {', '.join(fields[:10])}: --label-key json:{fields[0]}" if fields else "")
+        )
     labels, classes = labels_and_classes(converted.labels, f"the labels {label_key or 'cls'}")
     notes = converted.notes + ((left_alone(ignored, IMAGES),) if ignored else ())
     if label_key is not None and (without := int((labels == -1).sum())):
