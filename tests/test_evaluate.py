@@ -558,7 +558,16 @@ def test_files_are_read_as_pytorch_fid_reads_them_by_name(tmp_path, monkeypatch)
     )
 
 
-ROTATED = {1: lambda x: x, 3: lambda x: x[::-1, ::-1], 6: lambda x: np.rot90(x), 8: lambda x: np.rot90(x, -1)}  # as stored
+ROTATED = {  # as stored
+    1: lambda x: x,
+    2: lambda x: x[:, ::-1],
+    3: lambda x: x[::-1, ::-1],
+    4: lambda x: x[::-1],
+    5: lambda x: x.T,
+    6: lambda x: np.rot90(x),
+    7: lambda x: x[::-1, ::-1].T,
+    8: lambda x: np.rot90(x, -1),
+}
 
 
 @pytest.mark.parametrize("orientation", ROTATED)
@@ -612,16 +621,21 @@ def test_folders_of_different_sizes_are_named_and_can_be_resized(folders, tmp_pa
     assert "(12x12)" not in (said := capsys.readouterr().out) and "differ in size" not in said
 
 
-def test_mixed_sizes_are_resized_as_pack_does(tmp_path):
+@pytest.mark.parametrize("mode", ["L", "RGB"])  # gray is read as three equal channels
+@pytest.mark.parametrize("size", [1, 7, 9, 16, 33])
+def test_mixed_sizes_are_resized_as_pack_does(size, mode, tmp_path):
     (folder := tmp_path / "images").mkdir()
     draw, expected = np.random.default_rng(0), []
     for number, (height, width) in enumerate([(20, 30), (16, 16), (9, 12), (40, 13)]):
-        image = Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        image = Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8)).convert(mode)
         image.save(folder / f"{number}.png")
         side = min(height, width)
         left, top = (width - side) // 2, (height - side) // 2
-        expected.append(np.array(image.crop((left, top, left + side, top + side)).resize((10, 10), Image.Resampling.BILINEAR)))
-    images = torch.cat([images for _, images in walk_images(folder, 3, resize=10).images])
+        expected.append(
+            np.array(image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BILINEAR))
+        )
+    images = torch.cat([images for _, images in walk_images(folder, 3, resize=size).images])
+    expected = [image if image.ndim == 3 else np.stack(3 * [image], axis=2) for image in expected]
     np.testing.assert_array_equal(images.permute(0, 2, 3, 1), np.stack(expected))
 
 
@@ -642,23 +656,39 @@ def test_a_zip_file_is_the_folder_in_it(folders, tmp_path):
         assert one[0] == other[0] and torch.equal(one[1], other[1])
 
 
-def test_wrong_zip_files_are_one_line(folders, tmp_path):
-    archive = zipped(folders[0], tmp_path / "a.zip")
-    data = archive.read_bytes()
-    (tmp_path / "cut.zip").write_bytes(data[: len(data) // 2])
-    (tmp_path / "text.zip").write_text("text")
-    at = data.index(b"IDAT") + 20
-    (tmp_path / "flipped.zip").write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
-    with zipfile.ZipFile(tmp_path / "none.zip", "w") as empty:
-        empty.writestr("a.txt", "a")
-    for name, message in {
-        "cut": "is not a folder, a zip file or an .npz file, or is damaged",
-        "text": "is not a folder, a zip file or an .npz file, or is damaged",
-        "flipped": "(is not a usable image|cannot be read)",
-        "none": "holds no image files",
-    }.items():
-        with pytest.raises(SystemExit, match=f"error: .*{name}.zip.* ?{message}"):
-            main(["--images", str(folders[0]), str(tmp_path / f"{name}.zip"), "evaluate.features=thumbnails"])
+def zip_of(path: Path, **files: bytes) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name.replace("_", "."), data)
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), "is not a folder, .* or is damaged"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-30]), "is not a folder, .* or is damaged"),
+        (lambda path: path.write_text("text"), "is not a folder, .* or is damaged"),
+        (lambda path: path.write_bytes(b""), "is not a folder, .* or is damaged"),
+        (lambda path: path.write_text("<!DOCTYPE html><html>"), "is not a folder, .* or is damaged"),
+        (lambda path: path.unlink(), "is not a folder|does not exist|is not there"),
+        (lambda path: flip(path, path.read_bytes().index(b"IDAT") + 20), "is not a usable image|cannot be read"),
+        (lambda path: zip_of(path, a_txt=b"a"), "holds no image files"),
+        (lambda path: zip_of(path), "holds no image files"),
+        (lambda path: zip_of(path, a_png=b"no image"), "is not a usable image|not an image|cannot be read"),
+        (lambda path: zip_of(path, a_zip=path.read_bytes()), "holds no image files"),
+    ],
+)
+def test_wrong_zip_files_are_one_line(spoil, message, folders, tmp_path):
+    spoil(zipped(folders[0], tmp_path / "a.zip"))
+    with pytest.raises(SystemExit, match=f"error: .*a.zip.* ?({message})") as ended:
+        main(["--images", str(folders[0]), str(tmp_path / "a.zip"), "evaluate.features=thumbnails"])
+    assert "\n" not in str(ended.value)
 
 
 # Files of statistics

@@ -233,6 +233,59 @@ def test_keys_with_dots_are_explained_and_read(tmp_path, capsys):
     check(together(tmp_path / "again"), {f"img.{row:03d}".replace(".", "_"): (row, -1) for row in range(300)})
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "1.5-{}",
+        "img.{}",
+        "{}.final",
+        "a.b.c.{}",
+        "v1.0/{}",
+        "v1.0/x.{}",
+        "2024.01.02-{}",
+        "{}.jpg.aug",
+        "{}.cls",
+        "é.{}",
+        "x.{}.orig",
+    ],
+)
+def test_keys_with_dots_are_told_apart_by_their_last_dot(name, tmp_path):
+    members = {f"{name.format(row)}.png": encoded(IMAGES[row]) for row in range(12)}
+    members |= {f"{name.format(row)}.cls": cls(row) for row in range(12)}
+    write_tar(tmp_path / "in" / "a.tar", members)
+    assert pack("webdataset", tmp_path / "in" / "a.tar", tmp_path / "out", "--dots-in-keys") == 0
+    folder, slash, base = name.rpartition("/")
+    key = folder + slash + base.replace(".", "_")
+    check(together(tmp_path / "out"), {key.format(row): (row, row % 3) for row in range(12)})
+
+
+BROKEN = {
+    "cut.png": encoded(IMAGES[0])[:60],
+    "flipped.png": encoded(IMAGES[0])[:70] + b"\xff" + encoded(IMAGES[0])[71:],
+    "cut.jpg": encoded(IMAGES[0], "jpeg")[:300],
+    "cut.webp": encoded(IMAGES[0], "webp", lossless=True)[:100],
+    "empty.png": b"",
+    "text.png": b"<!DOCTYPE html>",
+    "pdf.jpg": b"%PDF-1.4",
+    "short.npy": npy(IMAGES[0])[:-5],
+    "object.npy": b"\x93NUMPY\x01\x00garbage",
+    "moves.webp": encoded(IMAGES[0], "webp", save_all=True, append_images=[Image.fromarray(IMAGES[1])]),
+    "deep.png": (lambda data: (Image.new("I;16", (8, 8), 300).save(data, "png"), data.getvalue())[1])(io.BytesIO()),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_image_behind_good_ones_is_never_indexed_and_can_be_left_out(name, tmp_path, capsys):
+    npys = name.endswith(".npy")
+    good = {f"{row:03d}.{'npy' if npys else 'png'}": npy(IMAGES[row]) if npys else encoded(IMAGES[row]) for row in range(120)}
+    write_tar(tmp_path / "in" / "train-000000.tar", good | {f"{name}": BROKEN[name]})
+    assert pack("--index", tmp_path / "in") == 2
+    error = capsys.readouterr().err
+    assert f"'{name.partition('.')[0]}'" in error and "train-000000.tar" in error and error.count("\n") == 1
+    assert pack("webdataset", tmp_path / "in" / "train-000000.tar", tmp_path / "out", "--skip-bad") == 0
+    check(together(tmp_path / "out"), {f"{row:03d}": (row, -1) for row in range(120)})
+
+
 def test_lists_of_other_members_name_five_kinds(tmp_path, capsys):
     members = (
         {"a.png": encoded(IMAGES[0])} | {f"a.kind{'x' * n}": b"" for n in range(900)} | {f"{n}.json": b"" for n in range(50)}
@@ -577,3 +630,43 @@ def test_wrong_parquet_folders_are_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     assert pack("parquet", tmp_path / "in", tmp_path / "out") == 2
     assert "pip install -e '.[parquet]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train-00000-of-00001.parquet", "train"),
+        ("data/train-00000-of-00001.parquet", "train"),
+        ("data/validation-00003-of-00004.parquet", "validation"),
+        ("data/valid-00000-of-00001.parquet", "validation"),
+        ("default/test/0000.parquet", "test"),
+        ("plain_text/partial-train/0000.parquet", None),
+        ("train.parquet", "train"),
+        ("Test.parquet", "test"),
+        ("dev/part-0.parquet", "validation"),
+        ("0000.parquet", None),
+        ("mnist/0000.parquet", None),
+    ],
+)
+def test_the_split_of_a_parquet_file_is_in_its_name_or_its_folders(name, split):
+    pytest.importorskip("pyarrow")
+    from eae_dist.data.sources.parquet import split_of_file
+
+    assert split_of_file(name) == split
+
+
+@pytest.mark.parametrize("kind", ["binary", "large_binary", "struct"])
+@pytest.mark.parametrize("compression", ["none", "snappy", "gzip", "zstd"])
+def test_parquet_files_of_any_writer_are_read(kind, compression, tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    data = [encoded(IMAGES[row]) for row in range(30)]
+    column = {
+        "binary": lambda: pa.array(data, pa.binary()),
+        "large_binary": lambda: pa.array(data, pa.large_binary()),
+        "struct": lambda: pa.array([{"bytes": one, "path": None} for one in data]),
+    }[kind]()
+    (tmp_path / "in").mkdir()
+    table = pa.table({"img": column, "label": [row % 3 for row in range(30)]})
+    pq.write_table(table, tmp_path / "in" / "a.parquet", compression=compression, row_group_size=7)
+    assert pack("parquet", tmp_path / "in", tmp_path / "out") == 0
+    check(together(tmp_path / "out"), {f"a/{row:06d}": (row, row % 3) for row in range(30)})

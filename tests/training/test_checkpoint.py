@@ -458,15 +458,29 @@ def test_run_is_not_continued_on_other_data_or_in_another_order(tmp_path, write,
     assert opened(tmp_path).state["step"] == 5
 
 
-def test_other_data_is_said_before_the_settings_that_follow_from_it(tmp_path, write):
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"model.latent_dim": 64}, ["model.latent_dim: 5 -> 64"]),
+        ({"model.width": 9}, ["model.width: 4 -> 9"]),
+        ({"model.network": "rae32"}, ["model.network: small -> rae32"]),
+        ({"train.seed": 7}, ["train.seed: 0 -> 7"]),
+        ({"train.global_batch": 52}, [f"train.global_batch: {CONFIG.train.global_batch} -> 52"]),
+        ({"model.latent_dim": 64, "train.seed": 7}, ["model.latent_dim: 5 -> 64", "train.seed: 0 -> 7"]),
+    ],
+)
+def test_other_data_is_said_before_the_settings_that_follow_from_it(settings, said, tmp_path, write):
     opened(tmp_path)
     write(tmp_path, 5)
-    other = replace(CONFIG, data=replace(CONFIG.data, root="photos"), model=replace(CONFIG.model, latent_dim=64))
+    other = replace(CONFIG, data=replace(CONFIG.data, root="photos"))
+    for key, value in settings.items():
+        section, name = key.split(".")
+        other = replace(other, **{section: replace(getattr(other, section), **{name: value})})
     with pytest.raises(ValueError, match="holds a run with other settings") as refused:
         opened(tmp_path, other, IDENTITY | {"index_sha256": "f" * 64})
     assert [line.strip() for line in str(refused.value).splitlines()[1:]] == [
         "data: unread -> photos",
-        "model.latent_dim: 5 -> 64",
+        *said,
     ]
 
 
@@ -482,6 +496,21 @@ def test_folders_of_checkpoints_whose_names_were_swapped_are_told_by_their_steps
     assert opened(tmp_path).path == kept  # rather than steps 6 to 10 with the weights of step 5
     copy = Path(shutil.copytree(kept, tmp_path / "my best one"))
     assert open_checkpoint(copy).state["step"] == 3
+
+
+@pytest.mark.parametrize("order", [order for order in itertools.permutations(range(4)) if order != (0, 1, 2, 3)])
+def test_newest_checkpoint_that_has_its_own_name_is_the_one_that_a_run_goes_on_from(order, tmp_path, write):
+    opened(tmp_path)
+    paths = [write(tmp_path, step) for step in (2, 4, 6, 8)]
+    for number, path in enumerate(paths):
+        path.rename(tmp_path / f"aside-{number}")
+    for number, path in zip(order, paths, strict=True):
+        (tmp_path / f"aside-{number}").rename(path)
+    if own := [path for place, path in enumerate(paths) if order[place] == place]:
+        assert opened(tmp_path).path == own[-1]
+    else:
+        with pytest.raises(ValueError, match="no checkpoint of .* is intact; move the folder away"):
+            opened(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["[]", "null", "", "3", '"x"', "{", '{"model.safetensors": 3}', "[" * 100_000, "\0"])

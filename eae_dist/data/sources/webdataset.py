@@ -55,7 +55,7 @@ def webdataset(
         fields = next((report["fields"] for report in converted.reports if report["fields"]), None)
         raise UserError(
             f"no sample has the label {label_key}"
-            + (f"; a .json holds {', '.join(fields[:10])}: --label-key json:{fields[0]}" if fields else "")
+            + (f"; a .json holds {', '.join(fields[:10])}, as --label-key json:{fields[0]}" if fields else "")
         )
     labels, classes = labels_and_classes(converted.labels, f"the labels {label_key or 'cls'}")
     notes = converted.notes + ((left_alone(ignored, IMAGES),) if ignored else ())
