@@ -81,12 +81,20 @@ def is_assignment(text: str) -> bool:
     return "=" in text and text.partition(".")[0] in {section.name for section in fields(Config)}
 
 
+def print_whole(text: str) -> None:
+    """Prints a long text; a reader that wants only its beginning, as `head`, is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is written when the process ends
+
+
 def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Splits a command line into the files after --config and the key=value texts."""
     files, assignments, taking_files = [], [], False
     for place, argument in enumerate(argv):
         if argument in ("-h", "--help"):
-            print(help_text())
+            print_whole(help_text())
             sys.exit(0)
         if argument == "--config":
             taking_files = True

@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -256,6 +258,14 @@ def test_files_that_are_no_sections_with_keys_are_named(tmp_path, text):
 def test_arguments_that_are_no_settings_are_errors(argv, words):
     with pytest.raises(ValueError, match=words):
         load_config(argv)
+
+
+def test_help_may_be_read_in_part():
+    command = f"set -o pipefail; {sys.executable} -m eae_dist.train --help | head -1"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert ended.stdout == "usage: python -m eae_dist.train [--config FILE ...] [key=value ...]\n"
+    assert (ended.returncode, ended.stderr) == (0, "")
+
 
 
 @pytest.mark.parametrize("option", ["-h", "--help"])
