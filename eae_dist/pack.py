@@ -34,8 +34,9 @@ from eae_dist.data.encoding import EXTENSIONS, JPEG_QUALITY, Encoding
 from eae_dist.data.indexing import DECODED, build_index, build_remote_index, write_index
 from eae_dist.data.order import permutation
 from eae_dist.data.pixels import Fit, Rules
-from eae_dist.data.remote import Cache, is_address
+from eae_dist.data.remote import Cache
 from eae_dist.data.scanning import ShardScan, index_shard
+from eae_dist.data.servers import is_address
 from eae_dist.data.sources import CACHE, SOURCES, SPLITS, Samples, Source
 from eae_dist.data.split_names import split_called
 from eae_dist.data.verifying import verify

@@ -24,8 +24,9 @@ from tqdm import tqdm
 
 from eae_dist.data.image_files import what_was_done
 from eae_dist.data.pixels import AS_THEY_ARE, TRAITS, Rules
-from eae_dist.data.remote import Cache, RemoteFolder, checked_address
+from eae_dist.data.remote import Cache, RemoteFolder
 from eae_dist.data.scanning import ENCODINGS, ONE_HEADER, ShardScan, bytes_dtype, different_sizes, index_shard, size_text
+from eae_dist.data.servers import checked_address
 from eae_dist.data.shard_index import INDEX_VERSION, SHARD_DTYPE, ShardIndex, member_table, plain_name, split_in_name
 from eae_dist.data.split_names import SPLITS, looks_like_split, split_called
 from eae_dist.data.tars import left_alone, refuse_compressed

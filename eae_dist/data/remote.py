@@ -13,7 +13,6 @@ locks (flock) coordinate the processes; a lock ends with its process, even if th
 The cache never changes the data: a file is complete and correct, or an error names it.
 """
 
-import asyncio
 import fcntl
 import hashlib
 import io
@@ -25,18 +24,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, TypeGuard
-from urllib.parse import quote, unquote, urlsplit
-
-import fsspec
+from typing import BinaryIO
+from urllib.parse import quote
 
 from eae_dist.config import DataConfig
+from eae_dist.data.locked_files import alone, remove_unless_used, touch
+from eae_dist.data.servers import Failure, checked_address, filesystem, is_address
 from eae_dist.errors import UserError, UserFileError
 
-SCHEMES = ("http", "https", "s3")
-SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+__all__ = ["FETCHES", "Cache", "FetchAhead", "FetchError", "RemoteFolder", "checked_address", "is_address"]
+
 SHA256 = re.compile(r"[0-9a-f]{64}")
 KEPT = re.compile(r"[0-9a-f]{64}(\.partial)?")  # other files in the cache folder are never removed
 BLOCK = 1 << 20
@@ -65,28 +63,6 @@ class Cache:
     def of(cls, data: DataConfig) -> "Cache":
         """Returns the cache of a configuration."""
         return cls(Path(data.cache).expanduser(), data.cache_bytes, data.timeout, data.retries)
-
-
-def is_address(root: str | Path) -> TypeGuard[str]:
-    """True if the root of a data set has a URL scheme and is not a local folder."""
-    return isinstance(root, str) and SCHEME.match(root) is not None and not Path(root).exists()
-
-
-def checked_address(address: str, what: str) -> str:
-    """Returns the address of a folder without its last slash. Raises ValueError that begins with `what` for other addresses.
-
-    Other schemes of fsspec are rejected, because some read local files, and some tools run commands.
-    """
-    scheme = (SCHEME.match(address) or [""])[0].rstrip(":").lower()
-    if scheme not in SCHEMES or not address.lower().startswith(f"{scheme}://"):
-        raise UserError(f"{what}={address} is not an address of data; expected http://, https:// or s3://")
-    parts = urlsplit(address)
-    folders = [unquote(folder) for folder in parts.path.strip("/").split("/")]
-    if not parts.netloc or {"@", "$"} & set(address) or parts.query or parts.fragment or not address.isprintable():
-        raise UserError(f"{what}={address} is not a plain address; expected SCHEME://HOST/FOLDER without user, $, ? or #")
-    if {".", ".."} & set(folders) or ("" in folders and len(folders) > 1) or any("/" in folder for folder in folders):
-        raise UserError(f"{what}={address} is not a plain address; leave out '.', '..' and empty folders")
-    return scheme + address[len(scheme) :].rstrip("/")
 
 
 @dataclass(frozen=True)
@@ -130,10 +106,10 @@ class RemoteFolder:
         kept = self._kept(sha256)
         try:
             self.cache.folder.mkdir(parents=True, exist_ok=True)
-            if _touch(kept):
+            if touch(kept):
                 return True
-            with _alone(kept.with_name(f"{sha256}.partial")) as partial:
-                if _touch(kept):  # the previous holder of the lock has fetched it
+            with alone(kept.with_name(f"{sha256}.partial")) as partial:
+                if touch(kept):  # the previous holder of the lock has fetched it
                     return True
                 partial.truncate(0)  # removes the data of a killed process
                 while not self._take_room(partial, sha256, size or 0, needed=not ahead):
@@ -174,7 +150,7 @@ class RemoteFolder:
         """
         stop = stop or threading.Event()
         closed = f"{self.place(name)} was not fetched: the stream is closed"
-        failure: _Failure | None = None
+        failure: Failure | None = None
         for attempt in range(self.cache.retries + 1):
             if attempt:
                 log.warning("%s %s; trying again (%d of %d)", self.place(name), failure, attempt, self.cache.retries)
@@ -192,18 +168,18 @@ class RemoteFolder:
                         break
                     received += len(block)
                     if size is not None and received > size:
-                        raise _Failure(f"sent more than the {size:,} bytes that the index says")
+                        raise Failure(f"sent more than the {size:,} bytes that the index says")
                     digest.update(block)
                     if file is not None:
                         file.write(block)
                 if stop.is_set():
                     raise FetchError(closed)
                 if size is not None and received < size:
-                    raise _Failure(f"ended after {received:,} of {size:,} bytes")
+                    raise Failure(f"ended after {received:,} of {size:,} bytes")
                 if sha256 is not None and digest.hexdigest() != sha256:
-                    raise _Failure(f"sent other bytes than were indexed: sha256 {digest.hexdigest()}, the index says {sha256}")
+                    raise Failure(f"sent other bytes than were indexed: sha256 {digest.hexdigest()}, the index says {sha256}")
                 return digest.hexdigest()
-            except _Failure as error:
+            except Failure as error:
                 failure = error
                 if not error.passing:
                     break
@@ -225,21 +201,21 @@ class RemoteFolder:
     def names(self) -> list[str]:
         """Returns the names of the files at the address; only for S3, because a web server has no list."""
         try:
-            found = _filesystem(self.base, self.cache.timeout, os.getpid()).ls(self.base, detail=False)
+            found = filesystem(self.base, self.cache.timeout, os.getpid()).ls(self.base, detail=False)
         except Exception as error:  # the libraries behind fsspec raise many types
-            raise FetchError(f"{self.base} cannot be listed: it {_Failure.of(error, self.cache.timeout)}") from error
+            raise FetchError(f"{self.base} cannot be listed: it {Failure.of(error, self.cache.timeout)}") from error
         return sorted(path.rpartition("/")[2] for path in found)
 
     def _blocks(self, name: str, size: int | None) -> Iterator[bytes]:
-        """Yields the content of the remote file. Raises _Failure for any error."""
+        """Yields the content of the remote file. Raises Failure for any error."""
         # A web file is requested as a whole; with a given size, fsspec does not request the size first.
         how = {"cache_type": "none"} if self.base.startswith("s3:") else {"block_size": 0, "size": size or -1}
         try:
-            with _filesystem(self.base, self.cache.timeout, os.getpid()).open(self.place(name), "rb", **how) as file:
+            with filesystem(self.base, self.cache.timeout, os.getpid()).open(self.place(name), "rb", **how) as file:
                 while block := file.read(BLOCK):
                     yield block
         except Exception as error:  # the libraries behind fsspec raise many types
-            raise _Failure.of(error, self.cache.timeout) from error
+            raise Failure.of(error, self.cache.timeout) from error
 
     def _kept(self, sha256: str) -> Path:
         if not SHA256.fullmatch(sha256):  # it comes from the data and becomes a path
@@ -275,7 +251,7 @@ class RemoteFolder:
             for _, bytes_, path in sorted(files):
                 if excess <= 0:
                     break
-                if _remove_unless_used(path):
+                if remove_unless_used(path):
                     excess -= bytes_
             if excess > 0 and (others or not needed):
                 return False
@@ -336,89 +312,3 @@ class FetchAhead:
                     self.stop.wait(WAIT_FOR_ROOM)
             except (OSError, ValueError) as error:
                 log.debug("not fetched in advance: %s", error)
-
-
-class _Failure(Exception):
-    """The reason why a try failed, as a phrase about the file. passing: True if another try can succeed."""
-
-    def __init__(self, what: str, passing: bool = True):
-        super().__init__(what)
-        self.passing = passing
-
-    @classmethod
-    def of(cls, error: Exception, timeout: float) -> "_Failure":
-        if isinstance(error, FileNotFoundError):
-            return cls("is not there", passing=False)
-        if isinstance(error, PermissionError):
-            return cls(f"may not be read ({error})", passing=False)
-        if isinstance(error, ImportError):
-            return cls("needs s3fs: pip install -e '.[s3]'", passing=False)
-        if isinstance(error, (TimeoutError, asyncio.TimeoutError)):  # the same class from Python 3.11 on
-            return cls(f"sent nothing for data.timeout={timeout:g} seconds")
-        if (status := getattr(error, "status", None)) is not None:
-            # Only these client errors are temporary: too slow, too early, too many requests.
-            return cls(
-                f"was answered with {status} {getattr(error, 'message', '')}", passing=status >= 500 or status in (408, 425, 429)
-            )
-        return cls(f"broke off ({type(error).__name__}: {error})")
-
-
-@lru_cache(maxsize=4)
-def _filesystem(base: str, timeout: float, process: int) -> fsspec.AbstractFileSystem:
-    """Returns the fsspec file system of a server; one per process, because connections do not survive a fork."""
-    if base.startswith("s3:"):
-        limits = {"connect_timeout": timeout, "read_timeout": timeout, "retries": {"total_max_attempts": 1}}
-        options: dict[str, Any] = {"config_kwargs": limits}
-    else:
-        import aiohttp  # imported here because it takes a fifth of a second and most data is local
-
-        # The default of aiohttp ends every download after five minutes.
-        patience = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
-        options = {"client_kwargs": {"timeout": patience}}
-    found = fsspec.filesystem(base.partition(":")[0].lower(), **options, use_listings_cache=False, skip_instance_cache=True)
-    found.retries = 1  # the default of s3fs is five tries
-    return found
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[BinaryIO]:
-    """Yields the file at `path`, for one process at a time. It is created if missing, and removed at the end if not renamed."""
-    while True:
-        with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if not _is_at(file, path):
-                continue  # the previous holder renamed or removed it
-            try:
-                yield file
-            finally:
-                if _is_at(file, path):
-                    os.unlink(path)
-                # Unlocks explicitly, because a process forked in the meantime has the file open as well.
-                fcntl.flock(file, fcntl.LOCK_UN)
-            return
-
-
-def _is_at(file: BinaryIO, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
-def _touch(path: Path) -> bool:
-    """Marks a file as used now; returns False if it does not exist."""
-    try:
-        os.utime(path)
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def _remove_unless_used(path: str) -> bool:
-    try:
-        with open(path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.unlink(path)
-            return True
-    except (BlockingIOError, FileNotFoundError):  # in use or already removed
-        return False

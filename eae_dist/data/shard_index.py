@@ -33,7 +33,8 @@ import torch
 from eae_dist.config import DataConfig
 from eae_dist.data.decoding import decode_image
 from eae_dist.data.pixels import Rules
-from eae_dist.data.remote import FETCHES, Cache, FetchAhead, RemoteFolder, checked_address, is_address
+from eae_dist.data.remote import FETCHES, Cache, FetchAhead, RemoteFolder
+from eae_dist.data.servers import checked_address, is_address
 from eae_dist.data.split_names import split_called
 from eae_dist.errors import MissingFile, UserError
 from eae_dist.numerics.atomic_files import sha256_of

@@ -267,7 +267,6 @@ def test_help_may_be_read_in_part():
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
-
 @pytest.mark.parametrize("option", ["-h", "--help"])
 def test_help_lists_every_key_with_its_default_and_its_meaning_and_exits(capsys, option):
     source = Path(schema.__file__).read_text()

@@ -19,9 +19,10 @@ import pytest
 from conftest import ROOT, TRAIN_SIZES, rank_environment, write_shards
 
 from eae_dist.config import load_config
-from eae_dist.data import remote
+from eae_dist.data import remote, servers
 from eae_dist.data.order import SampleOrder
-from eae_dist.data.remote import Cache, FetchError, RemoteFolder, checked_address
+from eae_dist.data.remote import Cache, FetchError, RemoteFolder
+from eae_dist.data.servers import checked_address
 from eae_dist.data.shard_index import ShardIndex
 from eae_dist.data.stream import ShardStream, walk
 from eae_dist.pack import main
@@ -517,13 +518,13 @@ def bucket(even, monkeypatch) -> Iterator[str]:
     server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
-    remote._filesystem.cache_clear()
+    servers.filesystem.cache_clear()
     client = boto3.client("s3")
     client.create_bucket(Bucket="images")
     for path in even.iterdir():
         client.upload_file(str(path), "images", f"some/even/{path.name}")
     yield "s3://images/some/even"
-    remote._filesystem.cache_clear()
+    servers.filesystem.cache_clear()
     server.stop()
 
 

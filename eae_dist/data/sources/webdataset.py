@@ -18,7 +18,8 @@ from eae_dist.data.encoding import Encoding
 from eae_dist.data.image_files import ENDINGS, how_read, what_was_done
 from eae_dist.data.indexing import remote_shards
 from eae_dist.data.pixels import Fit, Rules
-from eae_dist.data.remote import Cache, RemoteFolder, is_address
+from eae_dist.data.remote import Cache, RemoteFolder
+from eae_dist.data.servers import is_address
 from eae_dist.data.shard_index import split_in_name
 from eae_dist.data.sources.parts import Conversion, Converted, Part, convert_parts, labels_and_classes
 from eae_dist.data.sources.samples import Samples, Source, by_fractions, with_held_out_splits
