@@ -6,8 +6,8 @@ import numpy as np
 from PIL import Image
 from webdataset import TarWriter
 
+from eae_dist.data.encoding import EXTENSIONS, Encoding
 from eae_dist.data.indexing import build_index
-from eae_dist.pack import EXTENSIONS, Encoding
 
 
 def picture(number: int, shape: tuple[int, int, int]) -> np.ndarray:

@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
+from conftest import ROOT
 from PIL import Image
 
-from eae_dist import pack as pack_module
+from eae_dist.data import packing
 from eae_dist.data.indexing import build_index, class_correlation
 from eae_dist.data.scanning import index_shard
 from eae_dist.data.shard_index import ShardIndex
@@ -211,14 +212,15 @@ def test_a_data_set_is_never_overwritten(npz, tmp_path, capsys):
 INTERRUPTED = """
 import os, signal, sys
 from eae_dist import pack
+from eae_dist.data import packing
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background of a shell inherit that it is ignored
 
-class Progress(pack.tqdm):
+class Progress(packing.tqdm):
     def update(self, n=1):
         os.{call}
 
-pack.tqdm = Progress
+packing.tqdm = Progress
 sys.exit(pack.main(sys.argv[1:]))
 """
 
@@ -227,7 +229,7 @@ def run_interrupted(call: str, *arguments) -> subprocess.CompletedProcess:
     # Returns when the last process that holds the pipes has ended: workers that stayed behind would run into the limit.
     code = INTERRUPTED.format(call=call)
     command = [sys.executable, "-c", code, *map(str, arguments), "--workers", "2", "--shard-size", "1"]
-    folder = Path(pack_module.__file__).parents[1]
+    folder = ROOT
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=folder, start_new_session=True)
 
 
@@ -252,12 +254,12 @@ def test_ctrl_c_ends_cleanly_with_all_worker_processes(npz, tmp_path):
 
 
 def test_a_worker_that_dies_is_an_error_not_a_hang(npz, tmp_path, capsys, monkeypatch):
-    class Progress(pack_module.tqdm):
+    class Progress(packing.tqdm):
         def update(self, n=1):
             for process in multiprocessing.active_children():
                 process.kill()
 
-    monkeypatch.setattr(pack_module, "tqdm", Progress)
+    monkeypatch.setattr(packing, "tqdm", Progress)
     assert pack("npz", npz, tmp_path / "out", "--shard-size", 1, workers=2) == 2
     assert "fewer --workers" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["some.npz"]
@@ -278,11 +280,11 @@ def test_a_full_disk_is_an_error_that_leaves_nothing(tmp_path, capsys):
 
 def test_a_second_pack_into_the_same_folder_is_refused(npz, tmp_path, capsys):
     (tmp_path / "out.incomplete").mkdir()
-    with open(tmp_path / "out.incomplete" / pack_module.LOCK, "w") as lock:
+    with open(tmp_path / "out.incomplete" / packing.LOCK, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert pack("npz", npz, tmp_path / "out") == 2
         assert "another pack is writing" in capsys.readouterr().err
-        assert (tmp_path / "out.incomplete" / pack_module.LOCK).exists()
+        assert (tmp_path / "out.incomplete" / packing.LOCK).exists()
     assert pack("npz", npz, tmp_path / "out") == 0
 
 
@@ -290,13 +292,13 @@ def test_a_file_that_changes_while_it_is_packed_is_an_error(tmp_path, capsys, mo
     (tmp_path / "in").mkdir()
     for i, image in enumerate(IMAGES[:12]):
         Image.fromarray(image).save(tmp_path / "in" / f"{i}.png")
-    plan = pack_module.shard_plan
+    plan = packing.shard_plan
 
     def break_a_file(*arguments):
         (tmp_path / "in" / "7.png").write_text("changed")
         return plan(*arguments)
 
-    monkeypatch.setattr(pack_module, "shard_plan", break_a_file)
+    monkeypatch.setattr(packing, "shard_plan", break_a_file)
     assert pack("imagefolder", tmp_path / "in", tmp_path / "out") == 2
     assert "'7' changed while it was packed" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
