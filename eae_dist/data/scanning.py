@@ -148,7 +148,8 @@ def _reading(data: bytes, where: str, rules: Rules, decode: bool) -> Reading:
             raise UserError(f"training reads it as {size_text(trained)}, Pillow as {size_text(reading.pixels.shape[:2])}")
         return reading
     except ValueError as error:
-        raise UserError(f"{where} is not a usable PNG, JPEG or WebP image ({error})") from error
+        advice = "repair it, or pack the tar again without it: `pack webdataset TARS... OUT --skip-bad`"
+        raise UserError(f"{where} is not a usable PNG, JPEG or WebP image ({error}); {advice}") from error
 
 
 def bytes_dtype(names: Iterable[str]) -> str:
