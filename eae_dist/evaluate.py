@@ -42,6 +42,7 @@ from eae_dist.metrics.extractor import Extractor
 from eae_dist.metrics.features import build_features, features_for
 from eae_dist.metrics.frechet import warnings_about
 from eae_dist.metrics.image_sets import ImageSet, announce, cached_image_set, compare, describe, headline
+from eae_dist.metrics.similarity import psnr, ssim
 from eae_dist.model.autoencoder import Autoencoder, encoded, to_unit
 from eae_dist.numerics.atomic_files import replace_file
 from eae_dist.numerics.json_files import read_json, sealed
@@ -99,7 +100,7 @@ def evaluate(directory: Path, assignments: Sequence[str], out: Path | None = Non
     stage = fitted[second_stage] if second_stage else None
     assert stage is None or isinstance(stage, ReconstructingDensity)
     through = None if stage is None else stage.reconstruct
-    errors, latents = reconstructed(autoencoder, config, device, through)
+    errors, similarities, latents = reconstructed(autoencoder, config, device, through)
 
     # Every set of images is made, described by its features and compared with the real ones.
     read_first, warnings = headline(min(real.stats.count, len(errors)), real.stats.features, extractor)
@@ -118,13 +119,15 @@ def evaluate(directory: Path, assignments: Sequence[str], out: Path | None = Non
     for name, report in reports.items():
         doubts_of_fits[name] = [f"{name}: {report[what]}" for what in ("failed", "warning") if what in report]
     warnings += said_once(doubts_of_fits)
-    per_image = errors.mean().item()
+    per_image, numbers = errors.mean().item(), int(np.prod(index.image_shape))
     metrics = judged | {
         "images": len(errors),
         "reference_images": real.stats.count,
         "headline": read_first,
         "reconstruction": per_image,
-        "reconstruction_per_pixel": per_image / int(np.prod(index.image_shape)),
+        "reconstruction_per_pixel": per_image / numbers,
+        "psnr": psnr(errors, numbers).mean().item(),
+        "ssim": similarities.mean().item(),
         "latents": gaussianity(latents[: settings.neighbor_images], seed=settings.seed),
         "sets": sets,
         "densities": reports,
@@ -263,8 +266,8 @@ def reconstructed(
     config: Config,
     device: torch.device,
     through: Callable[[torch.Tensor], torch.Tensor] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the squared errors and latents of the split in order, float64 [n] and float32 [n, d], on every rank.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns the squared error, the SSIM and the latent of every image, float64 [n] x 2 and float32 [n, d], on every rank.
 
     through: the function on the CPU that a latent passes before it is decoded, [b, d] -> [b, d].
 
@@ -272,16 +275,18 @@ def reconstructed(
     block is filled up, and the bits are the same on any number of ranks.
     """
     split, block = config.evaluate.split, config.evaluate.batch
-    errors = [torch.zeros(0, dtype=torch.float64, device=device)]
+    compared = [torch.zeros(0, 2, dtype=torch.float64, device=device)]
     latents = [torch.zeros(0, autoencoder.latent_dim, device=device)]
     for batch in walked(config, split, f"reconstructing {split}", config.evaluate.count):
         images = filled(to_unit(batch["image"], device), block)
         z = autoencoder.encode(images)
         decoded_from = z if through is None else through(z.cpu()).to(z, non_blocking=True)
-        error = squared_error(autoencoder.decode(decoded_from), images)
-        errors.append(error[: len(batch["image"])].double())
+        reconstruction = autoencoder.decode(decoded_from)
+        both = torch.stack([squared_error(reconstruction, images), ssim(reconstruction, images)], 1)
+        compared.append(both[: len(batch["image"])].double())
         latents.append(z[: len(batch["image"])])
-    return gather_rows(torch.cat(errors)).cpu(), gather_rows(torch.cat(latents)).cpu()
+    errors, similarities = gather_rows(torch.cat(compared)).cpu().unbind(1)
+    return errors, similarities, gather_rows(torch.cat(latents)).cpu()
 
 
 def training_latents(autoencoder: Autoencoder, config: Config, device: torch.device) -> torch.Tensor:

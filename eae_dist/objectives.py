@@ -23,6 +23,7 @@ from eae_dist.distributed import active_blocks, by_block, in_blocks, local_block
 from eae_dist.errors import UserError
 from eae_dist.losses.entropy import entropy_terms
 from eae_dist.losses.terms import gaussian_divergence, kernel_discrepancy, mean_share, squared_error, sum_of_squares
+from eae_dist.metrics.similarity import psnr, ssim
 from eae_dist.model.autoencoder import LATENT_EPS, Autoencoder, build_autoencoder, resolve_model
 from eae_dist.model.networks import kernels_of
 from eae_dist.model.norm import GlobalBatchNorm
@@ -100,7 +101,14 @@ class Objective(nn.Module):
     def decoded(self, latents: Latents, images: torch.Tensor, row_ids: np.ndarray, key: int) -> dict[str, torch.Tensor]:
         """Returns the values of `per_row` from the latents of any part of the batch."""
         mean, _ = latents
-        return {"error": squared_error(self.autoencoder.decode(mean), images), "latent": mean}
+        return self.compared(self.autoencoder.decode(mean), images) | {"latent": mean}
+
+    def compared(self, reconstruction: torch.Tensor, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Returns the squared error of each image, and in validation its PSNR and SSIM, [b] each."""
+        error = squared_error(reconstruction, images)
+        if self.training:
+            return {"error": error}
+        return {"error": error, "psnr": psnr(error, self.pixels), "ssim": ssim(reconstruction, images)}
 
     def terms(
         self,
@@ -123,7 +131,8 @@ class Objective(nn.Module):
 
     def terms_of_rows(self, per_row: dict[str, torch.Tensor], global_batch: int) -> dict[str, torch.Tensor]:
         """Returns the terms that are means over rows; the terms of the parts of a batch add up to those of the batch."""
-        means = {name: mean_share(per_row[name], global_batch) for name in self.penalties if name in per_row}
+        names = (*self.penalties, "psnr", "ssim")
+        means = {name: mean_share(per_row[name], global_batch) for name in names if name in per_row}
         return {"reconstruction": mean_share(per_row["error"], global_batch), **means}
 
     def weighted(self, terms: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -238,7 +247,7 @@ class RAEGP(RAE):
             decoded = self.autoencoder.decode(at)
             (gradient,) = torch.autograd.grad(decoded.square().sum(), at, create_graph=learning)
         penalty = by_block(mean_square, gradient)
-        per_row = {"error": squared_error(decoded, images), "latent": mean, "gradient_penalty": penalty}
+        per_row = self.compared(decoded, images) | {"latent": mean, "gradient_penalty": penalty}
         return per_row if learning else {name: rows.detach() for name, rows in per_row.items()}
 
 
@@ -260,8 +269,8 @@ class VAE(Objective):
         mean, log_sigma = latents
         assert log_sigma is not None  # the objective is variational, or has a fixed deviation
         drawn = mean + by_block(torch.exp, log_sigma) * noise(mean, row_ids, key, POSTERIOR)
-        error = squared_error(self.autoencoder.decode(drawn), images)
-        return {"error": error, "latent": mean, "kl": gaussian_divergence(mean, log_sigma)}
+        compared = self.compared(self.autoencoder.decode(drawn), images)
+        return compared | {"latent": mean, "kl": gaussian_divergence(mean, log_sigma)}
 
 
 class ConstantVarianceVAE(VAE):

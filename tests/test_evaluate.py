@@ -40,6 +40,7 @@ from eae_dist.metrics.extractor import Extractor
 from eae_dist.metrics.features import FEATURES, build_features
 from eae_dist.metrics.frechet import FeatureStats, frechet_distance
 from eae_dist.metrics.image_sets import compare, describe
+from eae_dist.metrics.similarity import ssim
 from eae_dist.model.autoencoder import Autoencoder
 from eae_dist.numerics.json_files import read_json
 from eae_dist.report.summaries import summary_of_folders, summary_of_sets
@@ -70,6 +71,12 @@ def test_metrics_are_those_of_a_direct_computation(run, settings, count):
     # A sum over 256 pixels in float32: 1e-5 is 100 roundings.
     assert metrics["reconstruction"] == pytest.approx(direct_error(run, count), rel=1e-5)
     assert metrics["reconstruction_per_pixel"] == pytest.approx(metrics["reconstruction"] / 256, rel=1e-12)
+    model, x = eae_dist.load(run).double(), drawn_images(count, SHAPE)
+    with torch.no_grad():
+        reconstruction = model.decode(model.encode(x))
+    ratios = -10 * (reconstruction - x).square().mean((1, 2, 3)).log10()
+    assert metrics["psnr"] == pytest.approx(ratios.mean().item(), rel=1e-5)
+    assert metrics["ssim"] == pytest.approx(ssim(reconstruction, x).mean().item(), rel=1e-4)
     assert direct_error(run, 7) != pytest.approx(direct_error(run, 33), rel=1e-4)
 
 

@@ -355,6 +355,8 @@ def evaluation():
         "images",
         "reconstruction",
         "reconstruction_per_pixel",
+        "psnr",
+        "ssim",
         "step",
         "latents",
         "sets",
@@ -375,10 +377,10 @@ def evaluation_of_every_row():
         with torch.no_grad():
             for parameter in objective.parameters():  # as they are drawn all images come out alike
                 parameter.mul_(2)
-        errors, latents = reconstructed(objective.autoencoder, config, cpu)
+        errors, similarities, latents = reconstructed(objective.autoencoder, config, cpu)
         drawn = decoded(objective.autoencoder, lambda numbers, z=latents: z[numbers], len(latents), 8, cpu, name)
         images = gather_rows(torch.cat([torch.zeros(0, *shape, dtype=torch.uint8), *(block for _, block in drawn)]))
-        found[name] = {"errors": errors, "latents": latents, "images": images}
+        found[name] = {"errors": errors, "similarities": similarities, "latents": latents, "images": images}
         if name == "two_stage_vae":
             run = FOLDER / f"second-stage-{world_size()}"
             if rank() == 0:

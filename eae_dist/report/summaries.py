@@ -6,7 +6,8 @@ def summary(metrics: dict) -> str:
     latents = metrics["latents"]
     lines = [
         f"{metrics['checkpoint']} on {metrics['images']:,} {metrics['split']} images of {metrics['data']}: squared error "
-        f"{metrics['reconstruction']:.3f} per image, {metrics['reconstruction_per_pixel']:.6f} per pixel and channel",
+        f"{metrics['reconstruction']:.3f} per image, {metrics['reconstruction_per_pixel']:.6f} per pixel and channel, PSNR "
+        f"{metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.4f}",
         f"against {metrics['reference_images']:,} {metrics['reference']} images, {compared_by(metrics['features'])}:",
         *summary_of_sets(metrics),
         f"latents of {latents['images']:,} images, beside as many draws of N(0, I): sliced Wasserstein distance from N(0, I) "

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -99,6 +100,11 @@ def test_every_logged_line_carries_the_promised_terms_and_the_clock_of_images(un
         for speed, reading, wait in zip(speeds, readings, waits, strict=True):
             assert min(speed, reading, wait) > 0 and 13 / speed + reading + wait < 1.5 * step_seconds
     validated = {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
+    for line in (
+        line for line in lines if line["step"] in validated
+    ):  # the mean of logarithms is at most the logarithm of the mean
+        assert line["validation_psnr"] >= -10 * math.log10(line["validation_reconstruction_per_pixel"])
+        assert -1 < line["validation_ssim"] < 1
     best = (run / "checkpoints" / "best").resolve().name
     assert len(validated) > 1 and best == f"step-{min(validated, key=validated.get):08d}"
     rates = {line["epoch"] // 1: line["learning_rate"] for line in lines if line["epoch"] % 1 > 0.2}
