@@ -1,0 +1,86 @@
+"""Tests what the supplement of the EAE's paper advises, each note with runs of the EAE, for docs/results/notes.md:
+
+    python -m benchmarks.notes configs/mnist5k.yaml --color shards/NAME --out OUT [--jobs N] [--only NOTE,NOTE]
+    python -m benchmarks.notes --early OUT-OF-EPOCH-10 OUT-OF-THE-END
+
+The first command makes a table of the row `eae` with three seeds for each value of a setting, and prints the mean and the standard
+deviation of its kernel distances. What is finished is left as it is. --color: a data set of color images, for the note on their
+latent size. The second command prints how the order of two tables agrees, by Spearman's rank correlation.
+"""
+
+import argparse
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+
+from scipy.stats import spearmanr
+
+from eae_dist.table import main as make_table
+
+COLOR = ("train.epochs=80", "evaluate.count=202")  # 1,622 images for training and 202 for the test
+NOTES: dict[str, dict[str, tuple[str, ...]]] = {
+    "neighbors": {f"k = {k}": (f"objective.k={k}",) for k in (1, 2, 5)},
+    "convolutions": {
+        f"{n} convolutions": (f"model.encoder=benchmarks.depths:Encoder{n}", f"model.decoder=benchmarks.depths:Decoder{n}")
+        for n in (1, 2, 3, 4)
+    },
+    "decay": {f"decay {decay}": (f"train.decay={decay}",) for decay in (1.0, 0.98, 0.95, 0.9)},
+    "latent size": {f"d = {d}": (f"model.latent_dim={d}", *COLOR) for d in (8, 16, 32, 64, 128)},
+}
+SETS = ("isotropic", "gmm", "reconstruction")
+
+
+def numbers(folder: Path, row: str, images: str) -> tuple[float, float]:
+    """Returns the mean and the standard deviation over seeds of a row's kernel distance, from a folder of a table."""
+    with (folder / "table.csv").open() as file:
+        for line in csv.DictReader(file):
+            measure = line["measure"]
+            if (line["model"], line["images"]) == (row, images) and measure.startswith("kd_") and measure.endswith("px"):
+                return float(line["mean"]), float(line["std"] or "nan")
+    raise ValueError(f"{folder}/table.csv has no kernel distance of {row}, {images}")
+
+
+def try_notes(config: Path, color: Path | None, out: Path, jobs: int, only: Sequence[str]) -> None:
+    """Makes the tables that are missing, and prints one line for each value of each setting."""
+    for note, values in NOTES.items():
+        if note not in only or (note == "latent size" and color is None):
+            continue
+        print(f"\n| {note} | {' | '.join(SETS)} |\n| --- |{' --- |' * len(SETS)}")
+        for value, settings in values.items():
+            folder = out / value.replace(" = ", "-").replace(" ", "-")
+            data = [f"data.root={color}"] if note == "latent size" else []
+            if not (folder / "table.csv").is_file():
+                arguments = ["--only", "eae", "--seeds", "3", "--jobs", str(jobs), "--out", str(folder)]
+                make_table([str(config), *arguments, *data, *settings])
+            cells = (numbers(folder, "eae", images) for images in SETS)
+            print(f"| {value} | " + " | ".join(f"{average:.3f} ± {spread:.3f}" for average, spread in cells) + " |", flush=True)
+
+
+def agreement(early: Path, late: Path) -> None:
+    """Prints the rank correlation of each set's distances over the rows that have it in both tables."""
+    for images in ("isotropic", "mvg", "gmm", "reconstruction"):
+        with (late / "table.csv").open() as file:
+            rows = list(dict.fromkeys(line["model"] for line in csv.DictReader(file) if line["images"] == images))
+        before, after = ([numbers(folder, row, images)[0] for row in rows] for folder in (early, late))
+        print(
+            f"{images}: rank correlation {spearmanr(before, after).statistic:.2f} over {len(rows)} rows; mean distance "
+            f"{mean(before):.3f}, then {mean(after):.3f}"
+        )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, nargs="?")
+    parser.add_argument("--color", type=Path)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--only", type=lambda text: text.split(","), default=list(NOTES))
+    parser.add_argument("--early", type=Path, nargs=2)
+    given = parser.parse_args()
+    if given.early:
+        agreement(*given.early)
+    elif given.config and given.out:
+        try_notes(given.config, given.color, given.out, given.jobs, given.only)
+    else:
+        parser.error("expected a configuration and --out, or --early and two folders of tables")
