@@ -3,9 +3,9 @@
     python -m benchmarks.notes configs/mnist5k.yaml --color shards/NAME --out OUT [--jobs N] [--only NOTE,NOTE]
     python -m benchmarks.notes --early OUT-OF-EPOCH-10 OUT-OF-THE-END
 
-The first command makes a table of the row `eae` with three seeds for each value of a setting, and prints the mean and the standard
-deviation of its kernel distances. What is finished is left as it is. --color: a data set of color images, for the note on their
-latent size. The second command prints how the order of two tables agrees, by Spearman's rank correlation.
+The first command makes a table of the row `eae` with three seeds for each value of a setting, and prints the mean and the
+standard deviation of its kernel distances. What is finished is left as it is. --color: a data set of color images, for the note
+on their latent size. The second command prints how the order of two tables agrees, by Spearman's rank correlation.
 """
 
 import argparse
