@@ -1,7 +1,8 @@
 """The k-NN entropy, forward and backward: time and memory against cdist + topk + autograd, and time against a bare product.
 
 n rows in d dimensions, k = 1, CPU time. The bare product is the n x n matrix of inner products in float32, computed tile by tile
-into one buffer. Every search in matrix-product form has to do at least this.
+into one buffer. Every search in matrix-product form has to do at least this. Then the terms of the rivals, those of `sigreg` and
+`swae` on 256 random directions that are drawn in every call.
 """
 
 import re
@@ -11,22 +12,29 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from benchmarks.table import Row, Seconds, at_least, at_most, take_turns
 from eae_dist.losses.entropy import knn_entropy, log_unit_ball_volume
+from eae_dist.losses.sliced import epps_pulley, random_directions, sliced_wasserstein
+from eae_dist.losses.terms import kernel_discrepancy
+from eae_dist.numerics.keyed_random import normal, row_keys
 
 N = 16_384
 FASTER = 10  # than cdist + topk
 OVER_PRODUCT = {16: 2.0, 64: None, 128: 1.3}  # d -> the most times the bare product
 MEMORY_MIB = 64
 TILE = (512, 4096)
+BATCHES, DIRECTIONS = {128: 51, 1024: 21, N: 5}, 256  # rows -> rounds of the rows on the rivals
 
 
 def rows() -> Iterator[Row]:
     """Yields the rows of the table."""
     for d, over_product in OVER_PRODUCT.items():
         yield from rows_of(d, over_product)
+    for n, rounds in BATCHES.items():
+        yield from rows_of_rivals(n, rounds)
 
 
 def rows_of(d: int, over_product: float | None) -> Iterator[Row]:
@@ -51,6 +59,24 @@ def rows_of(d: int, over_product: float | None) -> Iterator[Row]:
     peak, peak_of_cdist = (added_memory_mib(name, d) for name in ("knn_entropy", "cdist_entropy"))
     memory = (f"{peak:.0f} MiB", f"{peak_of_cdist:,.0f} MiB", f"{peak / peak_of_cdist:.3f}x")
     yield Row(f"{what}: peak memory of cdist + topk", *memory, f"ours under {MEMORY_MIB} MiB", peak < MEMORY_MIB)
+
+
+def rows_of_rivals(n: int, rounds: int) -> Iterator[Row]:
+    """Yields the rows of the table on the terms that pull latents to N(0, I) in other ways."""
+    latents = torch.randn(n, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    rivals = {
+        "Epps-Pulley statistic (`sigreg`)": lambda z: epps_pulley(z, random_directions(0, DIRECTIONS, z), n),
+        "sliced Wasserstein (`swae`)": lambda z: sliced_wasserstein(z, random_directions(0, DIRECTIONS, z)),
+        "MMD (`wae`)": lambda z: kernel_discrepancy(z, normal(row_keys(0, np.arange(n)), 64).to(z)),
+    }
+    if n == N:
+        del rivals["MMD (`wae`)"]  # it keeps n x n kernels for its gradient, more than 10 GiB
+    work = {name: partial(step, term, latents) for name, term in {"ours": knn_entropy, **rivals}.items()}
+    turns = take_turns(work, rounds)
+    for name in rivals:
+        columns = (f"{1e3 * turns[which].cpu:.1f} ms" for which in ("ours", name))
+        ratio = f"{turns[name].cpu / turns['ours'].cpu:.1f}x"
+        yield Row(f"entropy, n = {n:,}, d = 64: {name}", *columns, ratio, beside=wall(turns[name], turns["ours"]))
 
 
 def seconds(turns: dict[str, Seconds]) -> tuple[str, str]:

@@ -4,7 +4,7 @@
 
 The plain autoencoder has no weight of its own, so its trials are of the learning rate, which configs/NAME.yaml then sets for all
 rows. The trials of the two-stage VAE are of its second stage, on the weights of configs/NAME/two_stage_vae.yaml. The score is the
-mean distance over the densities that the paper prints for the row. `--grid` replaces the values of a row, and then only the rows
+mean distance over the densities that the table prints for the row. `--grid` replaces the values of a row, and then only the rows
 with a `--grid` are tuned. Finished trials are left as they are.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import mean
 
 from eae_dist.distributed.launch import JobPool
-from eae_dist.report.table import BLOCKS, MODELS, set_of_cell
+from eae_dist.report.table import MODELS, densities_of, set_of_cell
 from eae_dist.table import Run, finish_all, judged, planned, row_files
 
 GRIDS: dict[str, tuple[str, tuple[float, ...]]] = {
@@ -32,6 +32,8 @@ GRIDS: dict[str, tuple[str, tuple[float, ...]]] = {
     "wae": ("objective.mmd_weight", (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)),
     "eae": ("objective.entropy_weight", (1e-3, 3e-3, 6e-3, 1e-2, 3e-2, 6e-2)),
     "eae_linear": ("objective.entropy_weight", (1e-3, 3e-3, 6e-3, 1e-2, 3e-2, 6e-2)),
+    "sigreg": ("objective.sigreg_weight", (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)),
+    "swae": ("objective.wasserstein_weight", (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)),
     "two_stage_vae": ("evaluate.second_stage_weight", (1.5e-4, 5e-4, 1.5e-3, 5e-3, 1.5e-2)),
 }
 ON_VALIDATION = ("evaluate.split=validation", "evaluate.reference=validation")
@@ -60,7 +62,7 @@ def tuned(config: Path, grids: dict[str, Sequence[float]], job_pool: JobPool, ou
     for (row, value), run in trials.items():
         if (metrics := judged(run)) is None:
             continue
-        names = [set_of_cell(row, density) for density, printed in BLOCKS.items() if row in printed]
+        names = [set_of_cell(row, density) for density in densities_of(row)]
         sets = [metrics["sets"][name] for name in names if name in metrics["sets"]]
         for measure in (metrics["features"][name] for name in ("metric", "kernel_metric")):
             score = mean(numbers[measure] for numbers in sets)

@@ -1,4 +1,4 @@
-"""The losses: one small class per row of the table in the paper. `OBJECTIVES` maps names to classes.
+"""The losses: one small class per row of the table in the paper, and two later rivals. `OBJECTIVES` maps names to classes.
 
 An objective wraps the autoencoder, so that DDP sees one module whose forward returns the named terms. A term is this rank's
 *share*: the mean of the shares over ranks is the term of the global batch (`losses/terms.py`).
@@ -22,6 +22,7 @@ from eae_dist.config import Config, ModelConfig, ObjectiveConfig
 from eae_dist.distributed import active_blocks, by_block, in_blocks, local_blocks, rank, world_size
 from eae_dist.errors import UserError
 from eae_dist.losses.entropy import entropy_terms
+from eae_dist.losses.sliced import epps_pulley, random_directions, sliced_wasserstein
 from eae_dist.losses.terms import gaussian_divergence, kernel_discrepancy, mean_share, squared_error, sum_of_squares
 from eae_dist.metrics.similarity import psnr, ssim
 from eae_dist.model.autoencoder import LATENT_EPS, Autoencoder, build_autoencoder, resolve_model
@@ -32,7 +33,7 @@ from eae_dist.numerics.precision import full_precision
 
 Latents = tuple[torch.Tensor, torch.Tensor | None]  # means and the logarithms of deviations, [b, d] each
 Terms = dict[str, torch.Tensor]  # shares of the terms, or values per row, by name
-POSTERIOR, PRIOR, INPUT, MAP = range(4)  # purposes of the random numbers of a batch
+POSTERIOR, PRIOR, INPUT, MAP, DIRECTIONS = range(5)  # purposes of the random numbers of a batch
 REDUCTIONS = {  # how each penalty is reduced, in words
     "latent_l2": "mean over images and dimensions",
     "decoder_l2": "sum over the decoder's kernels",
@@ -40,6 +41,8 @@ REDUCTIONS = {  # how each penalty is reduced, in words
     "kl": "nats, sum over dimensions, mean over images",
     "mmd": "squared MMD of the batch",
     "entropy": "nats, of the batch; the setting is per dimension",
+    "epps_pulley": "of the batch, mean over random directions",
+    "sliced_wasserstein": "squared distance of the batch, mean over random directions",
 }
 
 
@@ -353,6 +356,38 @@ class EAELinear(EAE):
         return super().entropy(self.map_norm(mapped), is_first_copy, global_batch, row_ids, key)
 
 
+# Beyond the paper.
+
+
+class SIGReg(Objective):
+    """Sketched isotropic Gaussian regularization: adds w times the Epps-Pulley statistic (Balestriero & LeCun 2025)."""
+
+    penalties: ClassVar = {"epps_pulley": "sigreg_weight"}
+    settings = ("directions",)
+
+    def epps_pulley(
+        self, latents: torch.Tensor, is_first_copy: torch.Tensor, global_batch: int, row_ids: np.ndarray, key: int
+    ) -> Terms:
+        """Returns the statistic of the latents on directions that are drawn for each batch."""
+        directions = random_directions(derive_key(key, DIRECTIONS), self.config.directions, latents)
+        return {"epps_pulley": epps_pulley(latents, directions, global_batch)}
+
+
+class SWAE(Objective):
+    """Sliced Wasserstein autoencoder: adds w times the squared distance between latents and N(0, I) (Kolouri et al. 2019)."""
+
+    penalties: ClassVar = {"sliced_wasserstein": "wasserstein_weight"}
+    settings = ("directions",)
+
+    def sliced_wasserstein(
+        self, latents: torch.Tensor, is_first_copy: torch.Tensor, global_batch: int, row_ids: np.ndarray, key: int
+    ) -> Terms:
+        """Returns the squared distance of the latents on directions that are drawn for each batch."""
+        directions = random_directions(derive_key(key, DIRECTIONS), self.config.directions, latents)
+        counts = self.row_counts if self.training else None
+        return {"sliced_wasserstein": sliced_wasserstein(latents, directions, counts)}
+
+
 OBJECTIVES: dict[str, type[Objective]] = {
     "vae": VAE,
     "cv_vae": ConstantVarianceVAE,
@@ -366,6 +401,8 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "ae_l2": AEL2,
     "eae": EAE,
     "eae_linear": EAELinear,
+    "sigreg": SIGReg,
+    "swae": SWAE,
 }
 
 

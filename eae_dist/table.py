@@ -1,10 +1,11 @@
 """The paper's table on one data set: trains and judges every row of it, and prints it as the paper does.
 
-    python -m eae_dist.table CONFIG.yaml [--only ROW ...] [--seeds N] [--jobs N] [--nproc N] [--out DIR] [key=value ...]
+    python -m eae_dist.table CONFIG.yaml [--only ROW ...] [--beyond] [--seeds N] [--jobs N] [--nproc N] [--out DIR]
+                             [key=value ...]
 
-CONFIG.yaml holds the settings of the data set, and the folder CONFIG/ beside it has one file for each row. Finished rows are left
-as they are and interrupted ones continue, so the same command finishes a table that was interrupted. It writes table.md,
-table.csv, table.tex and figure.png.
+CONFIG.yaml holds the settings of the data set, and the folder CONFIG/ beside it has one file for each row. Rows beyond the paper
+are added with --beyond, in blocks of their own. Finished rows are left as they are and interrupted ones continue, so the same
+command finishes a table that was interrupted. It writes table.md, table.csv, table.tex and figure.png.
 """
 
 import argparse
@@ -42,7 +43,7 @@ from eae_dist.numerics.atomic_files import replace_file
 from eae_dist.numerics.json_files import read_json
 from eae_dist.objectives import OBJECTIVES, resolve
 from eae_dist.report.figure import save_figure
-from eae_dist.report.table import Results, as_csv, as_latex, as_markdown
+from eae_dist.report.table import BEYOND, Results, as_csv, as_latex, as_markdown
 from eae_dist.training import checkpoint as checkpoints
 from eae_dist.training.setup import last_step
 
@@ -62,15 +63,24 @@ class Run:
 
 
 def table(
-    config: Path, only: Sequence[str], seeds: int, job_pool: JobPool, out: Path, settings: Sequence[str]
+    config: Path,
+    only: Sequence[str],
+    seeds: int,
+    job_pool: JobPool,
+    out: Path,
+    settings: Sequence[str],
+    *,
+    beyond: bool = False,
 ) -> tuple[str | None, list[str]]:
     """Trains, judges and writes the table into `out`. Returns it as markdown, or None without any finished row, and the failures.
 
-    only: rows; all rows if it is empty. Raises ValueError or OSError for what a user can correct.
+    only: rows; if it is empty, all rows of the paper. beyond: the rows beyond the paper as well. Raises ValueError or OSError for
+    what a user can correct.
     """
     config = find_config(config)
-    files = row_files(config, only)
-    rows = [row for row in files if row in (only or files)]
+    added = BEYOND if beyond else ()
+    files = row_files(config, [*only, *added])
+    rows = [row for row in files if row in added or (row in only if only else row not in BEYOND)]
     wanted = {OBJECTIVES[row].first_stage for row in rows}
     there = [row for row in files if row in rows or (row in wanted and (out / "runs" / f"{row}-0").is_dir())]
     every = {(row, seed): planned(config, files[row], row, seed, out, settings) for seed in range(seeds) for row in there}
@@ -109,7 +119,7 @@ def row_files(config: Path, only: Sequence[str]) -> dict[str, Path]:
     if not files:
         raise MissingFile(f"{folder} holds no file of a row, such as {folder}/eae.yaml; copy those of configs/mnist5k")
     if missing := [row for row in only if row not in files]:
-        raise UserError(f"--only {' '.join(missing)}: no such row in {folder}, which has {', '.join(files)}")
+        raise UserError(f"{folder} has no row {' '.join(missing)}, but {', '.join(files)}; change --only or leave out --beyond")
     return files
 
 
@@ -307,7 +317,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="CONFIG.yaml",
         help="a data set's file, beside the folder of its rows, or the name of a shipped one",
     )
-    parser.add_argument("--only", nargs="+", default=[], metavar="ROW", help="a table of these rows alone; default: all")
+    parser.add_argument("--only", nargs="+", default=[], metavar="ROW", help="a table of these rows alone; default: the paper's")
+    parser.add_argument("--beyond", action="store_true", help="the rows beyond the paper as well: sigreg, swae")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each row; from 2 on, mean ± deviation")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, sharing the GPUs or cores; default: 1")
     parser.add_argument("--nproc", type=int, help="ranks of a run; default: all GPUs of a job, or one on a CPU")
@@ -323,7 +334,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         job_pool = JobPool(arguments.jobs, arguments.nproc)
         rows = [text for text in arguments.only if not is_assignment(text)]  # --only also takes the settings that follow it
         settings = [*filter(is_assignment, arguments.only), *arguments.settings]
-        text, failures = table(arguments.config, rows, arguments.seeds, job_pool, out, settings)
+        text, failures = table(arguments.config, rows, arguments.seeds, job_pool, out, settings, beyond=arguments.beyond)
     except KeyboardInterrupt:
         sys.exit("stopped; run the same command to continue")
     except Exception as error:

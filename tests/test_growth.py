@@ -117,7 +117,7 @@ def sizes_of(objective: torch.nn.Module, ranks: int) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("ranks", WORLDS)
-@pytest.mark.parametrize("name", ["eae", "ae", "vae", "wae"])
+@pytest.mark.parametrize("name", ["eae", "ae", "vae", "wae", "sigreg", "swae"])
 def test_training_step_moves_what_the_page_on_scaling_says(monkeypatch, name, ranks):
     config = configured(Path(), name)
     objective = build_objective(config.model, config.objective, SHAPE, 0)
@@ -135,6 +135,12 @@ def test_training_step_moves_what_the_page_on_scaling_says(monkeypatch, name, ra
     if name == "wae":
         expected += counted("MMD", **sizes)
         calls = {"allreduce_": calls["allreduce_"] + 1, "_allgather_base_": 2}
+    if name == "sigreg":
+        expected += counted("Epps-Pulley statistic", m=config.objective.directions, **sizes)
+        calls["allreduce_"] += 2
+    if name == "swae":
+        expected += counted("sliced Wasserstein", **sizes)
+        calls = {"allreduce_": calls["allreduce_"] + 1, "_allgather_base_": 1}
     assert traffic.calls == calls
     assert traffic.received == traffic.sent == pytest.approx(expected)
 

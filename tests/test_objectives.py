@@ -255,6 +255,23 @@ def latent_l2(objective, x, key):
     return objective.autoencoder.encode(x).square().mean()
 
 
+def epps_pulley(objective, x, key):
+    t = torch.linspace(-5, 5, 17)
+    characteristic = torch.exp(1j * (objective.autoencoder.encode(x) @ projected_on(7, key).T)[..., None] * t).mean(0)
+    error = (characteristic - torch.exp(-t.square() / 2)).abs().square() * torch.exp(-t.square() / 2)
+    return torch.trapezoid(error, t).mean()
+
+
+def sliced_wasserstein(objective, x, key):
+    quantiles = torch.special.ndtri((torch.arange(1, ROWS + 1) - 3 / 8) / (ROWS + 1 / 4))
+    return ((objective.autoencoder.encode(x) @ projected_on(7, key).T).sort(0).values - quantiles[:, None]).square().mean()
+
+
+def projected_on(m, key):
+    draws = normal(row_keys(derive_key(key, 4), np.arange(m)), 5)
+    return draws / draws.norm(dim=1, keepdim=True)
+
+
 ADDED = {
     "ae": {},
     "ae_l2": {decoder_l2: 1e-2},
@@ -265,6 +282,8 @@ ADDED = {
     "cv_vae": {kl: 0.3},
     "two_stage_vae": {kl: 0.3},
     "wae": {mmd: 0.5},
+    "sigreg": {epps_pulley: 0.5},
+    "swae": {sliced_wasserstein: 0.5},
 }
 
 

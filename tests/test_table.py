@@ -25,7 +25,7 @@ from eae_dist.latent.two_stage import TwoStage
 from eae_dist.numerics.json_files import read_json, sealed
 from eae_dist.objectives import OBJECTIVES, build_objective, resolve
 from eae_dist.report.figure import COLUMNS, KINDS, figure, pictures
-from eae_dist.report.table import BLOCKS, MODELS, Results, as_csv, as_latex, as_markdown
+from eae_dist.report.table import BEYOND, BLOCKS, MODELS, Results, as_csv, as_latex, as_markdown
 from eae_dist.table import main, table
 from eae_dist.training import checkpoint as checkpoints
 from eae_dist.training.setup import last_step
@@ -114,6 +114,18 @@ def test_table_runs_what_is_missing_and_leaves_what_is_finished(configs, tmp_pat
     assert failures_of(configs, ["eae"], 3, more := Here(), out, ["evaluate.count=20"]) == []
     assert (more.trained, more.judged) == (["eae-2"], ["eae-1", "eae-2"])
     assert "against 20 images of test" in (out / "table.md").read_text()
+
+
+def test_rows_beyond_the_paper_are_run_when_they_are_asked_for(configs, tmp_path):
+    for row in BEYOND:
+        (configs.parent / "tiny" / f"{row}.yaml").write_text(f"objective:\n  name: {row}\n")
+    found = []
+    for only, beyond in (([], False), (["eae"], True), (["swae"], False)):
+        out = tmp_path / f"{only}-{beyond}"
+        here = Here()
+        assert table(configs, only, 1, here, out, [], beyond=beyond)[1] == []
+        found.append({name.removesuffix("-0") for name in here.judged})
+    assert found == [set(ROWS), {"eae", *BEYOND}, {"swae"}]
 
 
 @pytest.mark.parametrize("name", ["tab #1", "007", "1e5", "2024_01_02", "tab ", "no"])
@@ -263,7 +275,8 @@ def test_changed_digit_in_the_numbers_of_a_row_is_seen(configs, tmp_path):
     ("arguments", "message"),
     [
         (["nowhere.yaml"], "nowhere.yaml: there is no such configuration file"),
-        (["{configs}", "--only", "ae"], "--only ae: no such row in .*tiny, which has vae, two_stage_vae, rae, eae"),
+        (["{configs}", "--only", "ae"], "tiny has no row ae, but vae, two_stage_vae, rae, eae; change --only or leave"),
+        (["{configs}", "--beyond"], "tiny has no row sigreg swae, but vae"),
         (["{configs}", "--seeds", "0"], "--seeds=0 must be at least 1"),
         (["{configs}", "--jobs", "0"], "--jobs=0 and --nproc=None must be at least 1"),
         (["{configs}", "train.seed=3"], "train.seed=3: the table sets this itself; give --out, --seeds or --only"),
@@ -364,7 +377,10 @@ def test_gpus_are_shared_out_among_jobs(monkeypatch):
 # What is printed
 
 
-def evaluations(rows=tuple(OBJECTIVES), seeds: int = 1, data: str = "mnist5k") -> list[tuple[str, dict]]:
+PAPER = tuple(row for row in OBJECTIVES if row not in BEYOND)
+
+
+def evaluations(rows=PAPER, seeds: int = 1, data: str = "mnist5k") -> list[tuple[str, dict]]:
     """Metrics as evaluate writes them: the distance tells row, set of images and seed."""
     found = []
     for seed in range(seeds):
@@ -420,12 +436,31 @@ def test_table_on_other_data_has_no_column_of_the_paper_s_and_every_cell_of_ours
     text = as_markdown(Results(evaluations()))
     blocks = blocks_of(text)
     assert {len(line) for block in ("N(0, I)", "MVG", "GMM") for line in blocks[block]} == {3}
-    assert [line[0] for line in blocks[""]] == list(MODELS.values())
+    assert [line[0] for line in blocks[""]] == [MODELS[row] for row in PAPER]
     eae = next(line for line in blocks[""] if line[0] == "EAE")
     assert eae[1:] == ["110.00", "210.00", "310.00", "-", "10.00", "410.00", "510.00", "11.50"]
     two_stage = next(line for line in blocks[""] if line[0] == "2SVAE")
     assert two_stage[1:5] == ["-", "-", "-", "103.00"]  # the draws of its second stage
     assert ["2SVAE", "N/A", "3.00"] in blocks["GMM"]
+
+
+def test_rows_beyond_the_paper_have_blocks_of_their_own_and_change_no_other():
+    every = evaluations((*PAPER, *BEYOND))
+    found = every[: len(PAPER)], every, every[len(PAPER) :]
+    alone, both, theirs = (as_markdown(Results(rows)) for rows in found)
+    assert both.startswith(alone.rstrip()) and "SIGReg" not in alone
+    head, text, beyond = both.partition("Beyond the paper:")
+    assert text and "SIGReg" not in head and theirs.endswith(text + beyond)
+    blocks = blocks_of(beyond)
+    assert {head: [line[0] for line in lines] for head, lines in blocks.items()} == {
+        head: ["SIGReg", "SWAE"] for head in ("", "N(0, I)", "MVG", "GMM")
+    }
+    assert blocks["MVG"][0][1:] == ["212.00", "12.00"]
+    assert "| SIGReg | **212.00** | **12.00** |" in beyond  # the lowest of these two, but not of all
+
+    latex_of_the_paper, latex, _ = (as_latex(Results(rows)).splitlines() for rows in found)
+    assert latex[: len(latex_of_the_paper) - 3] == latex_of_the_paper[:-3]  # but for its last three lines
+    assert sum("beyond the paper" in line for line in latex) == 3 and sum("SWAE" in line for line in latex) == 3
 
 
 def test_numbers_over_seeds_are_mean_and_sample_deviation_and_the_lowest_is_bold():

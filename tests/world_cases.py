@@ -26,12 +26,15 @@ OBJECTIVES = {
     "cv_vae": ("objective.kl_weight=0.3", "objective.sigma=0.5"),
     "two_stage_vae": ("objective.kl_weight=0.3",),
     "wae": ("objective.mmd_weight=0.5", "objective.input_noise=0.05"),
+    "sigreg": ("objective.sigreg_weight=0.5", "objective.directions=7"),
+    "swae": ("objective.wasserstein_weight=0.5", "objective.directions=7"),
 }
 ENTROPIC = ("eae", "eae_linear", "eae_redrawn")
-OF_THREE = (*ENTROPIC, "ae")  # rows that are trained on three ranks too
-FLOAT32 = (*ENTROPIC, "ae", "rae_gp")
+OF_THREE = (*ENTROPIC, "ae", "sigreg", "swae")  # rows that are trained on three ranks too
+FLOAT32 = (*ENTROPIC, "ae", "rae_gp", "sigreg", "swae")
 CONTINUED = ("eae", "eae_linear", "ae")  # rows that another number of ranks goes on with
-ACCUMULATED = ("eae", "eae_linear", "wae", "vae", "rae_gp")  # rows that are accumulated without norms in the networks
+# Rows that are accumulated without norms in the networks.
+ACCUMULATED = ("eae", "eae_linear", "wae", "vae", "rae_gp", "sigreg", "swae")
 # Rows whose activations are computed twice, and in how many parts a batch goes through the networks.
 COMPUTED_TWICE = (*((name, 1) for name in OBJECTIVES), *((name, 2) for name in ("eae", "rae_gp", "rae_sn", "vae")))
 # Ranks -> rows that are interrupted and go on there.
@@ -46,6 +49,7 @@ IN_BLOCKS = {name: (name,) for name in OBJECTIVES} | {
     "checkpointed": ("rae_sn", "train.checkpoint_activations=true"),
     "contiguous": ("rae_gp", "train.channels_last=false"),
     "without norms": ("wae", "model.norm=none"),
+    "fewer directions than blocks": ("swae", "objective.directions=3"),
     "own": ("eae", "model.encoder=own_networks:Encoder", "model.decoder=own_networks:Decoder"),
 }
 

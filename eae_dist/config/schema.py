@@ -123,11 +123,11 @@ class ModelConfig:
 
 @dataclass
 class ObjectiveConfig:
-    """The loss: one row of the table in the paper."""
+    """The loss: one row of the table in the paper, or a later rival."""
 
     name: str = "eae"
-    """vae, cv_vae, wae, two_stage_vae, rae, rae_l2, rae_gp, rae_sn, ae, ae_l2, eae or eae_linear. A setting of this section
-    that the objective does not read must keep its default."""
+    """vae, cv_vae, wae, two_stage_vae, rae, rae_l2, rae_gp, rae_sn, ae, ae_l2, eae, eae_linear, or beyond the paper sigreg and
+    swae. A setting of this section that the objective does not read must keep its default."""
     reconstruction_weight: float | None = setting(None, above=0)
     """Weight of the squared error, which is summed per image. Default: 1/(pixels channels); for vae, cv_vae and two_stage_vae:
     1/channels."""
@@ -162,6 +162,12 @@ class ObjectiveConfig:
     """rae_l2, ae_l2: weight of the sum of squares of the decoder kernels."""
     gradient_weight: float = setting(5e-8, at_least=0)
     """rae_gp: weight of the mean square of the entries of d sum ||D(z)||^2 / dz."""
+    sigreg_weight: float = setting(0.03, at_least=0)
+    """sigreg: weight of the Epps-Pulley statistic of the latents' projections, without the factor n of LeJEPA."""
+    wasserstein_weight: float = setting(0.01, at_least=0)
+    """swae: weight of the squared sliced Wasserstein-2 distance from N(0, I)."""
+    directions: int = setting(256, at_least=1)
+    """sigreg, swae: number of random directions on which a batch is projected; each step draws others."""
 
 
 @dataclass

@@ -8,6 +8,7 @@ import torch
 
 from eae_dist.distributed import gather_padded, message_device, rank, world_size
 from eae_dist.losses.entropy import knn_entropy
+from eae_dist.losses.sliced import random_directions
 from eae_dist.numerics.keyed_random import derive_key, normal, row_keys
 
 DIRECTIONS, DRAWS = range(2)  # streams of random keys
@@ -37,10 +38,10 @@ def sliced_wasserstein(latents: torch.Tensor, *, directions: int = 512, seed: in
     Its square is the mean, over random directions u, of (1/n) sum_i (x_(i) - q_i)^2. The x_(i) are the coordinates of the rows
     along u in ascending order; the q_i are the quantiles of N(0, 1) at (i - 1/2)/n.
     """
-    u = normal(row_keys(derive_key(seed, DIRECTIONS), np.arange(directions)), latents.shape[1])
-    u = u / u.norm(dim=1, keepdim=True)
+    latents = latents.double()
+    u = random_directions(derive_key(seed, DIRECTIONS), directions, latents)
     places = (torch.arange(len(latents), dtype=torch.float64) + 0.5) / len(latents)
-    coordinates = (latents.double() @ u.T).sort(0).values
+    coordinates = (latents @ u.T).sort(0).values
     return (coordinates - torch.special.ndtri(places)[:, None]).square().mean().sqrt().item()
 
 

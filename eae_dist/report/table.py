@@ -1,6 +1,6 @@
 """The paper's Table 1 from the metrics of many runs, as markdown, CSV and LaTeX.
 
-The table shows the paper's own numbers too, if they are for the same data set.
+The table shows the paper's own numbers too, if they are for the same data set. Rows beyond the paper have blocks of their own.
 """
 
 import csv
@@ -26,7 +26,10 @@ MODELS = {
     "ae_l2": "AE-L2",
     "eae": "EAE",
     "eae_linear": "EAE, linear map",
+    "sigreg": "SIGReg",
+    "swae": "SWAE",
 }
+BEYOND = ("sigreg", "swae")  # rows that the paper does not have
 # The models that the paper prints for each density.
 BLOCKS = {
     "isotropic": ("vae", "cv_vae", "wae", "two_stage_vae", "eae", "eae_linear"),
@@ -126,11 +129,19 @@ def set_of_cell(row: str, density: str) -> str | None:
     return density
 
 
-def table_blocks(results: Results) -> dict[str, list[list[str]]]:
-    """Returns the paper's table: for each density a line per model, the cells as text, the lowest of a block in **."""
+def densities_of(row: str) -> list[str]:
+    """Returns the densities for which the table prints a row: those of the paper, and all of them for a row beyond it."""
+    return [density for density, models in BLOCKS.items() if row in (*models, *BEYOND)]
+
+
+def table_blocks(results: Results, *, beyond: bool = False) -> dict[str, list[list[str]]]:
+    """Returns the paper's table: for each density a line per model, the cells as text, the lowest of a block in **.
+
+    beyond: the same table of the rows that the paper does not have.
+    """
     paper, blocks = published(results.data), {}
     for density, models in BLOCKS.items():
-        rows = [row for row in models if row in results.rows]
+        rows = [row for row in (BEYOND if beyond else models) if row in results.rows]
         columns = {"fid": density, "reconstruction": "reconstruction"}
         ours = {column: results.cells({row: set_of_cell(row, images) for row in rows}) for column, images in columns.items()}
         lines = []
@@ -155,21 +166,28 @@ def block_header(results: Results, density: str) -> list[str]:
 
 
 def as_markdown(results: Results) -> str:
-    """Returns every model with every set of images, N(0, I) first, and then the paper's table."""
-    parts = [f"# The table on {results.data}", "", results.described() + ".", ""]
-    columns = {images: results.cells(dict.fromkeys(results.rows, images)) for images in TITLES}
-    shown = [images for images, cells in columns.items() if set(cells.values()) != {"-"}]
-    lines = []
-    for row in results.rows:
-        errors = [metrics["reconstruction"] for name, metrics in results.evaluations if name == row]
-        lines.append([MODELS[row], *(columns[images][row] for images in shown), results.as_text(errors)])
-    parts += markdown_table(["", *(TITLES[images] for images in shown), "squared error per image"], lines)
-    parts += ["", "What the paper's table prints of these:"]
-    for density, lines in table_blocks(results).items():
-        parts += ["", *markdown_table(block_header(results, density), lines)]
+    """Returns every model with every set of images, N(0, I) first, and then the paper's table; then the rows beyond the paper."""
+    parts = [f"# The table on {results.data}", "", results.described() + "."]
+    texts = {False: "What the paper's table prints of these:", True: "The same sets as in the paper's table:"}
+    for beyond, text in texts.items():
+        if rows := [row for row in results.rows if (row in BEYOND) == beyond]:
+            parts += ["", *(["Beyond the paper:", ""] if beyond else []), *markdown_of_rows(results, rows), "", text]
+            for density, lines in table_blocks(results, beyond=beyond).items():
+                parts += ["", *markdown_table(block_header(results, density), lines)]
     if warnings := warnings_of(results):
         parts += ["", "Warnings:", "", *(f"- {text}" for text in warnings)]
     return "\n".join([*parts, ""])
+
+
+def markdown_of_rows(results: Results, rows: Sequence[str]) -> list[str]:
+    """Returns the lines of a table of these rows with every set of images."""
+    columns = {images: results.cells(dict.fromkeys(rows, images)) for images in TITLES}
+    shown = [images for images, cells in columns.items() if set(cells.values()) != {"-"}]
+    lines = []
+    for row in rows:
+        errors = [metrics["reconstruction"] for name, metrics in results.evaluations if name == row]
+        lines.append([MODELS[row], *(columns[images][row] for images in shown), results.as_text(errors)])
+    return markdown_table(["", *(TITLES[images] for images in shown), "squared error per image"], lines)
 
 
 def warnings_of(results: Results) -> list[str]:
@@ -211,11 +229,14 @@ def as_csv(results: Results) -> str:
 
 def as_latex(results: Results) -> str:
     """Returns the paper's table for LaTeX, with booktabs, and a note below it on what its numbers are."""
-    blocks, columns = table_blocks(results), len(block_header(results, "gmm"))
+    columns = len(block_header(results, "gmm"))
+    blocks = [(*block, "") for block in table_blocks(results).items()]
+    blocks += [(*block, ", beyond the paper") for block in table_blocks(results, beyond=True).items()]
     lines = [r"\begin{tabular}{l" + "r" * (columns - 1) + "}"]
-    for place, (density, rows) in enumerate(blocks.items()):
+    for place, (density, rows, which) in enumerate(blocks):
         lines.append(r"\toprule" if place == 0 else r"\midrule")
-        lines.append(" & ".join(latex(cell) for cell in block_header(results, density)) + r" \\")
+        title, *headings = block_header(results, density)
+        lines.append(" & ".join(latex(cell) for cell in (title + which, *headings)) + r" \\")
         lines.append(r"\midrule")
         lines += [" & ".join(latex(cell) for cell in row) + r" \\" for row in rows]
     note = rf"\multicolumn{{{columns}}}{{p{{0.8\linewidth}}}}{{\footnotesize {latex(results.described())}}} \\"
