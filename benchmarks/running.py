@@ -2,6 +2,8 @@
 
     python -m benchmarks.running key=value ...      trains to the end of a first step, and prints the CPU time [s] until then
 
+optimizing: Adam's step in one kernel (train.fused) against torch's default, which takes the weights one by one on a CPU, and
+against torch's operations on lists of tensors (foreach).
 reading: the wait for data over the time of a step, from the log of a run with one loader worker.
 saving: how long a save keeps training waiting, against a clone of each tensor of weights, buffers and Adam's state. The write in
 the background ends before the other's turn. It is wall time, because the thread that writes has CPU time too.
@@ -45,9 +47,27 @@ def rows() -> Iterator[Row]:
         folder = Path(name)
         root = write_shards(folder / "shards", SHAPE, "png", shards=4, samples=IMAGES // 4)
         settings = [f"data.root={root}", "data.validation=null", "train.device=cpu", f"train.global_batch={BATCH}"]
+        yield from optimizing("small", SHAPE, 301)
+        yield from optimizing(LARGE, LARGE_SHAPE, 9)
         yield reading(folder / "reading", settings)
         yield saving(folder / "saving")
         yield from starting(folder, settings)
+
+
+def optimizing(network: str, shape: tuple[int, int, int], rounds: int) -> Iterator[Row]:
+    """Yields the rows on the optimizer's step for a network."""
+    config = resolve(load_config([f"model.network={network}"]), shape)
+    steps = {}
+    for kind in ("fused", "default", "foreach"):
+        parameters = list(build_objective(config.model, config.objective, shape, 0).parameters())
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        steps[kind] = torch.optim.Adam(parameters, fused=kind == "fused" or None, foreach=kind == "foreach" or None).step
+        steps[kind]()  # makes the state
+    turns = take_turns(steps, rounds)
+    for kind in ("default", "foreach"):
+        columns = (f"{turns[which].cpu * 1e3:.2f} ms" for which in ("fused", kind))
+        yield Row(f"Adam's step, {network}, fused: {kind}", *columns, f"{turns[kind].cpu / turns['fused'].cpu:.1f}x")
 
 
 def reading(run: Path, settings: Sequence[str]) -> Row:

@@ -177,6 +177,15 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "checkpoints" / "latest" / "model.safetensors")
 
 
+def test_averaged_weights_and_fused_steps_have_the_bits_of_the_cpu(shards, tmp_path):
+    more = ("train.ema=0.9", "train.optimizer=adamw", "train.fused=true", f"train.validate_every={2 * BATCH}")
+    for device in ("cpu", "gpu"):
+        pretended(tmp_path, train_here, run_on(device, shards, tmp_path / device, 4, *more), device=device)
+    on_cpu, found = weights(tmp_path / "cpu"), weights(tmp_path / "gpu")
+    assert on_cpu.keys() == found.keys() and any(name.startswith("average.") for name in found)
+    assert all(torch.equal(found[name], tensor) for name, tensor in on_cpu.items())
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_runs_go_from_one_device_to_the_other_and_back_with_the_same_bits(shards, tmp_path, ranks):
     legs = {

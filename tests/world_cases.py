@@ -49,6 +49,8 @@ IN_BLOCKS = {name: (name,) for name in OBJECTIVES} | {
     "checkpointed": ("rae_sn", "train.checkpoint_activations=true"),
     "contiguous": ("rae_gp", "train.channels_last=false"),
     "without norms": ("wae", "model.norm=none"),
+    "averaged": ("eae", "train.ema=0.9", "train.optimizer=adamw", "train.schedule=cosine", "train.warmup_epochs=0.4"),
+    "fused": ("ae", "train.fused=true"),
     "fewer directions than blocks": ("swae", "objective.directions=3"),
     "own": ("eae", "model.encoder=own_networks:Encoder", "model.decoder=own_networks:Decoder"),
 }

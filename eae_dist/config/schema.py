@@ -53,6 +53,9 @@ class Bounds:
         if self.above is not None and self.at_most is not None:
             if not self.above < value <= self.at_most:
                 raise UserError(f"{key}={value} must lie in ({self.above}, {self.at_most}]")
+        elif self.at_least is not None and self.at_most is not None:
+            if not self.at_least <= value <= self.at_most:
+                raise UserError(f"{key}={value} must lie in [{self.at_least}, {self.at_most}]")
         elif self.above is not None and not value > self.above:
             raise UserError(f"{key}={value} must be greater than {self.above}")
         if self.at_least is not None and value < self.at_least:
@@ -190,19 +193,35 @@ class TrainConfig:
     """With a power of two V, the run has the same bits on 1, 2, 4, ... or V ranks: weights, losses and metrics, on processors or
     GPUs of one kind with the same versions of the libraries. The batch is cut into V blocks of rows, and all sums over rows are
     added in one order. On CPUs each rank then computes with one thread. At most data.lanes. 0: off; ranks differ by rounding."""
+    optimizer: str = setting("adam", choices=("adam", "adamw"))
+    """adam, or adamw (Adam with weight_decay)."""
+    weight_decay: float = setting(0.01, at_least=0)
+    """adamw: each step multiplies all weights by 1 - weight_decay times the learning rate."""
+    fused: bool = False
+    """Take the step of the optimizer in one kernel of torch, which is faster. On a CPU its last bits depend on the sizes of the
+    tensors, so it is refused under DeepSpeed, which would round in another way."""
     learning_rate: float = setting(8e-3, above=0)
-    """Initial learning rate of Adam."""
-    schedule: str = setting("exponential", choices=("exponential", "plateau", "constant"))
-    """exponential (times decay after every epoch), plateau (times plateau_factor when the validation loss stops improving) or
-    constant."""
+    """Largest learning rate of the optimizer, from which the schedule starts."""
+    warmup_epochs: float = setting(0.0, at_least=0)
+    """Epochs, or a part of one, in which the learning rate rises linearly to what the schedule says; less than train.epochs."""
+    schedule: str = setting("exponential", choices=("exponential", "cosine", "plateau", "constant"))
+    """exponential (times decay after every epoch), cosine (half a wave from the end of the warm-up to the end of the run),
+    plateau (times plateau_factor when the validation loss stops improving) or constant."""
+    cosine_factor: float = setting(0.0, at_least=0, at_most=1)
+    """Factor of the cosine schedule at the end of the run. With another train.epochs a run continues on the new curve."""
     decay: float = setting(0.98, above=0, at_most=1)
     """Factor per epoch of the exponential schedule; the paper advises at least 0.98."""
     plateau_factor: float = setting(0.5, above=0, at_most=1)
     """Factor of the plateau schedule."""
     plateau_patience: int = setting(5, at_least=1)
-    """The plateau schedule lowers the rate after this many validations in a row without improvement."""
+    """The plateau schedule lowers the rate after this many validations in a row without improvement. It starts after the
+    warm-up."""
     clip_norm: float | None = setting(None, above=0)
     """Largest norm of the gradient; a longer gradient is scaled down to this norm. Default: no clipping."""
+    ema: float | None = setting(None, above=0, at_most=1)
+    """Judge exponential moving averages of the weights, of which each step keeps this part, such as 0.999; less in the first
+    steps. Validation, samples and evaluation use the averages, which checkpoints hold beside the weights. Batch norms keep the
+    running statistics of training. Default: no averages."""
     precision: str = setting("fp32", choices=("fp32", "bf16", "fp16"), changeable=True)
     """fp32, bf16 or fp16 (GPU only). Entropy, latent statistics and losses are always computed in float32."""
     tf32: bool = setting(False, changeable=True)
@@ -342,6 +361,13 @@ def check_values(config: Config) -> None:
     train, objective = config.train, config.objective
     if train.schedule == "plateau" and config.data.validation is None:
         raise UserError("train.schedule=plateau follows the validation loss; set data.validation")
+    if train.warmup_epochs >= train.epochs:
+        raise UserError(f"train.warmup_epochs={train.warmup_epochs:g} must be less than train.epochs={train.epochs:g}")
+    if train.optimizer == "adam" and train.weight_decay != TrainConfig.weight_decay:
+        raise UserError(
+            f"train.weight_decay={train.weight_decay} has no effect with train.optimizer=adam; set train.optimizer=adamw, or "
+            f"leave it out"
+        )
     if train.compile and train.checkpoint_activations:
         raise UserError(
             "train.compile=true: compiled networks cannot be recomputed in backward; set train.checkpoint_activations=false"

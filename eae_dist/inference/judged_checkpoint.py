@@ -9,11 +9,11 @@ from eae_dist.data.remote import Cache
 from eae_dist.data.shard_index import ShardIndex
 from eae_dist.errors import UserError
 from eae_dist.objectives import Objective, build_objective
-from eae_dist.training.checkpoint import Checkpoint
+from eae_dist.training.checkpoint import Checkpoint, split_averages
 
 
 def load_objective(checkpoint: Checkpoint, allow: Collection[str] = ()) -> Objective:
-    """Returns the trained objective on the CPU, in eval mode.
+    """Returns the trained objective on the CPU, in eval mode, with the averages of its weights if there are any.
 
     A checkpoint may have an untrusted origin, so a network class that it names (model.encoder, model.decoder) is imported only
     if it is in `allow`. Raises ValueError otherwise.
@@ -26,7 +26,8 @@ def load_objective(checkpoint: Checkpoint, allow: Collection[str] = ()) -> Objec
                 f"name it to allow its import: {key}={name} on the command line, or load(..., allow=[{name!r}])"
             )
     objective = build_objective(config.model, config.objective, checkpoint.state["image_shape"], config.train.seed)
-    objective.load_state_dict(checkpoint.model_state())
+    weights, averages = split_averages(checkpoint.model_state())
+    objective.load_state_dict(weights | averages)
     return objective.eval()
 
 

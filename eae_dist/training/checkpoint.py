@@ -1,6 +1,6 @@
 """Checkpoints on disk. A checkpoint is written atomically and verified before it is used.
 
-    checkpoints/step-00000120/   model.safetensors   weights and buffers
+    checkpoints/step-00000120/   model.safetensors   weights and buffers, and under train.ema the averages of the weights
                                  optimizer.pt        the optimizer's state, loadable with weights_only=True
                                  state.json          clock, data order, schedule, best loss, versions
                                  config.yaml         the resolved configuration
@@ -36,6 +36,7 @@ from eae_dist.numerics.json_files import read_json
 
 log = logging.getLogger("eae_dist")
 
+AVERAGE = "average."  # before the names of the averages in model.safetensors
 FILES = ("model.safetensors", "optimizer.pt", "state.json", "config.yaml")
 
 
@@ -58,7 +59,10 @@ class Checkpoint:
     of_rank_zero: bool = False
 
     def model_state(self) -> dict[str, torch.Tensor]:
-        """Returns weights and buffers by name. Raises DamagedCheckpoint for a file without tensors."""
+        """Returns weights, buffers and averages by name, for `split_averages`.
+
+        Raises DamagedCheckpoint for a file without tensors.
+        """
         return self._read_by_rank_zero(self._model_state) if self.of_rank_zero else self._model_state()
 
     def optimizer_state(self) -> dict:
@@ -87,6 +91,17 @@ class Checkpoint:
                 f"{self.path}: optimizer.pt holds something else than tensors and plain values, and may run code; "
                 f"it is not loaded"
             ) from error
+
+
+def with_averages(weights: dict[str, torch.Tensor], averages: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns the state for model.safetensors: weights and buffers by name, and averages of weights (train.ema), if any."""
+    return weights | {AVERAGE + name: average for name, average in averages.items()}
+
+
+def split_averages(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Returns the two arguments of `with_averages`."""
+    averages = {name.removeprefix(AVERAGE): tensor for name, tensor in state.items() if name.startswith(AVERAGE)}
+    return {name: tensor for name, tensor in state.items() if not name.startswith(AVERAGE)}, averages
 
 
 def save(run: Path, config: Config, model_state: dict, optimizer_state: dict, state: dict) -> Path:

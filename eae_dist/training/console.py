@@ -38,6 +38,8 @@ def describe(config: Config, objective: Objective, stream: ShardStream, step: in
             f"train.accumulate={parts}: latent norm, entropy and MMD are those of all {batch} images; batch norms inside "
             f"the networks see {batch // parts} to {-(-batch // parts)} at a time"
         )
+    if config.train.ema is not None:
+        say(f"train.ema={config.train.ema:g}: validation, samples and evaluation use moving averages of the weights")
     if world_size() == 1 and not torch.cuda.is_available():
         say("this run uses one CPU rank; for two ranks: accelerate launch --config_file launch/cpu.yaml -m eae_dist.train")
 

@@ -89,7 +89,7 @@ class PyTorch:
         self.accelerator = accelerator
 
     def prepare(
-        self, objective: nn.Module, optimizer: torch.optim.Adam, config: Config, lanes: int
+        self, objective: nn.Module, optimizer: torch.optim.Optimizer, config: Config, lanes: int
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Returns the wrapped model and optimizer for a step. Raises ValueError if ranks would train separate models."""
         model, prepared_optimizer = self.accelerator.prepare(objective, optimizer)
@@ -115,11 +115,11 @@ class PyTorch:
         optimizer.step()
         return norm
 
-    def optimizer_state(self, objective: nn.Module, optimizer: torch.optim.Adam) -> dict:
+    def optimizer_state(self, objective: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
         """Returns the whole state of the optimizer, which `load` accepts under both engines. Call on every rank."""
         return optimizer.state_dict()
 
-    def load(self, objective: nn.Module, optimizer: torch.optim.Adam, weights: dict, state: dict) -> None:
+    def load(self, objective: nn.Module, optimizer: torch.optim.Optimizer, weights: dict, state: dict) -> None:
         """Loads weights, buffers and the state of the optimizer. Call on every rank, after `prepare`."""
         objective.load_state_dict(weights)
         optimizer.load_state_dict(state)
@@ -137,7 +137,7 @@ class DeepSpeed:
         self.name = f"DeepSpeed ZeRO-{self.settings['zero_optimization']['stage']}"
 
     def prepare(
-        self, objective: nn.Module, optimizer: torch.optim.Adam, config: Config, lanes: int
+        self, objective: nn.Module, optimizer: torch.optim.Optimizer, config: Config, lanes: int
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Returns the engine and its optimizer. Raises ValueError for settings that it does not support (see refuse)."""
         self.refuse(config, lanes)
@@ -174,6 +174,11 @@ class DeepSpeed:
             raise UserError(
                 f"train.accumulate={train.accumulate} needs whole gradients on every rank, but DeepSpeed's ZeRO splits "
                 f"them; set train.accumulate=1, {ddp}"
+            )
+        if train.fused:
+            raise UserError(
+                f"train.fused=true: the bits of the fused optimizer depend on the sizes of its tensors, and DeepSpeed has others "
+                f"than PyTorch; set train.fused=false, {ddp}"
             )
         if train.blocks:
             raise UserError(
@@ -212,7 +217,7 @@ class DeepSpeed:
         """Returns the norm of the gradient before clipping; accelerator.backward has already taken the step."""
         return torch.as_tensor(model.get_global_grad_norm(), device=self.accelerator.device)
 
-    def optimizer_state(self, objective: nn.Module, optimizer: torch.optim.Adam) -> dict:
+    def optimizer_state(self, objective: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
         """Returns the whole state of the optimizer, which `load` accepts under both engines. Call on every rank."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
@@ -227,7 +232,7 @@ class DeepSpeed:
         group = {**optimizer.param_groups[0], "params": list(range(len(parameters)))}
         return {"state": state, "param_groups": [group]}
 
-    def load(self, objective: nn.Module, optimizer: torch.optim.Adam, weights: dict, state: dict) -> None:
+    def load(self, objective: nn.Module, optimizer: torch.optim.Optimizer, weights: dict, state: dict) -> None:
         """Loads weights, buffers and the state of the optimizer. Call on every rank, after `prepare`."""
         from deepspeed.utils import (
             lazy_init_hp_params_optimizer_state,

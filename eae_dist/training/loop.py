@@ -87,7 +87,7 @@ def train(config: Config) -> None:
         while state.step < end and not stopping:
             # One step on B images.
             stop.start_asking()
-            run.schedule_learning_rate()
+            run.schedule_learning_rate(end)
             torch.manual_seed(derive_key(config.train.seed, state.step, rank()))  # for random layers in a network of the user
             key = derive_key(config.train.seed, state.step)
             with times.step():
@@ -96,6 +96,8 @@ def train(config: Config) -> None:
                 names, terms = training_step(
                     accelerator, run.model, run.prepared_optimizer, batch, stream.row_ids, key, config.train
                 )
+                if run.average is not None:
+                    run.average.update(state.step + 1)
                 stopping = stop.asked()
             window.append(terms)
             state.step += 1

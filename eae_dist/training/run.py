@@ -3,6 +3,7 @@
 import resource
 import sys
 from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -18,10 +19,11 @@ from eae_dist.objectives import build_objective
 from eae_dist.report.grids import GridInputs, draw_grids, grid_inputs, save_grids
 from eae_dist.training import metrics_log
 from eae_dist.training.async_checkpoint import AsyncCheckpoints
-from eae_dist.training.checkpoint import Checkpoint
+from eae_dist.training.checkpoint import Checkpoint, split_averages, with_averages
 from eae_dist.training.compilation import set_execution
 from eae_dist.training.console import say
 from eae_dist.training.engines import engine_of
+from eae_dist.training.optimization import WeightAverage, build_optimizer, learning_rate, warmup_steps
 from eae_dist.training.setup import entropy_reference, set_blocks
 from eae_dist.training.state import TrainingState
 from eae_dist.training.validation import validate
@@ -43,9 +45,10 @@ class Run:
         self.objective.row_counts = row_counts(stream.rows, accelerator.device)
         set_blocks(self.objective, config, stream)
         set_execution(self.objective, config.train, accelerator.device)
-        self.optimizer = torch.optim.Adam(self.objective.parameters(), lr=config.train.learning_rate)
+        self.optimizer = build_optimizer(self.objective.parameters(), config.train)
         self.engine = engine_of(accelerator)
         self.model, self.prepared_optimizer = self.engine.prepare(self.objective, self.optimizer, config, stream.lanes)
+        self.average = None if config.train.ema is None else WeightAverage(self.objective, config.train.ema)
         self.plateau = ReduceLROnPlateau(
             self.optimizer,
             factor=config.train.plateau_factor,
@@ -75,7 +78,10 @@ class Run:
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continues from a checkpoint and logs changes of engine, ranks and device."""
         self.state = TrainingState.from_dict(checkpoint.state)
-        self.engine.load(self.objective, self.optimizer, checkpoint.model_state(), checkpoint.optimizer_state())
+        weights, averages = split_averages(checkpoint.model_state())
+        self.engine.load(self.objective, self.optimizer, weights, checkpoint.optimizer_state())
+        if self.average is not None:
+            self.average.load(averages)
         assert self.state.plateau is not None  # every checkpoint has it
         self.plateau.load_state_dict(self.state.plateau)
         if self.accelerator.scaler is not None and self.state.grad_scaler:
@@ -99,13 +105,16 @@ class Run:
                 images = next(walk(data.root, split, 64, rank=0, world=1, cache=Cache.of(data)))["image"]
                 self.grid_inputs = grid_inputs(to_unit(images, device), self.objective.autoencoder.latent_dim, config.train.seed)
 
-    def schedule_learning_rate(self) -> None:
-        """Sets the learning rate of the exponential schedule; the plateau schedule changes it after validation."""
-        train = self.config.train
-        if train.schedule == "exponential":
-            epochs_done = self.images // self.stream.samples
+    def schedule_learning_rate(self, end: int) -> None:
+        """Sets the learning rate of the next step of `end`; the plateau schedule changes it after validation."""
+        rate = learning_rate(self.config.train, self.state.step, end, self.stream.samples)
+        if rate is not None:
             for group in self.optimizer.param_groups:
-                group["lr"] = train.learning_rate * train.decay**epochs_done
+                group["lr"] = rate
+
+    def judged_weights(self) -> AbstractContextManager[None]:
+        """Returns a context in which the objective has the weights that are judged: under train.ema their averages."""
+        return nullcontext() if self.average is None else self.average.in_use()
 
     def due(self, end: int) -> set[str]:
         """Returns the actions due after the last step: log, validate, sample, save; all of them at the end of the run."""
@@ -129,7 +138,8 @@ class Run:
         """Does the due actions: validation, samples, log record, checkpoint. Returns False if a stop ends the validation."""
         state, improved = self.state, False
         if "validate" in due and self.config.data.validation:
-            terms = validate(self.accelerator, self.objective, self.config, stop)
+            with self.judged_weights():
+                terms = validate(self.accelerator, self.objective, self.config, stop)
             if terms is None:
                 return False
             validation = {f"validation_{name}": value for name, value in terms.items()}
@@ -138,13 +148,15 @@ class Run:
             improved = validation["validation_loss"] < state.best_validation_loss
             if improved:
                 state.best_validation_loss, state.best_step = validation["validation_loss"], state.step
-            if self.config.train.schedule == "plateau":
+            warmup = warmup_steps(self.config.train, self.stream.samples)
+            if self.config.train.schedule == "plateau" and state.step >= warmup:
                 self.plateau.step(validation["validation_loss"])
         with on_rank_zero() as is_rank_zero:  # the disk may be full, also because of a checkpoint that is being written
             self.saves.raise_failure()
             if is_rank_zero and "sample" in due:
                 assert self.grid_inputs is not None  # rank 0 has them
-                grids = draw_grids(self.objective.autoencoder.eval(), self.grid_inputs)
+                with self.judged_weights():
+                    grids = draw_grids(self.objective.autoencoder.eval(), self.grid_inputs)
                 saved = save_grids(grids, self.folder / "samples", f"step-{state.step:08d}-")
                 self.metrics.show(grids, saved, state.step)
                 self.objective.train()
@@ -171,7 +183,9 @@ class Run:
                 "ran_on": self.ran_on,
             }
             copied = self.engine.optimizer_state_is_copy
-            self.saves.start(self.objective.state_dict(), optimizer_state, about, copied=copied)
+            averages = {} if self.average is None else self.average.averages
+            model_state = with_averages(self.objective.state_dict(), averages)
+            self.saves.start(model_state, optimizer_state, about, copied=copied)
 
 
 def peak_memory_mib(device: torch.device) -> float:

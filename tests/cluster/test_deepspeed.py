@@ -48,6 +48,7 @@ VARIANTS = {  # name: the row that it is a variant of, and what it sets
     "bf16": ("eae", ["train.precision=bf16", f"train.validate_every={5 * BATCH}"]),
     "computed_twice": ("eae", ["train.checkpoint_activations=true"]),
     "compiled": ("eae", ["train.compile=true"]),
+    "averaged": ("ae", ["train.ema=0.9", "train.optimizer=adamw", "train.schedule=cosine", "train.warmup_epochs=0.4"]),
 }
 installed = pytest.mark.skipif(
     any(engines.find_spec(name) is None for name in ("deepspeed", "transformers")),
@@ -263,6 +264,7 @@ def settings_of(stage: int, **more) -> dict:
         ({}, {}, 4, "4 ranks do not divide the 26 lanes"),
         ({}, {"precision": "fp16"}, 2, "take train.precision=bf16"),
         ({}, {"channels_last": True}, 2, "train.channels_last=true"),
+        ({}, {"fused": True}, 2, "train.fused=true: the bits of the fused optimizer depend"),
         ({"zero_optimization": {"stage": 3}}, {}, 2, "zero_optimization.stage=3"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, {}, 2, "offload_optimizer"),
         ({"bf16": {"enabled": True}, "optimizer": {"type": "Adam"}}, {}, 2, "'bf16', 'optimizer'"),

@@ -31,9 +31,10 @@ FLOATS = [key for key, kind in TYPES.items() if kind in (float, float | None)]
 WEIGHTS = ("kl", "mmd", "latent", "decoder", "gradient", "sigreg", "wasserstein")
 PENALTIES = (*(f"{name}_weight" for name in WEIGHTS), "input_noise")
 ZEROS = ("train.seed", "evaluate.seed", "index.seed", "data.workers", "data.retries", "train.profile")
-MAY_BE_ZERO = {"train.blocks", *ZEROS, *(f"objective.{name}" for name in PENALTIES)}
+RATES = ("train.warmup_epochs", "train.weight_decay", "train.cosine_factor")
+MAY_BE_ZERO = {"train.blocks", *ZEROS, *RATES, *(f"objective.{name}" for name in PENALTIES)}
 UNBOUNDED = {"objective.entropy_weight"}  # a weight of 0 or below is a legitimate experiment
-FRACTIONS = ("train.decay", "train.plateau_factor", "model.norm_momentum", "index.recall")
+FRACTIONS = ("train.ema", "train.decay", "train.plateau_factor", "model.norm_momentum", "index.recall")
 
 
 def yaml_file(folder: Path, text: str, name: str = "a.yaml") -> str:
@@ -157,7 +158,7 @@ def test_only_seeds_workers_retries_and_penalties_may_be_zero(key):
 
 
 def test_seeds_workers_retries_and_penalties_may_be_zero():
-    config = flatten(load_config([f"{key}=0" for key in MAY_BE_ZERO]))
+    config = flatten(load_config(["train.optimizer=adamw", *(f"{key}=0" for key in MAY_BE_ZERO)]))
     assert {config[key] for key in MAY_BE_ZERO} == {0}
 
 
@@ -177,7 +178,8 @@ def test_factors_are_at_most_one(key):
 @pytest.mark.parametrize(
     ("key", "known"),
     [
-        ("train.schedule", ("exponential", "plateau", "constant")),
+        ("train.schedule", ("exponential", "cosine", "plateau", "constant")),
+        ("train.optimizer", ("adam", "adamw")),
         ("train.precision", ("fp32", "bf16", "fp16")),
         ("train.device", ("auto", "cpu")),
         ("objective.map", ("fixed", "redrawn")),
@@ -307,9 +309,10 @@ def test_what_decides_the_weights_may_not_change_and_what_does_not_may():
     marked = {f"{s.name}.{f.name}" for s in fields(Config) for f in fields(s.default_factory) if f.metadata.get("changeable")}
     fixed = {"data.split", "data.lanes", "train.seed", "train.global_batch", "train.accumulate", "train.learning_rate"}
     fixed |= {"train.schedule", "train.decay", "train.plateau_factor", "train.plateau_patience", "train.clip_norm"}
-    fixed |= {"train.blocks"}
+    fixed |= {"train.blocks", "train.optimizer", "train.weight_decay", "train.fused", "train.warmup_epochs"}
+    fixed |= {"train.cosine_factor"}
     # The plateau schedule and the best checkpoint follow from them.
-    fixed |= {"data.validation", "train.validate_every", "train.validation_images"}
+    fixed |= {"train.ema", "data.validation", "train.validate_every", "train.validation_images"}
     assert DEFAULTS.keys() - marked == fixed | {key for key in DEFAULTS if key.startswith(("model.", "objective."))}
 
 
