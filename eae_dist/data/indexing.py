@@ -26,7 +26,7 @@ from eae_dist.data.image_files import what_was_done
 from eae_dist.data.pixels import AS_THEY_ARE, TRAITS, Rules
 from eae_dist.data.remote import Cache, RemoteFolder
 from eae_dist.data.scanning import ENCODINGS, ONE_HEADER, ShardScan, bytes_dtype, different_sizes, index_shard, size_text
-from eae_dist.data.servers import checked_address
+from eae_dist.data.servers import STORES, checked_address
 from eae_dist.data.shard_index import INDEX_VERSION, SHARD_DTYPE, ShardIndex, member_table, plain_name, split_in_name
 from eae_dist.data.split_names import SPLITS, looks_like_split, split_called
 from eae_dist.data.tars import left_alone, refuse_compressed
@@ -160,7 +160,7 @@ def remote_shards(pattern: str, cache: Cache, what: str) -> tuple[RemoteFolder, 
     except ValueError as error:
         raise UserError(f"{what}{pattern}: the braces do not match; write for example train-{{000000..000009}}.tar") from error
     if any("*" in name for name in names):
-        if not folder.base.startswith("s3:"):
+        if folder.scheme not in STORES:
             raise UserError(
                 f"{what}{pattern}: a web server has no list of its files; name them: {base}/train-{{000000..000009}}.tar"
             )

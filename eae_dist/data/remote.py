@@ -1,4 +1,4 @@
-"""Shards on a web server or in S3: each is fetched once, checked against its sha256 and cached in a local folder of bounded size.
+"""Shards on a web server or in an object store: each is fetched once, checked by its sha256 and kept in a folder of bounded size.
 
     RemoteFolder    opens the files of a data set at an address and fetches files that are not cached
     FetchAhead      threads that fetch files before they are needed
@@ -30,7 +30,7 @@ from urllib.parse import quote
 
 from eae_dist.config import DataConfig
 from eae_dist.data.locked_files import alone, remove_unless_used, touch
-from eae_dist.data.servers import Failure, checked_address, filesystem, is_address
+from eae_dist.data.servers import STORES, Failure, checked_address, filesystem, is_address
 from eae_dist.errors import UserError, UserFileError
 
 __all__ = ["FETCHES", "Cache", "FetchAhead", "FetchError", "RemoteFolder", "checked_address", "is_address"]
@@ -73,9 +73,14 @@ class RemoteFolder:
     cache: Cache
     remote = True
 
+    @property
+    def scheme(self) -> str:
+        """One of SCHEMES."""
+        return self.base.partition(":")[0]
+
     def place(self, name: str) -> str:
         """Returns the address of a file."""
-        return f"{self.base}/{name if self.base.startswith('s3:') else quote(name, safe='')}"
+        return f"{self.base}/{name if self.scheme in STORES else quote(name, safe='')}"
 
     def open(self, name: str, sha256: str, size: int | None = None, stop: threading.Event | None = None) -> BinaryIO:
         """Opens the complete, checked file, which is fetched if it is not cached. An open file is not removed from the cache.
@@ -199,23 +204,24 @@ class RemoteFolder:
         return file.getvalue()
 
     def names(self) -> list[str]:
-        """Returns the names of the files at the address; only for S3, because a web server has no list."""
+        """Returns the names of the files at the address; only for STORES, because a web server has no list."""
         try:
             found = filesystem(self.base, self.cache.timeout, os.getpid()).ls(self.base, detail=False)
         except Exception as error:  # the libraries behind fsspec raise many types
-            raise FetchError(f"{self.base} cannot be listed: it {Failure.of(error, self.cache.timeout)}") from error
+            raise FetchError(f"{self.base} cannot be listed: it {Failure.of(error, self.scheme, self.cache.timeout)}") from error
         return sorted(path.rpartition("/")[2] for path in found)
 
     def _blocks(self, name: str, size: int | None) -> Iterator[bytes]:
         """Yields the content of the remote file. Raises Failure for any error."""
-        # A web file is requested as a whole; with a given size, fsspec does not request the size first.
-        how = {"cache_type": "none"} if self.base.startswith("s3:") else {"block_size": 0, "size": size or -1}
+        # A file of the web or of Hugging Face is requested as a whole; with a given size, fsspec does not request the size first.
+        whole = {"block_size": 0} if self.scheme == "hf" else {"block_size": 0, "size": size or -1}
+        how = {"cache_type": "none"} if self.scheme in ("s3", "gs", "az") else whole
         try:
             with filesystem(self.base, self.cache.timeout, os.getpid()).open(self.place(name), "rb", **how) as file:
                 while block := file.read(BLOCK):
                     yield block
         except Exception as error:  # the libraries behind fsspec raise many types
-            raise Failure.of(error, self.cache.timeout) from error
+            raise Failure.of(error, self.scheme, self.cache.timeout) from error
 
     def _kept(self, sha256: str) -> Path:
         if not SHA256.fullmatch(sha256):  # it comes from the data and becomes a path

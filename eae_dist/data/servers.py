@@ -1,4 +1,4 @@
-"""Web servers and S3: which addresses are read, how a server is connected to, and why a try to read failed."""
+"""Web servers and object stores: which addresses are read, how a server is connected to, and why a try to read failed."""
 
 import asyncio
 import re
@@ -11,7 +11,8 @@ import fsspec
 
 from eae_dist.errors import UserError
 
-SCHEMES = ("http", "https", "s3")
+STORES = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs", "hf": "huggingface_hub"}  # scheme -> the package that reads it
+SCHEMES = ("http", "https", *STORES)
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 
 
@@ -27,7 +28,7 @@ def checked_address(address: str, what: str) -> str:
     """
     scheme = (SCHEME.match(address) or [""])[0].rstrip(":").lower()
     if scheme not in SCHEMES or not address.lower().startswith(f"{scheme}://"):
-        raise UserError(f"{what}={address} is not an address of data; expected http://, https:// or s3://")
+        raise UserError(f"{what}={address} is not an address of data; expected {'://, '.join(SCHEMES)}://")
     parts = urlsplit(address)
     folders = [unquote(folder) for folder in parts.path.strip("/").split("/")]
     if not parts.netloc or {"@", "$"} & set(address) or parts.query or parts.fragment or not address.isprintable():
@@ -45,14 +46,14 @@ class Failure(Exception):
         self.passing = passing
 
     @classmethod
-    def of(cls, error: Exception, timeout: float) -> "Failure":
-        """Returns the reason that an error of the libraries behind fsspec means."""
+    def of(cls, error: Exception, scheme: str, timeout: float) -> "Failure":
+        """Returns the reason that an error of the libraries behind fsspec means; scheme: one of SCHEMES."""
         if isinstance(error, FileNotFoundError):
             return cls("is not there", passing=False)
         if isinstance(error, PermissionError):
             return cls(f"may not be read ({error})", passing=False)
         if isinstance(error, ImportError):
-            return cls("needs s3fs: pip install -e '.[s3]'", passing=False)
+            return cls(f"needs {STORES.get(scheme, 'aiohttp')}: pip install -e '.[{scheme}]'", passing=False)
         if isinstance(error, (TimeoutError, asyncio.TimeoutError)):  # the same class from Python 3.11 on
             return cls(f"sent nothing for data.timeout={timeout:g} seconds")
         if (status := getattr(error, "status", None)) is not None:
@@ -66,15 +67,20 @@ class Failure(Exception):
 @lru_cache(maxsize=4)
 def filesystem(base: str, timeout: float, process: int) -> fsspec.AbstractFileSystem:
     """Returns the fsspec file system of a server; one per process, because connections do not survive a fork."""
-    if base.startswith("s3:"):
-        limits = {"connect_timeout": timeout, "read_timeout": timeout, "retries": {"total_max_attempts": 1}}
-        options: dict[str, Any] = {"config_kwargs": limits}
-    else:
+    scheme = base.partition(":")[0]
+    options: dict[str, Any] = {}
+    if scheme == "s3":
+        options["config_kwargs"] = {"connect_timeout": timeout, "read_timeout": timeout, "retries": {"total_max_attempts": 1}}
+    elif scheme == "gs":
+        options["requests_timeout"] = timeout
+    elif scheme == "az":
+        options |= {"connection_timeout": timeout, "read_timeout": timeout}
+    elif scheme in ("http", "https"):  # Hugging Face takes its timeout from the environment
         import aiohttp  # imported here because it takes a fifth of a second and most data is local
 
         # The default of aiohttp ends every download after five minutes.
         patience = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
-        options = {"client_kwargs": {"timeout": patience}}
-    found = fsspec.filesystem(base.partition(":")[0].lower(), **options, use_listings_cache=False, skip_instance_cache=True)
+        options["client_kwargs"] = {"timeout": patience}
+    found = fsspec.filesystem(scheme, **options, use_listings_cache=False, skip_instance_cache=True)
     found.retries = 1  # the default of s3fs is five tries
     return found

@@ -14,9 +14,11 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from conftest import ROOT, TRAIN_SIZES, rank_environment, write_shards
+from fsspec.implementations.memory import MemoryFileSystem
 
 from eae_dist.config import load_config
 from eae_dist.data import remote, servers
@@ -437,7 +439,7 @@ def test_pack_fetches_as_it_is_told(server, tmp_path, capsys):
         (["--index", "http://127.0.0.1:9/train-{0..1.tar", "--out", "OUT"], "the braces do not match"),
         (["--index", "http://127.0.0.1:9/train-000000.tar"], "--out DIR is needed with --index ADDRESS"),
         (["--index", "DIR", "--out", "OUT"], "--out DIR is needed with --index ADDRESS"),
-        (["--index", "pipe:cat train-000000.tar", "--out", "OUT"], "expected http://, https:// or s3://"),
+        (["--index", "pipe:cat train-000000.tar", "--out", "OUT"], "expected http://, https://, s3://, gs://, az://, hf://"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, words, tmp_path, capsys, monkeypatch):
@@ -455,7 +457,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, words, tmp_path, capsy
 @pytest.mark.parametrize(
     "address",
     [
-        *("pipe:cat x", "file:///etc", "gs://bucket/x", "simplecache::http://host/x", "http:/host/x", "http://"),
+        *("pipe:cat x", "file:///etc", "memory://bucket/x", "simplecache::http://host/x", "http:/host/x", "http://"),
         *("http://u:p@host/x", "http://host/../x", "http://host/%2e%2e/x", "http://host/x?y", "http://host/x#y"),
         *("s3://${HOME}/x", "http://host/a//b"),
     ],
@@ -526,6 +528,57 @@ def bucket(even, monkeypatch) -> Iterator[str]:
     yield "s3://images/some/even"
     servers.filesystem.cache_clear()
     server.stop()
+
+
+STORES = {"gs": "gs://images/some/even", "az": "az://images/some/even", "hf": "hf://datasets/ada/images/even"}
+
+
+@pytest.fixture(params=STORES)
+def store(request, even, monkeypatch) -> Iterator[str]:
+    """The address of a folder in a store in memory, which takes the place of that of the scheme, with the data set `even`."""
+
+    class Store(MemoryFileSystem):
+        protocol = request.param
+        store, pseudo_dirs = {}, [""]
+        cachable = False
+
+        def _open(self, path, mode="rb", block_size=None, **options):
+            opened.append({"block_size": block_size} | options)
+            return super()._open(path, mode, block_size=block_size, **options)
+
+    def filesystem(scheme: str, **options) -> Store:
+        assert scheme == request.param
+        return Store(**options)
+
+    opened: list[dict] = []
+    monkeypatch.setattr(fsspec, "filesystem", filesystem)
+    remote._filesystem.cache_clear()
+    Store().put(str(even), STORES[request.param], recursive=True)
+    opened.clear()
+    yield STORES[request.param]
+    assert {options["block_size"] for options in opened} == ({0} if request.param == "hf" else {None})
+    remote._filesystem.cache_clear()
+
+
+def test_shards_in_other_stores_are_read_and_indexed_as_the_folder_is(store, even, cache, tmp_path, capsys):
+    found = take(ShardStream(store, "train", 4, lanes=2, cache=cache), 30)
+    assert_same(found, take(ShardStream(even, "train", 4, lanes=2), 30))
+    with pytest.raises(FetchError, match="nowhere/index.json could not be fetched: it is not there"):
+        ShardStream(f"{store}/nowhere", "train", 4, cache=cache)
+    assert main(["--index", store, "--out", str(tmp_path / "out"), "--workers", "1"]) == 0, capsys.readouterr().err
+    info, local = (json.loads((root / "index.json").read_text()) for root in (tmp_path / "out", even))
+    assert info.pop("base") == store and info["splits"] == local["splits"]
+
+
+def test_missing_package_of_a_store_is_named_with_what_installs_it(cache, monkeypatch):
+    def missing(*_, **__):
+        raise ImportError("no such package")
+
+    monkeypatch.setattr(fsspec, "filesystem", missing)
+    for scheme, package in {"gs": "gcsfs", "az": "adlfs", "hf": "huggingface_hub", "s3": "s3fs"}.items():
+        remote._filesystem.cache_clear()
+        with pytest.raises(FetchError, match=rf"it needs {package}: pip install -e '\.\[{scheme}\]'"):
+            ShardStream(f"{scheme}://images/x", "train", 4, cache=cache)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
