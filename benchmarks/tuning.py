@@ -32,8 +32,8 @@ GRIDS: dict[str, tuple[str, tuple[float, ...]]] = {
     "wae": ("objective.mmd_weight", (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)),
     "eae": ("objective.entropy_weight", (1e-3, 3e-3, 6e-3, 1e-2, 3e-2, 6e-2)),
     "eae_linear": ("objective.entropy_weight", (1e-3, 3e-3, 6e-3, 1e-2, 3e-2, 6e-2)),
-    "sigreg": ("objective.sigreg_weight", (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)),
-    "swae": ("objective.wasserstein_weight", (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)),
+    "sigreg": ("objective.sigreg_weight", (1e-2, 3e-2, 1e-1, 3e-1, 1)),
+    "swae": ("objective.wasserstein_weight", (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
     "two_stage_vae": ("evaluate.second_stage_weight", (1.5e-4, 5e-4, 1.5e-3, 5e-3, 1.5e-2)),
 }
 ON_VALIDATION = ("evaluate.split=validation", "evaluate.reference=validation")

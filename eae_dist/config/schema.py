@@ -166,7 +166,7 @@ class ObjectiveConfig:
     """rae_l2, ae_l2: weight of the sum of squares of the decoder kernels."""
     gradient_weight: float = setting(5e-8, at_least=0)
     """rae_gp: weight of the mean square of the entries of d sum ||D(z)||^2 / dz."""
-    sigreg_weight: float = setting(0.03, at_least=0)
+    sigreg_weight: float = setting(0.1, at_least=0)
     """sigreg: weight of the Epps-Pulley statistic of the latents' projections, without the factor n of LeJEPA."""
     wasserstein_weight: float = setting(0.01, at_least=0)
     """swae: weight of the squared sliced Wasserstein-2 distance from N(0, I)."""
