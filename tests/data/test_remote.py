@@ -552,12 +552,12 @@ def store(request, even, monkeypatch) -> Iterator[str]:
 
     opened: list[dict] = []
     monkeypatch.setattr(fsspec, "filesystem", filesystem)
-    remote._filesystem.cache_clear()
+    servers.filesystem.cache_clear()
     Store().put(str(even), STORES[request.param], recursive=True)
     opened.clear()
     yield STORES[request.param]
     assert {options["block_size"] for options in opened} == ({0} if request.param == "hf" else {None})
-    remote._filesystem.cache_clear()
+    servers.filesystem.cache_clear()
 
 
 def test_shards_in_other_stores_are_read_and_indexed_as_the_folder_is(store, even, cache, tmp_path, capsys):
@@ -576,7 +576,7 @@ def test_missing_package_of_a_store_is_named_with_what_installs_it(cache, monkey
 
     monkeypatch.setattr(fsspec, "filesystem", missing)
     for scheme, package in {"gs": "gcsfs", "az": "adlfs", "hf": "huggingface_hub", "s3": "s3fs"}.items():
-        remote._filesystem.cache_clear()
+        servers.filesystem.cache_clear()
         with pytest.raises(FetchError, match=rf"it needs {package}: pip install -e '\.\[{scheme}\]'"):
             ShardStream(f"{scheme}://images/x", "train", 4, cache=cache)
 
