@@ -13,6 +13,7 @@ from world_cases import BATCH, run_of
 
 from eae_dist.config import TrainConfig, load_config
 from eae_dist.distributed import StopRequest
+from eae_dist.inference.judged_checkpoint import load_objective
 from eae_dist.training import checkpoint as checkpoints
 from eae_dist.training.loop import train
 from eae_dist.training.optimization import WeightAverage, build_optimizer, learning_rate
@@ -141,7 +142,7 @@ def test_averages_are_judged_and_saved_and_change_no_step(shards, tmp_path):
     weights, averages = checkpoints.split_averages(last.model_state())
     expected = checkpoints.open_checkpoint(plain).model_state()
     assert weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in expected)
-    objective = checkpoints.load_objective(last)
+    objective = load_objective(last)
     assert averages.keys() == dict(objective.named_parameters()).keys()
     for name, parameter in objective.named_parameters():
         assert torch.equal(parameter, averages[name]) and not torch.equal(parameter, weights[name])
