@@ -763,7 +763,7 @@ def test_a_file_outside_of_the_split_folders_is_not_passed_over_in_silence(tmp_p
     write_photos(tmp_path / "in" / "extra", 1)
     for options in ([], ["--skip-bad"]):
         assert pack("imagefolder", tmp_path / "in", tmp_path / "out", *options) == 2
-        assert "train are called as splits are, extra are not" in capsys.readouterr().err
+        assert "some folders have names of splits (train), others do not (extra)" in capsys.readouterr().err
     (tmp_path / "in" / "extra" / "0.png").rename(tmp_path / "in" / "loose.png")
     assert pack("imagefolder", tmp_path / "in", tmp_path / "out") == 2
     assert "loose.png (outside of train/)" in capsys.readouterr().err

@@ -81,8 +81,8 @@ def test_missing_splits_are_drawn_from_train_alone(tmp_path):
 @pytest.mark.parametrize(
     "folders, wanted",
     [
-        (["train", "test", "cat"], "test, train are called as splits are, cat are not"),
-        (["Train", "holdout"], "Train are called as splits are, holdout are not"),
+        (["train", "test", "cat"], "some folders have names of splits (test, train), others do not (cat)"),
+        (["Train", "holdout"], "some folders have names of splits (Train), others do not (holdout)"),
         (["test", "val"], "test, val and no folder for train"),
         (["test"], "test and no folder for train"),
         (["train", "val", "valid"], "both val/ and valid/, which mean validation"),
@@ -91,7 +91,7 @@ def test_missing_splits_are_drawn_from_train_alone(tmp_path):
         (["train2017", "val2017"], "train2017, val2017 look like splits"),
         (["images-train", "images-test"], "images-test, images-train look like splits"),
         (["cat/train", "cat/test", "dog/train", "dog/test"], "cat/test, cat/train, dog/test, dog/train look like splits inside"),
-        (["train/train", "test/test"], "test/test, train/train inside of a split"),
+        (["train/train", "test/test"], "folders inside of a split have names of splits (test/test, train/train)"),
     ],
 )
 @pytest.mark.parametrize("options", [[], ["--skip-bad"]])

@@ -117,7 +117,9 @@ class Layout:
                 raise UserError(f"{path}: the folders {listed(inner)} look like splits inside of classes; {WAYS}")
             return cls({".": "train"})
         if others := [name for name in names_here if name not in called and prefix + name in with_images]:
-            raise UserError(f"{path}/{prefix}: {listed(called)} are called as splits are, {listed(others)} are not; {WAYS}")
+            raise UserError(
+                f"{path}/{prefix}: some folders have names of splits ({listed(called)}), others do not ({listed(others)}); {WAYS}"
+            )
         for split in SPLITS:
             if len(same := [f"{name}/" for name in called if called[name] == split]) > 1:
                 raise UserError(f"{path} has both {' and '.join(same)}, which mean {split}; keep one, or name it: {WAYS}")
@@ -125,7 +127,7 @@ class Layout:
             raise UserError(f"{path} has {listed(called)} and no folder for train; {WAYS}")
         inner = [f"{prefix}{name}/{child}" for name in called for child in children.get(prefix + name, []) if split_called(child)]
         if inner:
-            raise UserError(f"{path}: the folders {listed(inner)} inside of a split are called as splits are; {WAYS}")
+            raise UserError(f"{path}: folders inside of a split have names of splits ({listed(inner)}); {WAYS}")
         said = ", ".join(f"{prefix}{name}/ is {split}" for name, split in called.items())
         plain = all(prefix + name == split for name, split in called.items())
         return cls(
