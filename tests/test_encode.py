@@ -250,6 +250,28 @@ def test_wrong_query_is_one_line(latents, tmp_path, size, words):
         main(["--latents", str(latents.root), "--query", str(path)])
 
 
+@pytest.mark.parametrize(("metric", "score"), [("cosine", "cosine"), ("inner_product", "inner_product")])
+def test_images_are_queries_by_another_metric(latents, tmp_path, capsys, metric, score):
+    Image.fromarray(image_of(7).squeeze(2)).save(tmp_path / "seven.png")  # training image 7
+    merged = ["--merge", str(tmp_path / "train.faiss")]
+    main(["--latents", str(latents.root), "--query", str(tmp_path / "seven.png"), "--json", f"index.metric={metric}", *merged])
+    (found,) = json.loads(capsys.readouterr().out)
+    values = [near[score] for near in found["neighbors"]]
+    rows = latents.read("train", "latents").astype(np.float64)
+    products = rows @ rows[7] / (np.linalg.norm(rows, axis=1) * np.linalg.norm(rows[7]) if metric == "cosine" else 1)
+    np.testing.assert_allclose(values, np.sort(products)[::-1][:5], rtol=1e-4)  # the query is encoded in another batch
+    assert (tmp_path / "train.faiss").is_file()
+
+
+def test_inner_products_cannot_tell_copies_and_cosines_have_no_entropy(latents, capsys):
+    with pytest.raises(SystemExit, match="index.metric=inner_product has no distances to compare; take index.metric=l2"):
+        main(["--latents", str(latents.root), "index.metric=inner_product"])
+    main(["--latents", str(latents.root), "index.metric=cosine", "--json"])
+    assert json.loads(capsys.readouterr().out)["entropy"] is None
+    with pytest.raises(SystemExit, match="--vector-column and --id-column are for parquet files"):
+        main(["--latents", str(latents.root), "--id-column", "id"])
+
+
 def test_index_is_kept_and_made_anew_for_other_settings(latents, monkeypatch):
     space = EncodedDataset(latents.root, None, [])
     assert space.index().kind == "flat"

@@ -3,13 +3,18 @@
 import sys
 from pathlib import Path
 
+import faiss
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
-from eae_dist.distributed import gather_objects, rank, world_size
+from eae_dist.distributed import barrier, gather_objects, rank, world_size
 from eae_dist.encode import encode
 from eae_dist.inference.encoded_dataset import EncodedDataset
-from eae_dist.latent.index import LatentIndex
+from eae_dist.latent.embeddings import Embeddings
+from eae_dist.latent.index import METRICS, LatentIndex
+from eae_dist.latent.merged_index import merge
 from eae_dist.neighbors import neighbors
 
 ROWS, QUERIES, D = 900, 50, 6
@@ -63,6 +68,55 @@ def approximate_search() -> dict:
     return {"share": share, "found": found(index, 5), "everything": found(index, ROWS)}
 
 
+def search_by_metric() -> dict:
+    """What indexes of the other metrics find: exact ones, one that was saved and opened again, and one of cells that sees all."""
+    results = {}
+    for metric in ("cosine", "inner_product"):
+        index = LatentIndex.build(here(latents()), "flat", metric=metric)
+        index.save(path := FOLDER / f"{metric}-{world_size()}")
+        cells = LatentIndex.build(here(latents()), "ivf_flat", metric=metric)
+        cells.tune(here(queries()), recall=1.0, k=5)
+        built = {k: found(index, k) for k in (1, 7, ROWS)}
+        results[metric] = {"built": built, "saved": found(LatentIndex.load(path), 7), "cells": found(cells, 5)}
+    return results
+
+
+def embeddings() -> dict:
+    """What each rank reads from files of vectors, what a search finds, and what FAISS finds in one file of the index."""
+    folder = FOLDER / f"embeddings-{world_size()}"
+    if rank() == 0:
+        write_embeddings(folder)
+    barrier()
+    read = {}
+    for name in ("parts", "double.npy", "rows.parquet"):
+        space = Embeddings(folder / name, folder / f"{name}-index", ["index.kind=flat"])
+        first, rows = space.rows_of_this_rank()
+        every = gather_objects((first, rows))
+        joined = torch.from_numpy(np.concatenate([part for _, part in every]))
+        read[name] = {"first": [start for start, _ in every], "rows": joined, "found": found(space.index(), 7)}
+    merged = {}
+    for metric in METRICS:
+        for kind in ("flat", "ivf_flat"):
+            space = Embeddings(folder / "parts", folder / f"{kind}-{metric}", [f"index.kind={kind}", f"index.metric={metric}"])
+            ours = found(space.index(), 7)
+            merge(space.index_path, file := folder / f"{kind}-{metric}.faiss")
+            alone = faiss.read_index(str(file))
+            if kind == "ivf_flat":  # so that it sees all
+                faiss.ParameterSpace().set_index_parameter(alone, "nprobe", 10_000)
+            merged[f"{kind} {metric}"] = {"ours": ours, "alone": [torch.from_numpy(x) for x in alone.search(queries(), 7)]}
+    return {"read": read, "merged": merged}
+
+
+def write_embeddings(folder: Path) -> None:
+    """Writes the latents as a folder of three .npy files, as one of float64, and as parquet in groups of 128 rows."""
+    (folder / "parts").mkdir(parents=True)
+    for number, part in enumerate(np.split(latents(), [10, 555])):
+        np.save(folder / "parts" / f"{number}.npy", part)
+    np.save(folder / "double.npy", latents().astype(np.float64))
+    table = pa.table({"name": [f"row {row}" for row in range(ROWS)], "vector": list(latents())})
+    pq.write_table(table, folder / "rows.parquet", row_group_size=128)
+
+
 def search_errors() -> dict[str, list[str]]:
     """What each rank raises where one of them alone is wrong."""
     index, messages = LatentIndex.build(here(latents()), "flat"), {}
@@ -72,6 +126,7 @@ def search_errors() -> dict[str, list[str]]:
         "dimensions": lambda: index.search(queries()[:, : 4 if last else D], 3),
         "k": lambda: index.search(queries(), ROWS + 1 if last else 3),
         "rows": lambda: LatentIndex.build(latents() * (np.inf if last else 1), "flat"),
+        "zero rows": lambda: LatentIndex.build(latents() * (0 if last else 1), "flat", metric="cosine"),
         "unwritable": lambda: index.save("/proc/nowhere/index"),
     }
     for name, work in wrong.items():
@@ -91,4 +146,7 @@ def encoded_latents() -> dict:
     return {"parts": folder.parts, "about": folder.about, "numbers": {name: numbers[name] for name in names}}
 
 
-CASES = {case.__name__: case for case in (exact_search, approximate_search, search_errors, encoded_latents)}
+CASES = {
+    case.__name__: case
+    for case in (exact_search, approximate_search, search_by_metric, embeddings, search_errors, encoded_latents)
+}

@@ -321,6 +321,8 @@ class IndexConfig:
     auto. auto selects one of the first three by number of latents, memory and recall."""
     recall: float = setting(0.95, above=0, at_most=1, changeable=True)
     """The fraction of the ten nearest neighbors that the index should find. With 1, flat finds all of them."""
+    metric: str = setting("l2", choices=("l2", "cosine", "inner_product"), changeable=True)
+    """What is compared: distances (l2), distances of rows that are divided by their norms (cosine), or inner products."""
     memory: int | None = setting(None, at_least=1, changeable=True)
     """Memory that auto may use per rank, in bytes. Default: half of the memory of the machine, divided by the ranks on it."""
     split: str = setting("train", changeable=True)

@@ -1,8 +1,6 @@
 """A trained model with the latents of a data set, their index, and the images that they were encoded from."""
 
-import logging
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +10,15 @@ from accelerate import PartialState
 from eae_dist.config import Config, IndexConfig
 from eae_dist.data.remote import Cache
 from eae_dist.data.stream import read_samples
-from eae_dist.distributed import from_rank_zero, rank, world_size
+from eae_dist.distributed import rank, world_size
 from eae_dist.errors import MissingFile, UserError
 from eae_dist.inference.judged_checkpoint import evaluation_config, named_networks, open_data
 from eae_dist.inference.trained_model import TrainedModel, trained_model
-from eae_dist.latent.index import DamagedIndex, LatentIndex, index_description
+from eae_dist.latent.index import LatentIndex
+from eae_dist.latent.kept_index import TUNING, kept_index
 from eae_dist.latent.store import LatentFolder
 from eae_dist.model.autoencoder import encoded
 from eae_dist.training.checkpoint import Checkpoint, open_on_rank_zero
-
-log = logging.getLogger("eae_dist")
-
-TUNING = 1_000  # queries for tuning an index
 
 
 class EncodedDataset:
@@ -66,32 +61,18 @@ class EncodedDataset:
 
         Raises DamagedIndex if the index cannot be read.
         """
-        settings = self.settings
-        cache_key = {name: asdict(settings)[name] for name in ("kind", "recall", "memory", "split", "seed")}
-        about = {"model_sha256": self.folder.about["model_sha256"], "index_sha256": self.folder.about["index_sha256"]} | cache_key
-        path = self.folder.root / f"index-{self.split}"
-        try:
-            if from_rank_zero((path / "index.json").is_file() and index_description(path)["about"] == about):
-                return LatentIndex.load(path)
-        except DamagedIndex as error:
-            raise DamagedIndex(f"{error}; remove {path} to make it again") from error
-        made = LatentIndex.build(
-            self.rows_of_this_rank(self.split)[1],
-            settings.kind,
-            recall=settings.recall,
-            memory=settings.memory,
-            seed=settings.seed,
-            about=about,
-        )
-        if rank() == 0:
-            log.info("index: %s; %s", made.kind, made.reason)
-        if made.kind != "flat":
-            queries = self.rows_of_this_rank(settings.query_split)[1][: -(-TUNING // world_size())]
-            share = made.tune(queries, settings.recall)
-            if rank() == 0:
-                log.info("the index finds %.1f %% of the ten nearest rows", 100 * share)
-        made.save(path)
-        return made
+        about = {name: self.folder.about[name] for name in ("model_sha256", "index_sha256")} | {"split": self.split}
+
+        def tune(index: LatentIndex) -> float:
+            queries = self.rows_of_this_rank(self.settings.query_split)[1][: -(-TUNING // world_size())]
+            return index.tune(queries, self.settings.recall)
+
+        return kept_index(self.index_path, about, self.settings, lambda: self.rows_of_this_rank(self.split)[1], tune)
+
+    @property
+    def index_path(self) -> Path:
+        """The folder in which the index of index.split is kept."""
+        return self.folder.root / f"index-{self.split}"
 
     def images(self, split: str, numbers: np.ndarray) -> np.ndarray:
         """Returns samples of a split, uint8 [m, c, h, w]."""

@@ -52,8 +52,8 @@ def bytes_on_gpu(rows: np.ndarray, index: faiss.Index | None) -> int:
     return (lists.ntotal + LIST_BLOCK * lists.nlist) * (lists.code_size + 8) + lists.nlist * 4 * (lists.d + 1)
 
 
-def copied(rows: np.ndarray, index: faiss.Index | None) -> faiss.Index | None:
-    """Returns a copy of the index on this process' GPU, without an index an exact one of the rows float32 [b, d].
+def copied(rows: np.ndarray, index: faiss.Index | None, metric: int = faiss.METRIC_L2) -> faiss.Index | None:
+    """Returns a copy of the index on this process' GPU, without an index an exact one of the rows float32 [b, d] in a metric.
 
     Returns None where the CPU has to search, and logs why unless there is no GPU or the kind is one that GPUs never search.
     """
@@ -71,7 +71,7 @@ def copied(rows: np.ndarray, index: faiss.Index | None) -> faiss.Index | None:
         return None
     options = faiss.GpuClonerOptions()
     if index is None:
-        index = faiss.IndexFlatL2(rows.shape[1])
+        index = (faiss.IndexFlatIP if metric == faiss.METRIC_INNER_PRODUCT else faiss.IndexFlatL2)(rows.shape[1])
         index.add(np.ascontiguousarray(rows))
     else:
         lists = faiss.downcast_index(faiss.extract_index_ivf(index))

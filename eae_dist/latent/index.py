@@ -1,9 +1,9 @@
 """Nearest neighbors among latents, with FAISS. An index is spread over all ranks and their GPUs, and is searched as one.
 
 Each rank indexes its own rows. Queries go to all ranks, and each rank answers with candidates and their distances by direct
-difference (`index_part.py`). For the kind flat, the result of a search depends only on the queries and
-the rows, bit for bit, and not on which rank holds a row. For the other kinds (`index_kinds.py`) it also depends on which rows
-each rank holds.
+difference, or with their inner products in float64 (`index_part.py`). For the kind flat, the result of a search depends only on
+the queries and the rows, bit for bit, and not on which rank holds a row. For the other kinds (`index_kinds.py`) it also depends
+on which rows each rank holds.
 n: rows of all ranks, d: dimensions, m: queries.
 """
 
@@ -20,9 +20,9 @@ from eae_dist.errors import UserError
 from eae_dist.latent import gpu_search
 from eae_dist.latent.index_files import DamagedIndex, index_description, load_parts, save_parts
 from eae_dist.latent.index_kinds import EFFORT, FEWEST_FOR_CODES, KINDS, Choice, choose, memory_of_a_rank, most_effort, trained
-from eae_dist.latent.index_part import Part, merged, nearest
+from eae_dist.latent.index_part import METRICS, Part, distance_type, merged, nearest
 
-__all__ = ["KINDS", "LONGEST", "DamagedIndex", "LatentIndex", "choose", "index_description"]
+__all__ = ["KINDS", "LONGEST", "METRICS", "DamagedIndex", "LatentIndex", "choose", "index_description", "unusable_rows"]
 
 log = logging.getLogger("eae_dist")
 
@@ -35,14 +35,15 @@ LONGEST = 2.0**62  # the norm from which squared distances may not be finite in 
 class LatentIndex:
     """An index of the latents of all ranks. Make one with `build` or `load`.
 
-    `n`: rows; `d`: dimensions; `kind`, and `reason`: why it was chosen; `effort`: nprobe or efSearch, None for flat; `about`: the
-    values that `build` was given.
+    `n`: rows; `d`: dimensions; `metric`: one of METRICS; `kind`, and `reason`: why it was chosen; `effort`: nprobe or efSearch,
+    None for flat; `about`: the values that `build` was given.
     """
 
-    def __init__(self, parts: list[Part], n: int, d: int, choice: Choice, effort: int | None, oversampling: int, about: dict):
-        self._parts, self.n, self.d, self.about = parts, n, d, about
+    def __init__(self, parts: list[Part], n: int, d: int, metric: str, choice: Choice, oversampling: int, about: dict):
+        self._parts, self.n, self.d, self.metric, self.about = parts, n, d, metric, about
         self.kind, self.reason = choice
-        self.effort, self.oversampling = effort, oversampling
+        self.effort: int | None = None
+        self.oversampling = oversampling
         # FAISS 1.15 compares up to 128,000 / d queries one by one. From 16 queries on, products take a quarter of that time.
         faiss.cvar.distance_compute_blas_threshold = min(faiss.cvar.distance_compute_blas_threshold, BY_PRODUCTS)
 
@@ -52,6 +53,7 @@ class LatentIndex:
         latents: np.ndarray | torch.Tensor,
         kind: str = "auto",
         *,
+        metric: str = "l2",
         recall: float = 0.95,
         memory: int | None = None,
         seed: int = 0,
@@ -60,14 +62,18 @@ class LatentIndex:
         """Builds an index of this rank's rows [b, d] together with those of the other ranks.
 
         The ids number all rows in rank order.
+        metric: l2, cosine or inner_product; what `search` returns depends on it. A cosine index holds a copy of the rows, divided
+        by their norms.
         kind: one of KINDS, or auto. auto chooses by the rows, the dimensions, `memory` (bytes that a rank may use; default: half
         of the machine's memory, shared by its ranks) and `recall` (the share of the neighbors that a search must find). seed:
         chooses the rows that the quantizers are trained on. about: plain values that are stored with the index. Call it on every
         rank; b may differ and be 0.
-        Raises ValueError on every rank for a wrong shape, values that are not finite, rows with a norm of LONGEST or more, no
-        rows, an unknown kind, or too few rows.
+        Raises ValueError on every rank for a wrong shape, values that are not finite, rows with a norm of LONGEST or more, zero
+        rows under cosine, no rows, an unknown metric or kind, or too few rows.
         """
-        rows, problem = _float_rows(latents, "latents")
+        if metric not in METRICS:
+            raise UserError(f"metric={metric} is unknown; it is one of {', '.join(METRICS)}")
+        rows, problem = _float_rows(latents, "latents", metric)
         every = gather_objects((len(rows), rows.shape[1] if rows.ndim == 2 else 0, problem))
         for who, (_, _, wrong) in enumerate(every):
             if wrong:
@@ -86,25 +92,36 @@ class LatentIndex:
         fewest = min(count for count in counts if count)
         if choice.kind == "ivf_pq" and fewest < FEWEST_FOR_CODES:
             raise UserError(f"kind=ivf_pq needs {FEWEST_FOR_CODES:,} latents on a rank, got {fewest:,}; take flat")
-        part = Part(sum(counts[: rank()]), rows)
+        part = Part(sum(counts[: rank()]), rows, metric=METRICS[metric])
         if len(rows) and choice.kind != "flat":
             part.index = trained(choice.kind, part, np.random.default_rng(seed))
             for start in range(0, len(rows), BLOCK):
                 part.index.add(np.ascontiguousarray(rows[start : start + BLOCK]))
         effort = {"ivf_flat": 8, "ivf_pq": 8, "hnsw": 32}.get(choice.kind)
-        part.on_gpu = gpu_search.copied(rows, part.index) if len(rows) else None
-        index = cls([part] if len(rows) else [], sum(counts), d, choice, None, 4, about or {})
+        part.on_gpu = gpu_search.copied(rows, part.index, part.metric) if len(rows) else None
+        index = cls([part] if len(rows) else [], sum(counts), d, metric, choice, 4, about or {})
         index._set_effort(effort)
         return index
 
     def search(self, queries: Array, k: int) -> tuple[Array, Array]:
         """Returns the k nearest rows of each of this rank's queries [m, d]: squared distances float32 and ids int64, two [m, k].
 
-        The nearest row comes first; equally near rows are ordered by id. The results are arrays or tensors, as the queries are.
+        Under cosine these are the squared distances of rows and queries that are divided by their norms, 2 - 2 cos. Under
+        inner_product they are the products, float64, and the nearest row is that of the largest. The nearest row comes first;
+        equally near rows are ordered by id. The results are arrays or tensors, as the queries are.
         Call it on every rank; m may differ and be 0. Raises ValueError on every rank for a wrong shape, for queries that are not
-        finite or have a norm of LONGEST or more, and unless 1 <= k <= n.
+        finite or have a norm of LONGEST or more, for zero queries under cosine, and unless 1 <= k <= n.
         """
-        asked, problem = _float_rows(queries, "queries", self.d)
+        found, ids = self._nearest(queries, k)
+        if METRICS[self.metric] == faiss.METRIC_INNER_PRODUCT:
+            found = -found
+        if isinstance(queries, torch.Tensor):
+            return torch.from_numpy(found).to(queries.device), torch.from_numpy(ids).to(queries.device)
+        return found, ids
+
+    def _nearest(self, queries: Array, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns what `search` does, with distances that increase: negative inner products."""
+        asked, problem = _float_rows(queries, "queries", self.metric, self.d)
         if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k <= self.n:
             problem = problem or f"k={k} must be a whole number from 1 to the {self.n:,} rows of the index"
         every = gather_objects((len(asked), k, problem))
@@ -112,13 +129,11 @@ class LatentIndex:
             if wrong or theirs != k:
                 raise UserError(wrong or f"ranks search for different numbers of neighbors, {[e[1] for e in every]}")
         longest = max(count for count, _, _ in every)
-        found = [(np.empty((0, k), np.float32), np.empty((0, k), np.int64))]
+        found = [(np.empty((0, k), distance_type(METRICS[self.metric])), np.empty((0, k), np.int64))]
         at_once = max(BLOCK // world_size(), 1)  # of a rank: each searches for the queries of all
         for start in range(0, longest, at_once):
             found.append(self._search_everywhere(asked[start : start + at_once], int(k)))
         squared, ids = (np.concatenate(blocks) for blocks in zip(*found, strict=True))
-        if isinstance(queries, torch.Tensor):
-            return torch.from_numpy(squared).to(queries.device), torch.from_numpy(ids).to(queries.device)
         return squared, ids
 
     def tune(self, queries: Array, recall: float = 0.95, k: int = 10) -> float:
@@ -128,14 +143,15 @@ class LatentIndex:
         on every rank. Raises ValueError as `search` does, and if no rank has queries.
         """
         k = min(k, self.n)
-        exact = LatentIndex([Part(p.start, p.rows) for p in self._parts], self.n, self.d, Choice("flat", ""), None, 1, {})
-        furthest = exact.search(queries, k)[0][:, -1:]
+        parts = [Part(part.start, part.rows, metric=part.metric) for part in self._parts]
+        exact = LatentIndex(parts, self.n, self.d, self.metric, Choice("flat", ""), 1, {})
+        furthest = exact._nearest(queries, k)[0][:, -1:]
         if not (counts := sum(gather_objects(len(furthest)))):
             raise UserError("tuning an index needs queries, got none on any rank")
 
         def found(effort: int) -> float:
             self._set_effort(effort)
-            return sum(gather_objects(float((self.search(queries, k)[0] <= furthest).sum()))) / (counts * k)
+            return sum(gather_objects(float((self._nearest(queries, k)[0] <= furthest).sum()))) / (counts * k)
 
         if self.kind == "flat":
             return found(1)
@@ -164,7 +180,7 @@ class LatentIndex:
 
         Call it on every rank. Raises OSError on every rank if it cannot be written.
         """
-        described = {"n": self.n, "d": self.d, "kind": self.kind, "reason": self.reason}
+        described = {"n": self.n, "d": self.d, "metric": self.metric, "kind": self.kind, "reason": self.reason}
         described |= {"effort": self.effort, "oversampling": self.oversampling, "about": self.about}
         save_parts(Path(path), described, self._parts)
 
@@ -176,8 +192,8 @@ class LatentIndex:
         DamagedIndex, which names the file, on the rank of a damaged file, and OSError on the other ranks.
         """
         described, parts = load_parts(Path(path))
-        choice = Choice(described["kind"], described["reason"])
-        index = cls(parts, described["n"], described["d"], choice, None, described["oversampling"], described["about"])
+        choice, sizes = Choice(described["kind"], described["reason"]), (described["n"], described["d"], described["metric"])
+        index = cls(parts, *sizes, choice, described["oversampling"], described["about"])
         index._set_effort(described["effort"])
         return index
 
@@ -196,12 +212,13 @@ class LatentIndex:
         counts = row_counts(len(asked), device)
         everyone = gather_padded(torch.tensor(asked, device=device), counts).cpu().numpy()
         found = [nearest(part, everyone, min(k, len(part.rows)), self._candidates) for part in self._parts]
-        squared, ids = merged(found, k, len(everyone))
+        metric = METRICS[self.metric]
+        squared, ids = merged(found, k, len(everyone), metric)
         if world_size() == 1:
             return squared, ids
         # Every rank's answers to this rank's queries, [W, queries, k].
         answers = [exchange_rows(torch.from_numpy(answer).to(device), counts).cpu().numpy() for answer in (squared, ids)]
-        return merged(list(zip(*answers, strict=True)), k, counts[rank()])
+        return merged(list(zip(*answers, strict=True)), k, counts[rank()], metric)
 
     def _candidates(self, part: Part, queries: np.ndarray, count: int) -> np.ndarray:
         """Returns ids within the part of about `count` rows near each query, [m, up to count]; -1 if fewer were found."""
@@ -213,12 +230,24 @@ class LatentIndex:
                 log.warning("from here on the CPU searches the latents: FAISS failed on the GPU (%s)", error)
                 part.on_gpu = None
         if part.index is None:
-            return faiss.knn(queries, part.rows, count)[1]
+            return faiss.knn(queries, part.rows, count, metric=part.metric)[1]
         return part.index.search(queries, count)[1]
 
 
-def _float_rows(x: np.ndarray | torch.Tensor, what: str, d: int | None = None) -> tuple[np.ndarray, str | None]:
-    """Returns x as float32 [rows, d], and what is wrong with it, or None.
+def unusable_rows(rows: np.ndarray, metric: str) -> tuple[np.ndarray, str]:
+    """Returns the numbers of the rows float32 [b, d] that cannot be compared, and what they are."""
+    blocks = (rows[start : start + BLOCK] for start in range(0, len(rows), BLOCK))
+    squared = np.concatenate([np.zeros(0, np.float32), *(np.einsum("nd,nd->n", block, block) for block in blocks)])
+    if len(broken := np.flatnonzero(~(squared < LONGEST**2))):
+        return broken, f"not finite or have a norm of {LONGEST:.2g} or more"
+    if metric != "cosine":
+        return broken, ""
+    small = np.flatnonzero(squared == 0)  # rows whose squares are too small for float32 among them
+    return small[~rows[small].any(1)], "zero and have no direction, which metric=cosine compares"
+
+
+def _float_rows(x: np.ndarray | torch.Tensor, what: str, metric: str, d: int | None = None) -> tuple[np.ndarray, str | None]:
+    """Returns x as float32 [rows, d], under cosine divided by the norms, and what is wrong with it, or None.
 
     An error that one rank sees has to be told to all ranks, so it is returned and not raised.
     """
@@ -227,6 +256,16 @@ def _float_rows(x: np.ndarray | torch.Tensor, what: str, d: int | None = None) -
         return np.empty((0, d or 0), np.float32), f"expected {what} [rows, {d or 'dimensions'}], got {rows.dtype} {rows.shape}"
     if rows.dtype != np.float32 or not rows.flags.c_contiguous:  # otherwise a memory-mapped array stays on disk
         rows = np.ascontiguousarray(rows, dtype=np.float32)
-    blocks = (rows[i : i + BLOCK] for i in range(0, len(rows), BLOCK))
-    broken = sum(int((~(np.einsum("nd,nd->n", block, block) < LONGEST**2)).sum()) for block in blocks)
-    return rows, f"{broken} of {len(rows):,} {what} are not finite or have a norm of {LONGEST:.2g} or more" if broken else None
+    numbers, why = unusable_rows(rows, metric)
+    if len(numbers):
+        return rows, f"{len(numbers)} of {len(rows):,} {what} are {why}"
+    return _divided_by_norms(rows) if metric == "cosine" else rows, None
+
+
+def _divided_by_norms(rows: np.ndarray) -> np.ndarray:
+    """Returns rows of norm 1, float32 [b, d]. The norm of a row is computed in float64, by itself."""
+    divided = np.empty(rows.shape, np.float32)
+    for start in range(0, len(rows), BLOCK):
+        block = rows[start : start + BLOCK].astype(np.float64)
+        divided[start : start + BLOCK] = block / np.sqrt(np.square(block).sum(1, keepdims=True))
+    return divided

@@ -21,7 +21,7 @@ import numpy as np
 from eae_dist.distributed import from_rank_zero, gather_objects, on_every_rank, on_rank_zero, rank, world_size
 from eae_dist.errors import MissingFile, UserError, UserFileError
 from eae_dist.latent import gpu_search
-from eae_dist.latent.index_part import Part
+from eae_dist.latent.index_part import METRICS, Part
 from eae_dist.numerics.atomic_files import fsync, sha256_of
 from eae_dist.numerics.json_files import read_json, sealed
 
@@ -61,9 +61,16 @@ def save_parts(path: Path, described: dict, parts: Sequence[Part]) -> None:
 def load_parts(path: Path) -> tuple[dict, list[Part]]:
     """Returns the description of a saved index and the parts of this rank, and verifies their checksums. Call on every rank."""
     described = index_description(path)
-    of_parts, d = described["parts"], described["d"]
-    first, stop = (len(of_parts) * share // world_size() for share in (rank(), rank() + 1))
-    return described, on_every_rank(lambda: [_load_part(path, part, d, described["kind"]) for part in of_parts[first:stop]])
+    first, stop = (len(described["parts"]) * share // world_size() for share in (rank(), rank() + 1))
+    parts = on_every_rank(lambda: opened_parts(path, described, first, stop))
+    for part in parts:
+        part.on_gpu = gpu_search.copied(part.rows, part.index, part.metric)
+    return described, parts
+
+
+def opened_parts(path: Path, described: dict, first: int = 0, stop: int | None = None) -> list[Part]:
+    """Returns parts [first, stop) of a saved index, memory-mapped, and verifies their checksums. Raises DamagedIndex."""
+    return [_opened(path, part, described) for part in described["parts"][first:stop]]
 
 
 def index_description(path: Path) -> dict:
@@ -72,10 +79,12 @@ def index_description(path: Path) -> dict:
         raise MissingFile(f"{path} holds no index (index.json); LatentIndex.save writes one")
     try:
         form = {"version": int, "n": int, "d": int, "kind": str, "reason": str, "oversampling": int, "about": dict, "parts": list}
-        described = read_json(path / "index.json", form, "it can be made again")
+        described = {"metric": "l2"} | read_json(path / "index.json", form, "it can be made again")  # the first ones name none
         if described["version"] != VERSION:
             raise ValueError(f"version {described['version']}, this program reads version {VERSION}")
-        names = ("n", "d", "kind", "reason", "effort", "oversampling", "about", "parts")
+        if described["metric"] not in METRICS:
+            raise ValueError(f"metric {described['metric']!r} is none of {', '.join(METRICS)}")
+        names = ("n", "d", "metric", "kind", "reason", "effort", "oversampling", "about", "parts")
         return {name: described[name] for name in names}
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedIndex(f"{path}/index.json cannot be read as an index: {error}") from error
@@ -111,7 +120,7 @@ def _exchange(new: Path, path: Path, old: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)  # another process has put its own folder there
 
 
-def _load_part(folder: Path, part: dict, d: int, kind: str) -> Part:
+def _opened(folder: Path, part: dict, described: dict) -> Part:
     for name, sha256 in part["files"].items():
         if not (folder / Path(name).name).is_file():
             raise DamagedIndex(f"the index {folder} is damaged: {name} is missing")
@@ -119,9 +128,9 @@ def _load_part(folder: Path, part: dict, d: int, kind: str) -> Part:
             raise DamagedIndex(f"the index {folder} is damaged: {name} does not match its checksum")
     names = {Path(name).suffix: folder / Path(name).name for name in part["files"]}
     rows = np.load(names[".npy"], mmap_mode="r", allow_pickle=False)
-    if rows.shape != (part["rows"], d) or rows.dtype != np.float32:
+    if rows.shape != (part["rows"], described["d"]) or rows.dtype != np.float32:
         raise DamagedIndex(f"the index {folder} is damaged: {names['.npy'].name} holds {rows.dtype} {rows.shape}")
     # FAISS has two ways to map files. The older one maps only the cells of an index, and would read a graph into memory.
-    mapped = faiss.IO_FLAG_MMAP_IFC if kind == "hnsw" else faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY
+    mapped = faiss.IO_FLAG_MMAP_IFC if described["kind"] == "hnsw" else faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY
     index = faiss.read_index(str(names[".faiss"]), mapped) if ".faiss" in names else None
-    return Part(part["start"], rows, index, gpu_search.copied(rows, index))
+    return Part(part["start"], rows, index, metric=METRICS[described["metric"]])

@@ -58,9 +58,9 @@ def trained(kind: str, part: Part, generator: np.random.Generator) -> faiss.Inde
     """Returns an empty index whose quantizers are trained on some of the part's rows."""
     m, d = part.rows.shape
     if kind == "hnsw":
-        return faiss.index_factory(d, f"HNSW{GRAPH},Flat")
+        return faiss.index_factory(d, f"HNSW{GRAPH},Flat", part.metric)
     cells = max(1, min(int(4 * m**0.5), m // 39))
-    index = faiss.index_factory(d, f"IVF{cells},Flat" if kind == "ivf_flat" else _coded(part, cells))
+    index = faiss.index_factory(d, f"IVF{cells},Flat" if kind == "ivf_flat" else _coded(part, cells), part.metric)
     sample = np.sort(generator.choice(m, min(m, max(TRAINING * cells, FEWEST_FOR_CODES)), replace=False))
     index.train(np.ascontiguousarray(part.rows[sample]))
     return index

@@ -15,13 +15,22 @@ def nearest_others(index: LatentIndex, rows: np.ndarray, first: int) -> tuple[np
     """Returns the squared distance and the id of each row's nearest other row, two [b].
 
     The rows must be rows first, first + 1, ... of the index. Call it on every rank. Raises ValueError for an index of a single
-    row.
+    row, and for inner products, of which that with the row itself need not be the largest.
     """
+    if index.metric == "inner_product":
+        raise UserError("index.metric=inner_product has no distances between rows; take index.metric=l2 or cosine")
     if index.n < 2:
         raise UserError(f"nearest other rows need an index of at least 2 rows, got {index.n}")
     squared, ids = index.search(rows, 2)
     own = ids[:, 0] == first + np.arange(len(rows))  # otherwise a duplicate of the row comes first
     return np.where(own, squared[:, 1], squared[:, 0]), np.where(own, ids[:, 1], ids[:, 0])
+
+
+def scores(found: np.ndarray, metric: str) -> tuple[str, np.ndarray]:
+    """Returns what people read of the values that `LatentIndex.search` found, and its name: distance, cosine or inner_product."""
+    if metric == "l2":
+        return "distance", np.sqrt(found)
+    return metric, 1 - found.astype(np.float64) / 2 if metric == "cosine" else found
 
 
 def compare_distances(sample: np.ndarray, query: np.ndarray) -> dict[str, float]:

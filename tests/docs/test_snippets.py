@@ -3,6 +3,7 @@
 The pages of docs/results are left out: their blocks need the runs that these pages report.
 """
 
+import os
 import socket
 import subprocess
 import sys
@@ -82,6 +83,18 @@ def test_snippets_for_two_ranks_run_on_two_ranks(folder, tmp_path):
     assert found
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     run(found, folder, tmp_path, launcher, timeout=180)
+
+
+def test_search_of_embeddings_runs_as_it_is_pasted(tmp_path):
+    shell = [block.text for block in blocks(ROOT / "docs" / "search.md") if block.language == "bash"]
+    (text,) = [text for text in shell if "embeddings.npy" in text]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # where python is this one
+    environment, command = rank_environment() | {"PATH": path, "CUDA_VISIBLE_DEVICES": ""}, ["bash", "-euc", text]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "5,000 embeddings of 64 dimensions" in done.stdout and "2:\n    1.0000  2\n" in done.stdout
+    names = {"embeddings.faiss", "embeddings-neighbors/duplicates.csv", "embeddings-neighbors/query.csv"}
+    assert all((tmp_path / name).is_file() for name in names)
 
 
 def test_additions_of_contributing_are_packed_trained_and_judged(tmp_path):

@@ -747,6 +747,7 @@ def test_latents_of_other_weights_are_refused(world, shards, tmp_path):
     [
         (["--latents", "{latents}", "train.seed=3"], "error: only evaluate"),
         (["--latents", "{run}"], "error: .*run holds no latents"),
+        (["--latents", "{latents}", "index.metric=cosine"], "error: index.metric=cosine: the service shows distances"),
         (["--port", "70000"], "error: --port=70000 must lie in"),
         (["--host", "256.0.0.1"], "error: --host=256.0.0.1 --port=8000 cannot be bound"),
     ],

@@ -19,11 +19,19 @@ from eae_dist.numerics.json_files import read_json, sealed
 RANKS = (1, 2, 3, 4)
 
 
-def by_comparison(rows: np.ndarray, asked: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Squared distances in float64 and ids, nearest first, equals by id."""
-    squared = (np.square(asked[:, None].astype(np.float64) - rows[None].astype(np.float64))).sum(2)
-    ids = np.argsort(squared, axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(squared, ids, 1), ids
+def compared(rows: np.ndarray, asked: np.ndarray, metric: str = "l2") -> np.ndarray:
+    """Squared distances or inner products of all queries and rows, in float64."""
+    rows, asked = rows.astype(np.float64), asked.astype(np.float64)
+    if metric == "cosine":
+        rows, asked = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (rows, asked))
+    return (asked[:, None] * rows if metric == "inner_product" else np.square(asked[:, None] - rows)).sum(2)
+
+
+def by_comparison(rows: np.ndarray, asked: np.ndarray, k: int, metric: str = "l2") -> tuple[np.ndarray, np.ndarray]:
+    """Squared distances or inner products in float64 and ids, nearest first, equals by id."""
+    values = compared(rows, asked, metric)
+    ids = np.argsort(-values if metric == "inner_product" else values, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(values, ids, 1), ids
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +51,36 @@ def test_exact_search_finds_what_comparing_with_every_row_finds(k):
     np.testing.assert_allclose(squared, expected, rtol=1e-5, atol=1e-12)
     assert (ids == nearest).mean() > 0.999  # rounding may exchange two that are nearly as near
     assert (ids[0] == nearest[0]).all()  # 20 equal rows, by id
+
+
+@pytest.mark.parametrize("metric", ["cosine", "inner_product"])
+@pytest.mark.parametrize("k", [1, 7, ROWS])
+def test_exact_search_by_another_metric_finds_what_comparing_with_every_row_finds(k, metric):
+    values, ids = LatentIndex.build(latents(), "flat", metric=metric).search(torch.from_numpy(queries()), k)
+    expected, nearest = by_comparison(latents(), queries(), k, metric)
+    if metric == "inner_product":  # float64 by another order of the sum, on both sides
+        np.testing.assert_allclose(values, expected, rtol=1e-12, atol=1e-12)
+        assert values.dtype == torch.float64 and np.array_equal(ids, nearest)
+    else:  # rows of norm 1 in float32: a squared distance of 4 at most
+        np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-6)
+        assert values.dtype == torch.float32 and (ids.numpy() == nearest).mean() > 0.99
+
+
+def test_rows_whose_squares_are_too_small_for_float32_have_a_direction():
+    rows = np.float32(1e-30) * latents()
+    values, ids = LatentIndex.build(rows, metric="cosine").search(rows[200:300], 1)
+    assert (values < 1e-12).all() and (ids[:, 0] == np.arange(200, 300)).all()
+
+
+@pytest.mark.parametrize("asked", [3, 300])
+def test_inner_products_that_float32_cannot_tell_apart_are_told_apart(asked):
+    rows = np.full((2_000, 4), 1_000, np.float32)
+    rows[:, 0] += np.random.default_rng(0).permutation(2_000).astype(np.float32) * 2**-12
+    asking = np.random.default_rng(1).uniform(1, 2, size=(asked, 4)).astype(np.float32)
+    values, ids = LatentIndex.build(rows, metric="inner_product").search(asking, 3)
+    expected, nearest = by_comparison(rows, asking, 3, "inner_product")
+    np.testing.assert_allclose(values, expected, rtol=1e-14)
+    assert np.array_equal(ids, nearest)
 
 
 @pytest.mark.parametrize("asked", [3, 300])  # one by one, and in products
@@ -85,6 +123,40 @@ def test_search_over_ranks_is_that_of_one_index_bit_for_bit(world, ranks):
         assert all(torch.equal(a, b) for a, b in zip(several[name], one["built"][7], strict=True))
 
 
+@pytest.mark.parametrize("metric", ["cosine", "inner_product"])
+@pytest.mark.parametrize("ranks", RANKS)
+def test_search_by_another_metric_over_ranks_is_that_of_one_index_bit_for_bit(world, ranks, metric):
+    got, expected = world(ranks)["search_by_metric"][metric], LatentIndex.build(latents(), "flat", metric=metric)
+    for k, of_k in got["built"].items():
+        assert all(np.array_equal(mine, here) for mine, here in zip(of_k, expected.search(queries(), k), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(got["saved"], got["built"][7], strict=True))
+    assert all(np.array_equal(mine, here) for mine, here in zip(got["cells"], expected.search(queries(), 5), strict=True))
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_embeddings_in_files_are_read_by_runs_and_searched_as_one(world, ranks):
+    expected = LatentIndex.build(latents(), "flat").search(queries(), 7)
+    for of_source in world(ranks)["embeddings"]["read"].values():
+        assert of_source["first"] == [ROWS * share // ranks for share in range(ranks)]
+        assert np.array_equal(of_source["rows"], latents())
+        assert all(np.array_equal(mine, here) for mine, here in zip(of_source["found"], expected, strict=True))
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_merged_file_of_all_ranks_has_the_same_neighbors_for_faiss_alone(world, ranks):
+    for name, got in world(ranks)["embeddings"]["merged"].items():
+        metric = name.split()[1]
+        exact = LatentIndex.build(latents(), "flat", metric=metric).search(queries(), 7)
+        every = compared(latents(), queries(), metric)
+        if name.startswith("flat"):
+            assert all(np.array_equal(mine, here) for mine, here in zip(got["ours"], exact, strict=True)), name
+        values, ids = (x.numpy() for x in got["alone"])
+        assert (np.diff(np.sort(ids, axis=1)) > 0).all(), name
+        # FAISS alone has an error of (d + 2) 2^-24 (|q| + |x|)^2 at norms of up to 93, and so exchanges rows that are as near.
+        for theirs in (values, np.take_along_axis(every, ids, 1)):
+            np.testing.assert_allclose(theirs, exact[0], rtol=0, atol=2e-2 if metric != "cosine" else 2e-6, err_msg=name)
+
+
 @pytest.mark.parametrize("ranks", RANKS)
 def test_cells_over_ranks_find_the_share_that_is_asked_for_and_all_that_there_are(world, ranks):
     got = world(ranks)["approximate_search"]
@@ -97,7 +169,7 @@ def test_cells_over_ranks_find_the_share_that_is_asked_for_and_all_that_there_ar
 
 
 def unordered() -> np.ndarray:
-    return np.square(queries()[:, None].astype(np.float64) - latents()[None]).sum(2)
+    return compared(latents(), queries())
 
 
 @pytest.mark.parametrize("ranks", RANKS)
@@ -108,6 +180,7 @@ def test_what_is_wrong_on_one_rank_is_said_on_all(world, ranks):
         "dimensions": "expected queries [rows, 6], got float32 (50, 4)",
         "k": f"k={ROWS + 1} must be a whole number" if ranks == 1 else "",
         "rows": "900 of 900 latents are not finite",
+        "zero rows": "900 of 900 latents are zero and have no direction",
         "unwritable": "/proc/nowhere",
     }.items():
         assert len(said[name]) == ranks and all(text and words in text for text in said[name]), (name, said[name])
@@ -185,6 +258,13 @@ def test_index_of_small_sets_is_exact_by_itself():
             "kind=lsh is unknown; it is auto or one of flat, ivf_flat, ivf_pq, hnsw",
         ),
         (lambda: LatentIndex.build(latents(), "ivf_pq"), "kind=ivf_pq needs 9,984 latents on a rank, got 900; take flat"),
+        (lambda: LatentIndex.build(latents(), metric="dot"), "metric=dot is unknown; it is one of l2, cosine, inner_product"),
+        (lambda: LatentIndex.build(latents() * 0, metric="cosine"), "900 of 900 latents are zero and have no direction"),
+        (lambda: LatentIndex.build(latents(), metric="cosine").search(queries() * 0, 1), "50 of 50 queries are zero and have no"),
+        (
+            lambda: nearest_others(LatentIndex.build(latents(), metric="inner_product"), latents(), 0),
+            "index.metric=inner_product has no distances between rows; take index.metric=l2 or cosine",
+        ),
         (lambda: LatentIndex.build(latents(), recall=0), r"recall=0 must lie in \(0, 1\]"),
         (lambda: LatentIndex.build(latents() * np.float32(1e20)), "900 of 900 latents are not finite or have .* 4.6e\\+18"),
         (lambda: LatentIndex.build(latents()).search(queries() + np.float32(2e18), 1), "50 of 50 queries are not finite or have"),

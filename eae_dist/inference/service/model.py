@@ -45,6 +45,8 @@ class ServedModel:
             self.model: TrainedModel = trained_model(self.checkpoint, self.device, named_networks(assignments))
         else:
             self.space = space = EncodedDataset(latents, directory, assignments)
+            if space.settings.metric != "l2":
+                raise UserError(f"index.metric={space.settings.metric}: the service shows distances; take index.metric=l2")
             self.checkpoint, self.config, self.device, self.model = space.checkpoint, space.config, space.device, space.model
             self.index = space.index()
             self._keys = np.asarray(space.folder.read(space.split, "keys"))
