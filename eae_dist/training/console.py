@@ -41,7 +41,7 @@ def describe(config: Config, objective: Objective, stream: ShardStream, step: in
     if config.train.ema is not None:
         say(f"train.ema={config.train.ema:g}: validation, samples and evaluation use moving averages of the weights")
     if world_size() == 1 and not torch.cuda.is_available():
-        say("this run uses one CPU rank; for two ranks: accelerate launch --config_file launch/cpu.yaml -m eae_dist.train")
+        say("this run uses one CPU rank; for two ranks: torchrun --nproc-per-node 2 -m eae_dist.train")
 
 
 def progress_bar(images: int, total: int) -> tqdm:
