@@ -12,8 +12,6 @@ and PNG grids into RUN/evaluation, or into --out.
 """
 
 import argparse
-import json
-import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -29,9 +27,10 @@ from eae_dist.data.order import blocks_of, filled
 from eae_dist.data.remote import Cache
 from eae_dist.data.shard_index import ShardIndex
 from eae_dist.data.stream import walk
-from eae_dist.distributed import from_rank_zero, gather_rows, on_rank_zero, rank, world_size
+from eae_dist.distributed import gather_rows, on_rank_zero, rank, world_size
 from eae_dist.distributed.launch import run_on_ranks
 from eae_dist.errors import UserError
+from eae_dist.inference.evaluation_progress import EvaluationProgress
 from eae_dist.inference.image_comparison import evaluate_folders, save_folder_statistics
 from eae_dist.inference.judged_checkpoint import evaluation_config, evaluation_folder, load_objective, named_networks, open_data
 from eae_dist.inference.trained_model import LatentsOf, decoded, interpolations, sample_seeds, with_progress
@@ -45,15 +44,13 @@ from eae_dist.metrics.image_sets import ImageSet, announce, cached_image_set, co
 from eae_dist.metrics.similarity import psnr, ssim
 from eae_dist.model.autoencoder import Autoencoder, encoded, to_unit
 from eae_dist.numerics.atomic_files import replace_file
-from eae_dist.numerics.json_files import read_json, sealed
+from eae_dist.numerics.json_files import sealed
 from eae_dist.objectives import objective_class
 from eae_dist.report.grids import ACROSS, SAMPLES, draw_grids, grid, grid_inputs, save_grids
 from eae_dist.report.summaries import summary, summary_of_folders
 from eae_dist.training.checkpoint import open_on_rank_zero, versions
 from eae_dist.training.run_folder import lock
 from eae_dist.training.setup import how_to_judge
-
-log = logging.getLogger("eae_dist")
 
 
 def evaluate(directory: Path, assignments: Sequence[str], out: Path | None = None) -> dict:
@@ -92,7 +89,7 @@ def evaluate(directory: Path, assignments: Sequence[str], out: Path | None = Non
     }
     announce(extractor)
     _lock = lock(out, "--out")  # held until this function returns
-    done = Progress(out, judged)
+    done = EvaluationProgress(out, judged)
 
     # The features of the real images, the densities of the training latents, the latents of the split.
     real = reference_images(config, index, extractor, device)
@@ -183,61 +180,6 @@ def said_once(warnings: dict[str, list[str]]) -> list[str]:
     return [text.replace("\0", ", ".join(dict.fromkeys(things))) for text, things in about.items()]
 
 
-class Progress:
-    """The finished parts of an evaluation: evaluation/.progress.json, which counts only under the same key."""
-
-    def __init__(self, folder: Path, key: dict):
-        self.path, self.key, self.sets, self.densities = folder / ".progress.json", json.loads(json.dumps(key)), {}, {}
-        with on_rank_zero() as is_rank_zero:
-            if is_rank_zero:
-                folder.mkdir(parents=True, exist_ok=True)
-                found = self._read()
-                if found and found["key"] != self.key:  # the densities of that evaluation will be overwritten
-                    self.remove()
-                elif found:
-                    self.sets, self.densities = found["sets"], found["densities"]
-                    log.info("continuing an evaluation that was interrupted: %s", ", ".join(self.sets) or "densities")
-        self.sets, self.densities = from_rank_zero((self.sets, self.densities))
-
-    def record(self, name: str, result: tuple[dict, list[str]]) -> None:
-        """Stores the distances of a set of images."""
-        self.sets[name] = result
-        self._write()
-
-    def record_density(self, name: str, report: dict) -> None:
-        """Stores the report on a density."""
-        self.densities[name] = report
-        self._write()
-
-    def remove(self) -> None:
-        """Removes the file."""
-        self.path.unlink(missing_ok=True)
-
-    def remove_numbers_of_others(self) -> None:
-        """Removes the metrics of another evaluation, whose densities will be overwritten."""
-        numbers = self.path.with_name("metrics.json")
-        try:
-            if numbers.is_file() and not self.key.items() <= read_json(numbers, {}, "it is removed").items():
-                numbers.unlink()
-        except ValueError as error:
-            log.warning("%s", error)
-            numbers.unlink()
-
-    def _read(self) -> dict:
-        """Returns what an interrupted evaluation left; nothing if it cannot be read."""
-        form = {"key": dict, "sets": dict, "densities": dict}
-        try:
-            return read_json(self.path, form, "its sets are judged again", is_sealed=True) if self.path.is_file() else {}
-        except ValueError as error:
-            log.warning("%s", error)
-            return {}
-
-    def _write(self) -> None:
-        with on_rank_zero() as is_rank_zero:
-            if is_rank_zero:
-                replace_file(self.path, sealed({"key": self.key, "sets": self.sets, "densities": self.densities}))
-
-
 def reference_images(config: Config, index: ShardIndex, extractor: Extractor, device: torch.device) -> ImageSet:
     """Returns the features of the reference split."""
     settings = config.evaluate
@@ -301,7 +243,7 @@ def fit_densities(
     autoencoder: Autoencoder,
     config: Config,
     names: Sequence[str],
-    done: Progress,
+    done: EvaluationProgress,
     device: torch.device,
     needed: Collection[str | None],
 ) -> tuple[dict[str, Density], dict[str, dict]]:
