@@ -71,8 +71,8 @@ class Flow:
         network = spline_flow(rows.d, self.transforms, self.width, derive_key(self.seed, WEIGHTS)).to(x)
         self._train(network, rows, x, held_out)
         volume = float(self.scale.log().sum())
-        for name, chosen in (("log_likelihood", np.arange(rows.n)), ("held_out_log_likelihood", np.flatnonzero(held_out))):
-            setattr(self, name, _mean_log_likelihood(network, rows, x, chosen) - volume)
+        self.log_likelihood = _mean_log_likelihood(network, rows, x, np.arange(rows.n)) - volume
+        self.held_out_log_likelihood = _mean_log_likelihood(network, rows, x, np.flatnonzero(held_out)) - volume
         self.network = network.cpu()
 
     def _train(self, network: nn.Module, rows: Rows, x: torch.Tensor, held_out: np.ndarray) -> None:
@@ -86,21 +86,16 @@ class Flow:
             order = keyed_order(derive_key(self.seed, ORDER, epoch, 1), np.arange(len(units)))
             for start in range(0, len(order), at_once):
                 step = [units[number] for number in order[start : start + at_once]]
-                gradients = []
-                for part in _held_here(rows, x, step):
-                    loss = -network().log_prob(part).sum()
-                    gradient = torch.autograd.grad(loss, parameters)
-                    gradients.append(torch.cat([each.flatten() for each in gradient]).double())
-                mean = _exact_sum(rows, gradients, sum(map(math.prod, (p.shape for p in parameters)))) / sum(map(len, step))
-                for parameter, part in zip(parameters, mean.split([p.numel() for p in parameters]), strict=True):
+                gradient = _mean_gradient(network, parameters, rows, x, step)
+                for parameter, part in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):
                     parameter.grad = part.view_as(parameter).to(parameter)
                 optimizer.step()
             found = _mean_log_likelihood(network, rows, x, np.flatnonzero(held_out))
-            best_so_far = found > best
-            best, waited = (found, 0) if best_so_far else (best, waited + 1)
-            if best_so_far:
-                self.epochs_trained = epoch + 1
+            if found > best:
+                best, waited, self.epochs_trained = found, 0, epoch + 1
                 kept = [parameter.detach().clone() for parameter in parameters]
+            else:
+                waited += 1
             if waited == self.patience:
                 break
         with torch.no_grad():
@@ -162,6 +157,17 @@ def _held_here(rows: Rows, x: torch.Tensor, units: Sequence[np.ndarray]) -> Iter
     for unit in units:
         if rows.first <= unit[0] < rows.first + len(x):
             yield x[torch.from_numpy(unit - rows.first).to(x.device)]
+
+
+def _mean_gradient(
+    network: Any, parameters: Sequence[nn.Parameter], rows: Rows, x: torch.Tensor, units: Sequence[np.ndarray]
+) -> torch.Tensor:
+    """Returns the gradient of the mean of -log p over the rows of the groups, float64 [number of all parameters]."""
+    gradients = []
+    for part in _held_here(rows, x, units):
+        gradient = torch.autograd.grad(-network().log_prob(part).sum(), parameters)
+        gradients.append(torch.cat([each.flatten() for each in gradient]).double())
+    return _exact_sum(rows, gradients, sum(p.numel() for p in parameters)) / sum(map(len, units))
 
 
 def _exact_sum(rows: Rows, summands: Sequence[torch.Tensor], size: int) -> torch.Tensor:

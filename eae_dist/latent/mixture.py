@@ -78,20 +78,20 @@ class Mixture:
                 f"latents, got {rows.n}; use fewer components, more latents, or mvg"
             )
         moments = Moments(rows)
-        climbs = [
+        results = [
             self._expectation_maximization(moments, self._started(moments, number))
             for number in range(1 if self.start else self.starts)
         ]
-        if not (whole := [climb for climb in climbs if not climb.collapsed]):
+        if not (whole := [result for result in results if not result.collapsed]):
             raise UserError(
-                f"in every start (tried: {len(climbs)}) a component of {k} collapsed: it was left with {climbs[-1].fewest:.3g} "
+                f"in every start (tried: {len(results)}) a component of {k} collapsed: it was left with {results[-1].fewest:.3g} "
                 f"latents of {rows.n}, fewer than {d + 1} (dimensions + 1); use fewer components or more latents"
             )
-        best = max(whole, key=lambda climb: climb.log_likelihood)
+        best = max(whole, key=lambda result: result.log_likelihood)
         self.iterations_used, self.converged = best.iterations, best.converged
         self.log_likelihood = moments.of(best.parameters).log_likelihood
         self.parameters = best.parameters.to("cpu")
-        self.start_likelihoods = float64([math.nan if climb.collapsed else climb.log_likelihood for climb in climbs])
+        self.start_likelihoods = float64([math.nan if result.collapsed else result.log_likelihood for result in results])
 
     def _started(self, moments: "Moments", number: int) -> Parameters:
         if self.start is None:
