@@ -1,4 +1,4 @@
-"""Ends the process of a rank that hangs. Launchers wait for it: torchrun for 30 seconds, others for ever."""
+"""Ends the process of a rank that hangs, because launchers wait for this process: torchrun for 30 seconds, others for ever."""
 
 import itertools
 import os

@@ -47,10 +47,10 @@ def evaluation_config(checkpoint: Checkpoint, assignments: Sequence[str]) -> Con
     judged = replace(checkpoint.config, evaluate=config.evaluate, index=config.index, data=data, train=train)
     changed = changed_keys(judged, config, changeable=False) + changed_keys(judged, config, changeable=True)
     if changed:
+        others = [*(f"data.{key}" for key in WHERE_DATA_LIES[1:]), *(f"train.{key}" for key in HOW_TO_START)]
         raise UserError(
-            f"only evaluate.*, index.* and data.root can be set for the checkpoint {checkpoint.path}, how a remote data.root "
-            f"is read, and train.{', train.'.join(HOW_TO_START)}; the checkpoint fixes all other settings:\n  "
-            + "\n  ".join(changed)
+            f"only evaluate.*, index.* and data.root can be set for the checkpoint {checkpoint.path}, and {', '.join(others)}; "
+            f"the checkpoint fixes all other settings:\n  " + "\n  ".join(changed)
         )
     return config
 
