@@ -13,7 +13,7 @@ from eae_dist.metrics.dinov2 import dinov2_vitl14, dinov2_vits14
 from eae_dist.metrics.efficientnet import SMALL_SIDE, efflite0, efflite0_64px
 from eae_dist.metrics.extractor import Extractor
 from eae_dist.metrics.inception import inception
-from eae_dist.model.networks import imported
+from eae_dist.model.own_networks import imported
 from eae_dist.numerics.atomic_files import sha256_of
 
 FEATURES: dict[str, Callable[..., Extractor]] = {

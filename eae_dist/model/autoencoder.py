@@ -10,8 +10,9 @@ from eae_dist.config import ModelConfig
 from eae_dist.data.order import filled
 from eae_dist.distributed import by_block
 from eae_dist.errors import UserError
-from eae_dist.model.networks import NETWORKS, ConvDecoder, ConvEncoder, Family, normalize_spectrum, own_network
+from eae_dist.model.networks import NETWORKS, ConvDecoder, ConvEncoder, Family, normalize_spectrum
 from eae_dist.model.norm import GlobalBatchNorm
+from eae_dist.model.own_networks import own_network
 from eae_dist.numerics.precision import full_precision
 
 LATENT_EPS = 1e-5  # small, so that the variance of the latent is close to 1

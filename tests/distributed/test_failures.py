@@ -19,7 +19,7 @@ from eae_dist.distributed import hanging
 from eae_dist.distributed.failures import of_collective
 from eae_dist.encode import encode
 from eae_dist.errors import MissingFile, UserError, UserFileError, is_users
-from eae_dist.model.networks import imported
+from eae_dist.model.own_networks import imported
 
 NETWORKS = ("model.encoder=saboteur:TroubledEncoder", "model.decoder=saboteur:TroubledDecoder")
 COMMANDS = ("train", "evaluate", "encode", "neighbors", "generate")
