@@ -24,7 +24,6 @@ from eae_dist.distributed.collectives import (
     gather_objects,
     gather_padded,
     gather_rows,
-    measured_waits,
     message_device,
     rank,
     ranks_of_group,
@@ -46,6 +45,7 @@ from eae_dist.distributed.failures import (
     require_equal,
 )
 from eae_dist.distributed.stop import StopRequest
+from eae_dist.distributed.waits import measured_waits
 
 __all__ = [
     "Blocks",

@@ -33,9 +33,9 @@ from eae_dist.distributed.collectives import (
     gathered_sums,
     rank,
     sum_over_ranks,
-    waiting,
     world_size,
 )
+from eae_dist.distributed.waits import waiting
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,14 @@ of times, in the same order. W: ranks, b: this rank's rows, n: all rows.
 """
 
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from eae_dist.distributed.waits import waiting
 from eae_dist.errors import UserError
 
 Value = TypeVar("Value")
@@ -346,41 +344,3 @@ def set_group_timeouts(timeout: float) -> None:
 def message_device() -> str:
     """Returns the device of tensors to send: NCCL supports only GPUs."""
     return DEVICES.get(dist.get_backend(), "cpu") if is_initialized() else "cpu"
-
-
-class Stopwatch:
-    """Adds up measured seconds."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Adds the seconds of its context."""
-        start = time.perf_counter()
-        yield
-        self.seconds += time.perf_counter() - start
-
-    def taken(self) -> float:
-        """Returns the seconds added since the last call."""
-        seconds, self.seconds = self.seconds, 0.0
-        return seconds
-
-
-_WAITS: ContextVar[Stopwatch | None] = ContextVar("waits", default=None)
-
-
-@contextmanager
-def measured_waits() -> Iterator[Stopwatch]:
-    """Yields a stopwatch that runs while this thread is in a collective. It measures nothing for NCCL, which does not block."""
-    before = _WAITS.set(watch := Stopwatch())
-    try:
-        yield watch
-    finally:
-        _WAITS.reset(before)
-
-
-def waiting() -> AbstractContextManager[None]:
-    """Returns a context whose time counts as waiting in `measured_waits`."""
-    watch = _WAITS.get()
-    return nullcontext() if watch is None else watch.running()

@@ -8,7 +8,8 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from eae_dist.distributed.collectives import waiting, world_size
+from eae_dist.distributed.collectives import world_size
+from eae_dist.distributed.waits import waiting
 
 # The parent process, if it is a launcher. A parent that is a shell may end before its children, so it does not count.
 LAUNCHERS = {"accelerate": "ACCELERATE_DYNAMO_BACKEND", "torchrun": "TORCHELASTIC_RUN_ID", "our own": "EAE_DIST_LAUNCHED"}

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from eae_dist.distributed import gather_rows, message_device, rank
-from eae_dist.distributed.collectives import Stopwatch
+from eae_dist.distributed.waits import Stopwatch
 
 SKIPPED = 3  # steps before a trace: the first ones allocate memory, the last one warms up the profiler
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from eae_dist.config import load_config, override, read_config
 from eae_dist.data.stream import walk
-from eae_dist.distributed.collectives import Stopwatch
+from eae_dist.distributed.waits import Stopwatch
 from eae_dist.losses.entropy import gaussian_reference
 from eae_dist.train import main
 from eae_dist.training.setup import check_neighbors, entropy_reference, open_stream
@@ -338,7 +338,7 @@ def test_trace_is_written_of_as_many_steps_as_asked_for(shards, tmp_path):
 
 def test_time_of_a_step_is_divided_into_reading_waiting_and_own_work(monkeypatch):
     clock = itertools.count()
-    monkeypatch.setattr("eae_dist.distributed.collectives.time.perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr("eae_dist.distributed.waits.time.perf_counter", lambda: float(next(clock)))
     waits = Stopwatch()
     times = StepTimes(26, waits, torch.nn.Identity())
     for _ in range(2):
