@@ -163,13 +163,13 @@ class Objective(nn.Module):
     # Penalties on the whole batch: (latents [b, d], is_first_copy, global_batch, row_ids, key) -> shares by name.
 
     def latent_l2(
-        self, latents: torch.Tensor, is_first_copy: torch.Tensor, global_batch: int, row_ids: np.ndarray, key: int
+        self, latents: torch.Tensor, is_first_copy: torch.Tensor | None, global_batch: int, row_ids: np.ndarray, key: int
     ) -> Terms:
         """Returns the mean square of the entries of the latents."""
         return {"latent_l2": mean_share(by_block(mean_square, latents), global_batch)}
 
     def decoder_l2(
-        self, latents: torch.Tensor, is_first_copy: torch.Tensor, global_batch: int, row_ids: np.ndarray, key: int
+        self, latents: torch.Tensor, is_first_copy: torch.Tensor | None, global_batch: int, row_ids: np.ndarray, key: int
     ) -> Terms:
         """Returns the sum of squares of the kernels of the decoder."""
         kernels, blocks = kernels_of(self.autoencoder.decoder), active_blocks()
@@ -177,13 +177,15 @@ class Objective(nn.Module):
             kernels = [blocks.weights(kernel)[0] if rank() == 0 else kernel.detach() for kernel in kernels]
         return {"decoder_l2": sum_of_squares(kernels)}  # the whole term on every rank
 
-    def mmd(self, latents: torch.Tensor, is_first_copy: torch.Tensor, global_batch: int, row_ids: np.ndarray, key: int) -> Terms:
+    def mmd(
+        self, latents: torch.Tensor, is_first_copy: torch.Tensor | None, global_batch: int, row_ids: np.ndarray, key: int
+    ) -> Terms:
         """Returns the squared MMD between the latents and draws of N(0, I)."""
         counts = self.row_counts if self.training else None
         return {"mmd": kernel_discrepancy(latents, noise(latents, row_ids, key, PRIOR), counts)}
 
     def entropy(
-        self, latents: torch.Tensor, is_first_copy: torch.Tensor, global_batch: int, row_ids: np.ndarray, key: int
+        self, latents: torch.Tensor, is_first_copy: torch.Tensor | None, global_batch: int, row_ids: np.ndarray, key: int
     ) -> Terms:
         """Returns the entropy and the number of floored pairs: pairs of neighbors closer than sqrt(eps2)."""
         config, group = self.config, self.group if self.training else None  # validation must not depend on the number of ranks
@@ -347,7 +349,7 @@ class EAELinear(EAE):
         return {"entropy": -self.config.entropy_weight / self.map_dim}
 
     def entropy(
-        self, latents: torch.Tensor, is_first_copy: torch.Tensor, global_batch: int, row_ids: np.ndarray, key: int
+        self, latents: torch.Tensor, is_first_copy: torch.Tensor | None, global_batch: int, row_ids: np.ndarray, key: int
     ) -> Terms:
         """Returns the entropy of the mapped, batch-normed latents and the number of floored pairs."""
         matrix = self.map if self.config.map == "fixed" else orthonormal(latents.shape[1], self.map_dim, key)
@@ -366,7 +368,7 @@ class SIGReg(Objective):
     settings = ("directions",)
 
     def epps_pulley(
-        self, latents: torch.Tensor, is_first_copy: torch.Tensor, global_batch: int, row_ids: np.ndarray, key: int
+        self, latents: torch.Tensor, is_first_copy: torch.Tensor | None, global_batch: int, row_ids: np.ndarray, key: int
     ) -> Terms:
         """Returns the statistic of the latents on directions that are drawn for each batch."""
         directions = random_directions(derive_key(key, DIRECTIONS), self.config.directions, latents)
@@ -380,7 +382,7 @@ class SWAE(Objective):
     settings = ("directions",)
 
     def sliced_wasserstein(
-        self, latents: torch.Tensor, is_first_copy: torch.Tensor, global_batch: int, row_ids: np.ndarray, key: int
+        self, latents: torch.Tensor, is_first_copy: torch.Tensor | None, global_batch: int, row_ids: np.ndarray, key: int
     ) -> Terms:
         """Returns the squared distance of the latents on directions that are drawn for each batch."""
         directions = random_directions(derive_key(key, DIRECTIONS), self.config.directions, latents)
