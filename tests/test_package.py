@@ -92,6 +92,7 @@ def test_wheel_made_from_the_sdist_packs_trains_and_evaluates_away_from_a_clone(
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"LICENSE", "README.md", "pyproject.toml", "configs/cifar10/eae.yaml", "eae_dist/py.typed"} <= names
+    assert not any(name.startswith("tests/") for name in names)  # setuptools adds test_*.py without what they import
 
     venv.create(tmp_path / "empty", with_pip=True)
     binaries = tmp_path / "empty" / "bin"
