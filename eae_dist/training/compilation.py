@@ -1,4 +1,4 @@
-"""How the networks are executed: memory layout, compilation, and checkpointing of activations.
+"""How the networks are executed: memory layout, kernels of norms, compilation, and checkpointing of activations.
 
 These options change the time and memory of a step, but not the result. Checkpoints are the same, so a run may change them.
 """
@@ -11,6 +11,7 @@ from torch import nn
 from eae_dist.config import TrainConfig
 from eae_dist.errors import UserError
 from eae_dist.model.networks import Layers
+from eae_dist.model.norm import GlobalBatchNorm
 from eae_dist.objectives import Objective
 
 
@@ -19,6 +20,10 @@ def set_execution(objective: Objective, config: TrainConfig, device: torch.devic
     autoencoder = objective.autoencoder
     if config.channels_last is False:  # the networks are built with channels_last
         autoencoder.to(memory_format=torch.contiguous_format)
+    if objective.twice_differentiated:
+        for layer in autoencoder.decoder.modules():
+            if isinstance(layer, GlobalBatchNorm):
+                layer.twice_differentiated = True
     if config.checkpoint_activations:
         checkpoint_activations(autoencoder)
     if config.compile:
