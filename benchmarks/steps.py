@@ -25,6 +25,7 @@ from eae_dist.training.compilation import set_execution
 from eae_dist.training.engines import engine_of
 from eae_dist.training.loop import training_step
 from eae_dist.training.metrics_log import averaged
+from eae_dist.training.optimization import build_optimizer
 from eae_dist.training.setup import open_stream, set_blocks, start_accelerator
 
 ENTROPY_ROWS = 1024
@@ -56,7 +57,7 @@ def training(config: Config) -> Iterator[Callable[[int], None]]:
     objective = build_objective(config.model, config.objective, stream.index.image_shape, config.train.seed)
     set_blocks(objective, config, stream)
     set_execution(objective, config.train, accelerator.device)
-    optimizer = torch.optim.Adam(objective.parameters(), lr=config.train.learning_rate)
+    optimizer = build_optimizer(objective.parameters(), config.train)
     model, optimizer = engine_of(accelerator).prepare(objective, optimizer, config, stream.lanes)
     step = 0
 

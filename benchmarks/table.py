@@ -35,21 +35,31 @@ def at_most(bound: float, ratio: float) -> dict:
     return {"ratio": f"{ratio:.2f}x", "target": f"at most {bound:g}x", "met": ratio <= bound}
 
 
+def of_limit(bound: float, share: float) -> dict:
+    """Returns the columns from ratio to met, for a share of what is possible."""
+    return {"ratio": f"{share:.2f}x", "target": f"at least {bound:g}x", "met": share >= bound}
+
+
 @dataclass(frozen=True)
 class Seconds:
-    """Median times of one turn."""
+    """Median times of one turn. cpu: of all threads of the process. thread: CPU time of the calling thread, if it was taken."""
 
     cpu: float
     wall: float
+    thread: float = float("nan")
 
 
 def take_turns(competitors: dict[str, Callable[[], object]], rounds: int) -> dict[str, Seconds]:
     """Calls each competitor in turn, `rounds` times, so that other work on the machine affects all of them equally."""
-    cpu, wall = ({name: [] for name in competitors} for _ in range(2))
+    taken: dict[str, list[tuple[float, float, float]]] = {name: [] for name in competitors}
     for _ in range(rounds):
         for name, work in competitors.items():
-            cpu_start, wall_start = time.process_time(), time.perf_counter()
+            before = clocks()
             work()
-            cpu[name].append(time.process_time() - cpu_start)
-            wall[name].append(time.perf_counter() - wall_start)
-    return {name: Seconds(statistics.median(cpu[name]), statistics.median(wall[name])) for name in competitors}
+            taken[name].append(tuple(after - start for after, start in zip(clocks(), before, strict=True)))
+    return {name: Seconds(*map(statistics.median, zip(*turns, strict=True))) for name, turns in taken.items()}
+
+
+def clocks() -> tuple[float, float, float]:
+    """Returns the times of `Seconds`."""
+    return time.process_time(), time.perf_counter(), time.thread_time()
