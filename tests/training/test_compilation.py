@@ -17,6 +17,7 @@ from world_cases import configured, run_of
 from eae_dist.config import ModelConfig, load_config
 from eae_dist.distributed import ending_ranks
 from eae_dist.model.autoencoder import Autoencoder, build_autoencoder, resolve_model
+from eae_dist.model.norm import GlobalBatchNorm
 from eae_dist.objectives import build_objective
 from eae_dist.training import compilation as execution
 from eae_dist.training import loop as trainer
@@ -41,6 +42,36 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 def own_state():
     yield
     AcceleratorState._reset_state(reset_partial_state=True)  # its precision would be that of the tests to come
+
+
+# Norms that are differentiated twice.
+
+
+@pytest.mark.parametrize("name", ["rae", "rae_gp"])
+def test_norms_of_a_decoder_that_is_differentiated_twice_know_it(shards, name):
+    config = configured(shards, name)
+    objective = build_objective(config.model, config.objective, SHAPE, seed=0)
+    execution.set_execution(objective, config.train, CPU)
+    encoder, decoder = (
+        {layer.twice_differentiated for layer in network.modules() if isinstance(layer, GlobalBatchNorm)}
+        for network in (objective.autoencoder.encoder, objective.autoencoder.decoder)
+    )
+    assert encoder == {False} and decoder == {name == "rae_gp"}
+
+
+def test_norm_that_is_differentiated_twice_is_the_same_to_the_second_derivative():
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(8, 3, 4, 5, dtype=torch.float64, generator=generator) for _ in range(2))
+    found = {}
+    for twice in (False, True):
+        norm, at = GlobalBatchNorm(3).double(), (3 * x + 7).requires_grad_()
+        norm.twice_differentiated = twice
+        y = norm(at)
+        gx, gw, gb = torch.autograd.grad(y, [at, norm.weight, norm.bias], dy, create_graph=True)
+        (ggx,) = torch.autograd.grad(gx.square().sum(), at)
+        found[twice] = {"y": y, "gx": gx, "gw": gw, "gb": gb, "ggx": ggx} | dict(norm.named_buffers())
+    assert found[True]["y"].grad_fn.name() != found[False]["y"].grad_fn.name()  # they are two implementations
+    assert_close(found[True], found[False], 1e-12)
 
 
 # Activations that are computed twice. That they change no bit in training is a case of world.py.
