@@ -178,7 +178,9 @@ def assert_same_training(run: Path, other: Path) -> None:
             "peak_memory_mib",
         }
         for name in now.keys() & then.keys() - timings:  # a leg's end is validated as well
-            assert now[name] == pytest.approx(then[name], rel=PRECISE), (now["step"], name)
+            # SSIM is a number of the scale of 1, which lies near 0 for these first weights.
+            within = {"abs" if name == "validation_ssim" else "rel": PRECISE}
+            assert now[name] == pytest.approx(then[name], **within), (now["step"], name)
     found, expected = state_of(run), state_of(other)
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
