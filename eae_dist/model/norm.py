@@ -69,12 +69,14 @@ class GlobalBatchNorm(nn.Module):
 def finite_norms(network: nn.Module) -> torch.Tensor | None:
     """Returns the number of norms, in network order, before the first one that saw a non-finite input since the last call.
 
-    A norm spreads NaN to the rows of all ranks, so the error started on the ranks with the smallest number. None on one rank and
-    for a network without norms.
+    A norm spreads NaN to the rows of all ranks, so the error started on the ranks with the smallest number. On one rank,
+    where it could only begin there, all norms count. None for a network without norms.
     """
     seen = [module.seen for module in network.modules() if isinstance(module, GlobalBatchNorm)]
-    if not seen or world_size() == 1:
+    if not seen:
         return None
+    if world_size() == 1:
+        return seen[0].new_full((), len(seen), dtype=torch.int64)
     finite = torch.stack(seen).isfinite().long().cumprod(0).sum()
     torch._foreach_zero_(seen)
     return finite
