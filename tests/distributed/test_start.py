@@ -226,7 +226,7 @@ def test_deepspeed_without_a_launcher_is_refused_by_the_name_of_the_variable(sha
 def test_evaluation_may_start_otherwise_than_the_training_did(run):
     found = evaluation_config(open_checkpoint(run), ["train.timeout=5", "train.deterministic=true", "train.device=auto"]).train
     assert (found.timeout, found.deterministic, found.device) == (5.0, True, "auto")
-    with pytest.raises(ValueError, match=r"and train.device, train.timeout, train.deterministic; .*\n  train.seed: 0 -> 5"):
+    with pytest.raises(ValueError, match=r"train.device, train.timeout, train.deterministic; .*\n  train.seed: 0 -> 5"):
         evaluation_config(open_checkpoint(run), ["train.seed=5"])
 
 
