@@ -18,7 +18,6 @@ from scipy.stats import spearmanr
 
 from eae_dist.table import main as make_table
 
-COLOR = ("train.epochs=80", "evaluate.count=202")  # 1,622 images for training and 202 for the test
 NOTES: dict[str, dict[str, tuple[str, ...]]] = {
     "neighbors": {f"k = {k}": (f"objective.k={k}",) for k in (1, 2, 5)},
     "convolutions": {
@@ -26,7 +25,7 @@ NOTES: dict[str, dict[str, tuple[str, ...]]] = {
         for n in (1, 2, 3, 4)
     },
     "decay": {f"decay {decay}": (f"train.decay={decay}",) for decay in (1.0, 0.98, 0.95, 0.9)},
-    "latent size": {f"d = {d}": (f"model.latent_dim={d}", *COLOR) for d in (8, 16, 32, 64, 128)},
+    "latent size": {f"d = {d}": (f"model.latent_dim={d}",) for d in (8, 16, 32, 64, 128)},
 }
 SETS = ("isotropic", "gmm", "reconstruction")
 
@@ -35,8 +34,8 @@ def numbers(folder: Path, row: str, images: str) -> tuple[float, float]:
     """Returns the mean and the standard deviation over seeds of a row's kernel distance, from a folder of a table."""
     with (folder / "table.csv").open() as file:
         for line in csv.DictReader(file):
-            measure = line["measure"]
-            if (line["model"], line["images"]) == (row, images) and measure.startswith("kd_") and measure.endswith("px"):
+            kernel_distance = "k" + line["features"][1:]
+            if (line["model"], line["images"], line["measure"]) == (row, images, kernel_distance):
                 return float(line["mean"]), float(line["std"] or "nan")
     raise ValueError(f"{folder}/table.csv has no kernel distance of {row}, {images}")
 

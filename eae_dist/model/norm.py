@@ -53,8 +53,7 @@ class GlobalBatchNorm(nn.Module):
         """Returns the training result of `forward` from our own code, on any device and any number of ranks."""
         weight, bias = (None if p is None else _once_per_block(p) for p in (self.weight, self.bias))
         out, mean, variance, count, sums = _GlobalBatchNorm.apply(x, weight, bias, self.eps, *block_sizes(len(x)))
-        if world_size() > 1:
-            self.seen += sums
+        self.seen += sums
         if self.running_mean is not None and self.running_var is not None:
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (count / (count - 1)).to(variance.dtype), self.momentum)
@@ -69,14 +68,12 @@ class GlobalBatchNorm(nn.Module):
 def finite_norms(network: nn.Module) -> torch.Tensor | None:
     """Returns the number of norms, in network order, before the first one that saw a non-finite input since the last call.
 
-    A norm spreads NaN to the rows of all ranks, so the error started on the ranks with the smallest number. On one rank,
-    where it could only begin there, all norms count. None for a network without norms.
+    A norm spreads NaN to the rows of all ranks, so the error started on the ranks with the smallest number. None for a network
+    without norms.
     """
     seen = [module.seen for module in network.modules() if isinstance(module, GlobalBatchNorm)]
     if not seen:
         return None
-    if world_size() == 1:
-        return seen[0].new_full((), len(seen), dtype=torch.int64)
     finite = torch.stack(seen).isfinite().long().cumprod(0).sum()
     torch._foreach_zero_(seen)
     return finite
