@@ -69,8 +69,8 @@ class DataConfig:
     """Where the images come from and how they are read."""
 
     root: str = setting("shards/mnist5k", changeable=True)
-    """Folder of shards with an index.json, written by `python -m eae_dist.pack`; or the http, https, s3,
-    gs, az or hf address of one."""
+    """Folder of shards with an index.json, written by `python -m eae_dist.pack`; or the http, https, s3, gs, az or
+    hf address of one."""
     split: str = "train"
     """The split to train on."""
     validation: str | None = "validation"
