@@ -69,7 +69,7 @@ def test_norm_that_is_differentiated_twice_is_the_same_to_the_second_derivative(
         y = norm(at)
         gx, gw, gb = torch.autograd.grad(y, [at, norm.weight, norm.bias], dy, create_graph=True)
         (ggx,) = torch.autograd.grad(gx.square().sum(), at)
-        found[twice] = {"y": y, "gx": gx, "gw": gw, "gb": gb, "ggx": ggx} | dict(norm.named_buffers())
+        found[twice] = {"y": y, "gx": gx, "gw": gw, "gb": gb, "ggx": ggx} | norm.state_dict()
     assert found[True]["y"].grad_fn.name() != found[False]["y"].grad_fn.name()  # they are two implementations
     assert_close(found[True], found[False], 1e-12)
 
