@@ -28,6 +28,7 @@ NOTES: dict[str, dict[str, tuple[str, ...]]] = {
     "latent size": {f"d = {d}": (f"model.latent_dim={d}",) for d in (8, 16, 32, 64, 128)},
 }
 SETS = ("isotropic", "gmm", "reconstruction")
+COLOR_EPOCHS = 80  # of about 1,500 images: as many steps as the digits' 40 epochs
 
 
 def numbers(folder: Path, row: str, images: str) -> tuple[float, float]:
@@ -48,7 +49,7 @@ def try_notes(config: Path, color: Path | None, out: Path, jobs: int, only: Sequ
         print(f"\n| {note} | {' | '.join(SETS)} |\n| --- |{' --- |' * len(SETS)}")
         for value, settings in values.items():
             folder = out / value.replace(" = ", "-").replace(" ", "-")
-            data = [f"data.root={color}"] if note == "latent size" else []
+            data = [f"data.root={color}", f"train.epochs={COLOR_EPOCHS}"] if note == "latent size" else []
             if not (folder / "table.csv").is_file():
                 arguments = ["--only", "eae", "--seeds", "3", "--jobs", str(jobs), "--out", str(folder)]
                 make_table([str(config), *arguments, *data, *settings])
