@@ -40,6 +40,35 @@ class Decoder(nn.Module):
         return self.outer(self.norm(self.inner(z)))
 
 
+class ListEncoder(nn.Module):
+    """Layers in lists, which have no forward pass, and one that takes two inputs and an option."""
+
+    def __init__(self, image_shape, latent_dim, width, bias):
+        super().__init__()
+        channels, height, sides = image_shape
+        self.convolutions = nn.ModuleList([nn.Conv2d(channels, 7, 3, 2, 1), nn.Conv2d(7, 9, 3, 2, 1)])
+        self.norms = nn.ModuleList([GlobalBatchNorm(7), GlobalBatchNorm(9)])
+        self.mixed = Mixed()
+        self.head = nn.Linear(9 * height * sides // 16, latent_dim, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for convolution, norm in zip(self.convolutions, self.norms, strict=True):
+            before = convolution(x)
+            x = self.mixed(before, norm(before), factor=0.3)
+        return self.head(x.flatten(1))
+
+
+class Mixed(nn.Module):
+    """A sum of two activations with a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor, factor: float) -> torch.Tensor:
+        return factor * nn.functional.mish(x) + self.weight * nn.functional.silu(y)
+
+
 class NormedTogether(nn.Module):
     """A parameter beside a batch norm in one module."""
 
@@ -50,3 +79,46 @@ class NormedTogether(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.dense(self.scale * self.norm(x).flatten(1))
+
+
+class Inside(nn.Module):
+    """An activation that a module with a batch norm computes itself."""
+
+    def __init__(self, image_shape, latent_dim, width, bias):
+        super().__init__()
+        self.dense, self.norm = nn.Sequential(nn.Flatten(), nn.Linear(image_shape[1] * image_shape[2], 33)), GlobalBatchNorm(33)
+        self.head = nn.Linear(33, latent_dim, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.sigmoid(self.norm(self.dense(x))))
+
+
+class Reaching(Inside):
+    """A module with a batch norm that uses a weight of another module itself."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(self.norm(self.dense(x)), self.head.weight)
+
+
+class Placed(Inside):
+    """A part that gets a tensor that is the same for all images."""
+
+    def __init__(self, image_shape, latent_dim, width, bias):
+        super().__init__(image_shape, latent_dim, width, bias)
+        self.mixed = Mixed()
+        self.register_buffer("places", torch.linspace(0, 1, 33)[None])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.mixed(self.norm(self.dense(x)), self.places, factor=0.5))
+
+
+class Counting(nn.Module):
+    """Statistics of the images of a block."""
+
+    def __init__(self, image_shape, latent_dim, width, bias):
+        super().__init__()
+        self.norm = nn.InstanceNorm2d(image_shape[0], track_running_stats=True)
+        self.head = nn.Linear(image_shape[0] * image_shape[1] * image_shape[2], latent_dim, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(x).flatten(1))

@@ -51,7 +51,9 @@ IN_BLOCKS = {name: (name,) for name in OBJECTIVES} | {
     "without norms": ("wae", "model.norm=none"),
     "averaged": ("eae", "train.ema=0.9", "train.optimizer=adamw", "train.schedule=cosine", "train.warmup_epochs=0.4"),
     "fused": ("ae", "train.fused=true"),
+    "one channel": ("rae_gp", "model.width=1"),
     "fewer directions than blocks": ("swae", "objective.directions=3"),
+    "own in a list": ("eae", "model.encoder=own_networks:ListEncoder"),
     "own": ("eae", "model.encoder=own_networks:Encoder", "model.decoder=own_networks:Decoder"),
 }
 

@@ -207,7 +207,8 @@ class _Join(torch.autograd.Function):
         ctx.sizes = [len(part) for part in (first, *others)]
         # One part with gaps in memory is copied as several would be, because other kernels would compute with it.
         dense = first.is_contiguous() or (first.ndim == 4 and first.is_contiguous(memory_format=torch.channels_last))
-        return torch.cat([first, *others]) if others or not dense else first.view_as(first)
+        # A slice keeps all strides, a view would not: kernels also heed strides that mean nothing, as that of a single channel.
+        return torch.cat([first, *others]) if others or not dense else first[:]
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:

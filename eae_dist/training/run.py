@@ -41,6 +41,7 @@ class Run:
         self.config, self.accelerator, self.stream = config, accelerator, stream
         self.folder, self.state = Path(config.train.output), TrainingState()
         self.objective = build_objective(config.model, config.objective, stream.index.image_shape, config.train.seed)
+        self.objective.to(accelerator.device)
         self.objective.group = subgroup(ranks_of_group(config.objective.group), config.train.timeout)
         self.objective.row_counts = row_counts(stream.rows, accelerator.device)
         set_blocks(self.objective, config, stream)

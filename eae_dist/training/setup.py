@@ -20,7 +20,7 @@ from eae_dist.distributed import ranks_of_group, row_counts, world_size
 from eae_dist.distributed.start import Start, require_taken, start
 from eae_dist.errors import UserError
 from eae_dist.losses.entropy import gaussian_reference
-from eae_dist.model.networks import run_by_block
+from eae_dist.model.networks import TRIED, run_by_block, try_by_block
 from eae_dist.objectives import Objective, objective_class
 from eae_dist.training.console import say
 from eae_dist.training.engines import accelerator_options, engine_of, uses_deepspeed
@@ -148,6 +148,14 @@ def set_blocks(objective: Objective, config: Config, stream: ShardStream) -> Non
         )
     for key, network in (("model.encoder", objective.autoencoder.encoder), ("model.decoder", objective.autoencoder.decoder)):
         run_by_block(network, key)
+    autoencoder, draws = objective.autoencoder, torch.Generator().manual_seed(0)
+    device = next(objective.parameters()).device
+    if config.model.encoder is not None:
+        images = torch.rand(TRIED, *autoencoder.image_shape, generator=draws)
+        try_by_block(autoencoder.encoder, "model.encoder", images.to(device))
+    if config.model.decoder is not None:
+        latents = torch.randn(TRIED, autoencoder.latent_dim, generator=draws)
+        try_by_block(autoencoder.decoder, "model.decoder", latents.to(device))
 
 
 def check_micro_batches(stream: ShardStream, accumulate: int, device: torch.device) -> None:

@@ -45,6 +45,15 @@ def test_rows_and_their_gradients_keep_their_memory_format(sizes):
     assert torch.equal(second, 8 * x)
 
 
+@pytest.mark.parametrize("shape", [(6, 1, 8, 8), (1, 8, 8, 8), (6, 8, 1, 1)])
+def test_one_block_has_the_strides_that_it_has_beside_others(shape):
+    # Where a side is 1, its stride says nothing, but kernels choose the order of their sums by it.
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = torch.empty_like(torch.randn(shape), memory_format=memory_format)
+        beside = split_rows(joined([x, x]), [len(x)] * 2)[0]
+        assert joined([x]).stride() == beside.stride()
+
+
 def gradients(objective, stream) -> tuple[dict, dict]:
     """Terms and gradients of the first batch."""
     batch = next(iter(stream))
@@ -104,7 +113,6 @@ def test_gaussian_reference_in_blocks_is_that_without():
         (["train.blocks=4"], 8, "train.blocks=4 cannot be shared by 8 ranks"),
         (["train.blocks=32"], 1, "train.blocks=32 must be at most 26, the number of lanes"),
         (["train.blocks=8", "train.accumulate=4"], 1, "train.accumulate=4 needs as many images in every block"),
-        (["train.blocks=2", "model.encoder=own_networks:NormedTogether"], 1, "parameters of its own and a batch norm"),
     ],
 )
 def test_what_blocks_cannot_do_is_refused(shards, monkeypatch, settings, ranks, said):
@@ -115,11 +123,33 @@ def test_what_blocks_cannot_do_is_refused(shards, monkeypatch, settings, ranks, 
         set_blocks(objective, config, ShardStream(shards, "train", BATCH))
 
 
+@pytest.mark.parametrize(
+    ("network", "said"),
+    [
+        ("NormedTogether", "parameters of its own and a batch norm"),
+        ("Inside", "model.encoder rounds otherwise if it works on another number of images at a time"),
+        ("Reaching", "model.encoder uses the weights head.weight outside of the forward pass of their module"),
+        ("Placed", r"the module mixed of model.encoder gets tensors \[\(8, 33\), \(1, 33\)\] for 8 images"),
+    ],
+)
+def test_network_that_cannot_work_block_by_block_is_refused(shards, network, said):
+    config = configured(shards, "ae", "train.blocks=2", f"model.encoder=own_networks:{network}")
+    objective = build_objective(config.model, config.objective, (1, 16, 16), 0)
+    with pytest.raises(ValueError, match=said):
+        set_blocks(objective, config, ShardStream(shards, "train", BATCH))
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_network_that_draws_random_numbers_is_refused(cpu, shards, tmp_path, accumulate):
     more = f"train.accumulate={accumulate}", "model.encoder=saboteur:DroppingEncoder", f"train.output={tmp_path / 'run'}"
     with pytest.raises(ValueError, match="draws random numbers, as dropout does"):
         train(configured(shards, "ae", "train.blocks=2", *more))
+
+
+def test_network_that_keeps_statistics_of_its_images_is_refused(cpu, shards, tmp_path):
+    more = "train.blocks=2", "model.encoder=own_networks:Counting", f"train.output={tmp_path / 'run'}"
+    with pytest.raises(ValueError, match="the module Counting of model.encoder keeps statistics of its images"):
+        train(configured(shards, "ae", *more))
 
 
 @pytest.mark.parametrize(
