@@ -31,7 +31,7 @@ from eae_dist.data.image_files import read_image
 from eae_dist.data.pixels import Rules
 from eae_dist.distributed import from_rank_zero, gather_rows, message_device, on_rank_zero, rank, row_counts, sum_over_ranks
 from eae_dist.distributed.launch import run_on_ranks
-from eae_dist.errors import UserError
+from eae_dist.errors import MissingFile, UserError
 from eae_dist.inference.encoded_dataset import EncodedDataset
 from eae_dist.inference.trained_model import decoded, sample_seeds
 from eae_dist.latent.embeddings import NEED_A_MODEL, Embeddings
@@ -119,6 +119,8 @@ def neighbors_of_embeddings(space: Embeddings, out: Path) -> dict:
 
     Inner products have no distances, so there are no duplicates by them.
     """
+    if space.files.n < 2 and space.settings.metric != "inner_product":
+        raise UserError(f"{space.source} holds 1 row; near-duplicates need 2 at least, so give --query")
     index, duplicates, table = space.index(), None, None
     if index.metric != "inner_product":
         first, rows = space.rows_of_this_rank()
@@ -284,6 +286,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = arguments.out or (latents.with_name(f"{latents.stem}-neighbors") if latents.is_file() else latents / "neighbors")
 
     def work() -> str:
+        if arguments.merge is not None and arguments.merge.suffix != ".faiss":  # it could replace the embeddings themselves
+            raise UserError(f"--merge {arguments.merge} needs a name that ends with .faiss")
         space = opened(arguments, out)
         if arguments.merge is not None:
             space.index()  # makes it, if it is not kept
@@ -315,7 +319,11 @@ def opened(arguments: argparse.Namespace, out: Path) -> EncodedDataset | Embeddi
     """Opens what --latents names: what `encode` wrote if it has a manifest, otherwise embeddings. Call it on every rank."""
     latents, columns = arguments.latents, (arguments.vector_column, arguments.id_column)
     marks = (latents / name for name in ("manifest.json", ".encoding.json"))
-    if from_rank_zero(not latents.exists() or any(mark.is_file() for mark in marks)):
+    if from_rank_zero(not latents.exists()):
+        raise MissingFile(
+            f"--latents {latents} does not exist; give embeddings, or a folder that `python -m eae_dist.encode` wrote"
+        )
+    if from_rank_zero(any(mark.is_file() for mark in marks)):
         if any(columns):
             raise UserError("--vector-column and --id-column are for parquet files, which --latents does not name")
         return EncodedDataset(latents, arguments.ckpt, arguments.settings)

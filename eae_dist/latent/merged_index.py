@@ -34,10 +34,10 @@ def merge(saved: Path, file: Path) -> None:
         if is_rank_zero:
             described = index_description(saved)
             parts = opened_parts(saved, described)
-            _write(_wrapped(_one_index(parts, described), described), file)
+            _write(_wrapped(_one_index(parts, described, saved), described), file)
 
 
-def _one_index(parts: list[Part], described: dict) -> faiss.Index:
+def _one_index(parts: list[Part], described: dict, saved: Path) -> faiss.Index:
     kind, d, metric = described["kind"], described["d"], METRICS[described["metric"]]
     if kind == "flat":
         flat = faiss.IndexFlat(d, metric)
@@ -53,7 +53,7 @@ def _one_index(parts: list[Part], described: dict) -> faiss.Index:
     if len(parts) > 1:
         raise UserError(
             f"index.kind={kind} cannot be merged, because each of its {len(parts)} parts has a graph of its own; "
-            f"take index.kind=ivf_flat or flat, or make the index on one rank (--nproc 1)"
+            f"take index.kind=ivf_flat or flat, or remove {saved} and make the index on one rank (--nproc 1)"
         )
     faiss.ParameterSpace().set_index_parameter(parts[0].index, EFFORT[kind], described["effort"])
     assert parts[0].index is not None  # only flat has none

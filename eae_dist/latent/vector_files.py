@@ -4,7 +4,8 @@ A source is a file, or a folder whose files of one of these kinds are taken in t
 through all files. n: rows, d: dimensions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -65,8 +66,13 @@ class ParquetFile:
             import pyarrow.parquet as pq
         except ImportError as error:
             raise UserError("parquet files need pyarrow; install it with: pip install 'eae-dist[parquet]'") from error
-        try:
+        with self._read():
             return pq.ParquetFile(self.path)
+
+    @contextmanager
+    def _read(self) -> Iterator[None]:
+        try:
+            yield
         except (ValueError, OSError) as error:
             raise UserError(f"{self.path} is damaged or not a parquet file ({error})") from error
 
@@ -95,7 +101,9 @@ class ParquetFile:
     @cached_property
     def d(self) -> int:
         """The number of dimensions: the length of the first vector."""
-        first = next(self.file.iter_batches(batch_size=1, columns=[self.vectors])).column(0)
+        file, columns = self.file, [self.vectors]
+        with self._read():
+            first = next(file.iter_batches(batch_size=1, columns=columns)).column(0)
         if not (length := len(first[0].as_py() or ())):
             raise UserError(f"{self.path}: row 0 of the column {self.vectors} has no numbers; expected at least 1")
         return length
@@ -120,7 +128,8 @@ class ParquetFile:
         sizes = [self.file.metadata.row_group(group).num_rows for group in range(self.file.num_row_groups)]
         starts = np.cumsum([0, *sizes])
         groups = [group for group, size in enumerate(sizes) if starts[group] < stop and start < starts[group] + size]
-        table = self.file.read_row_groups(groups, columns=[name])
+        with self._read():
+            table = self.file.read_row_groups(groups, columns=[name])
         first = starts[groups[0]] if groups else 0
         return table.column(name).slice(start - first, stop - start)
 
@@ -178,7 +187,7 @@ class VectorFiles:
                 numbers, why = unusable_rows(rows, metric)
                 if len(numbers):
                     which = f"row {begin + numbers[0]}" + (f" and {len(numbers) - 1:,} more" if len(numbers) > 1 else "")
-                    raise UserError(f"{file.path}: {which}: rows must not be {why}; remove them")
+                    raise UserError(f"{file.path} has rows that are {why}: {which}; remove them")
                 found.append(rows)
             first += file.n
         return found[1] if len(found) == 2 else np.concatenate(found)

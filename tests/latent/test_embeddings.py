@@ -81,8 +81,8 @@ NPY = {
     "no dimension": (np.ones((3, 0)), r"x.npy holds float64 \(3, 0\); expected"),
     "whole numbers": (np.ones((3, 2), int), r"x.npy holds int64 \(3, 2\); expected"),
     "pickled": (np.array([{}]), r"x.npy is not a usable .npy file \(.*objects.*\); save it with numpy.save as float32"),
-    "nan": (with_row(4, np.nan), "x.npy: row 4: rows must not be not finite or have a norm of 4.6e.18 or more"),
-    "too large": (with_row(2, 1e300), "x.npy: row 2: rows must not be"),
+    "nan": (with_row(4, np.nan), "x.npy has rows that are not finite or have a norm of 4.6e.18 or more: row 4; remove them"),
+    "too large": (with_row(2, 1e300), "x.npy has rows that are not finite or .*: row 2;"),
     "no rows": (np.ones((0, 3)), "x.npy: the files hold no rows"),
 }
 
@@ -99,14 +99,14 @@ def test_zero_row_has_no_cosine(tmp_path):
     np.save(tmp_path / "x.npy", with_row(5, 0))
     files = VectorFiles.open([tmp_path / "x.npy"])
     assert files.read(3, 6, "inner_product").shape == (3, 3)
-    with pytest.raises(ValueError, match=r"x.npy: row 5: .* zero and have no direction, which metric=cosine compares"):
+    with pytest.raises(ValueError, match="x.npy has rows that are zero and have no direction, .*metric=cosine compares: row 5;"):
         files.read(3, 6, "cosine")
 
 
 PARQUET = {
     "ragged": ({"v": [[1.0, 2.0], [1.0, 2.0], [1.0, 2.0], [1.0]]}, "row 3 of the column v has 1 numbers; expected 2 as in row 0"),
     "missing": ({"v": [[1.0, 2.0], None]}, "row 1 of the column v has 0 numbers; expected 2"),
-    "missing number": ({"v": [[1.0, 2.0], [1.0, None]]}, "x.parquet: row 1: rows must not be not finite"),
+    "missing number": ({"v": [[1.0, 2.0], [1.0, None]]}, "x.parquet has rows that are not finite or .*: row 1;"),
     "empty": ({"v": [[], [1.0]], "w": [1, 2]}, "row 0 of the column v has no numbers"),
     "several": ({"v": [[1.0]], "w": [[1.0]]}, r"has the columns v \(list.*\), w \(.*\); several hold lists of .*--vector-column"),
     "none": ({"v": [1.0], "w": [[1]]}, r"has the columns v \(double\), w \(.*int64.*\); none holds lists of float16"),
@@ -119,6 +119,19 @@ def test_wrong_parquet_file_is_refused_by_name(tmp_path, case):
     path = written(tmp_path / "x.parquet", **{name: pa.array(column) for name, column in columns.items()})
     with pytest.raises(ValueError, match=words):
         (files := VectorFiles.open([path])).read(0, files.n, "l2")
+
+
+@pytest.mark.parametrize("column", ["v", "id"])
+def test_damaged_page_of_a_parquet_file_is_told_by_its_name(tmp_path, column):
+    path = written(tmp_path / "x.parquet", v=list(latents()[:20]), id=[f"row {row}" for row in range(20)])
+    chunk = pq.ParquetFile(path).metadata.row_group(0).column(("v", "id").index(column))
+    damaged = bytearray(path.read_bytes())
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    damaged[start : start + 12] = b"\xa5" * 12
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match="x.parquet is damaged or not a parquet file"):
+        (files := VectorFiles.open([path], "v", "id")).read(0, files.n, "l2")
+        files.keys(np.arange(20))
 
 
 def test_wrong_names_of_columns_are_refused(tmp_path):
@@ -249,10 +262,14 @@ def test_ids_of_parquet_files_are_the_keys(tmp_path, capsys):
         (["--query", "{folder}/narrow.npy"], "narrow.npy has 5 dimensions; expected 6 as in .*embeddings.npy"),
         (["--query", "{folder}/image.png"], "image.png is another file; expected a .npy or .parquet file"),
         (["index.metric=l3"], "index.metric='?l3'? .*l2"),
+        (["--merge", "{folder}/embeddings.npy"], "--merge .*embeddings.npy needs a name that ends with .faiss"),
+        (["--latents", "{folder}/nowhere.npy"], "--latents .*nowhere.npy does not exist; give embeddings, or a folder that"),
+        (["--latents", "{folder}/one.npy"], "one.npy holds 1 row; near-duplicates need 2 at least, so give --query"),
     ],
 )
 def test_what_embeddings_do_not_have_is_refused_in_one_line(embeddings, tmp_path, more, words):
     np.save(tmp_path / "narrow.npy", queries()[:, :5])
+    np.save(tmp_path / "one.npy", queries()[:1])
     (tmp_path / "image.png").write_text("")
     with pytest.raises(SystemExit, match=words):
         main(["--latents", str(embeddings), *(word.format(folder=tmp_path) for word in more)])
@@ -269,7 +286,7 @@ def test_kinds_that_cannot_be_merged_are_refused_with_the_ones_that_can(tmp_path
     assert np.array_equal(faiss.read_index(str(tmp_path / "x.faiss")).search(rows[:50], 3)[1], graph.search(rows[:50], 3)[1])
     graph._parts *= 2
     graph.save(tmp_path / "graphs")
-    with pytest.raises(ValueError, match="index.kind=hnsw cannot be merged, because each of its 2 parts has a graph of its own"):
+    with pytest.raises(ValueError, match="hnsw cannot be merged, because each of its 2 parts .* or remove .*graphs and make"):
         merge(tmp_path / "graphs", tmp_path / "y.faiss")
     with pytest.raises(OSError, match="could not be written"):
         merge(tmp_path / "graph", tmp_path / "x.faiss" / "y.faiss")
