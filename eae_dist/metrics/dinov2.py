@@ -59,7 +59,7 @@ def vision_transformer(name: str, state: dict[str, torch.Tensor], path: Path) ->
         state = {key: tensor for key, tensor in state.items() if key != "mask_token"}  # it serves training alone
         state["pos_embed"] = positions(state["pos_embed"])
         network.load_state_dict(state)
-    except (KeyError, RuntimeError) as error:
+    except (AttributeError, IndexError, KeyError, RuntimeError) as error:
         raise UserError(f"{path} does not hold the weights of {name} ({str(error)[:300]})") from error
     return network
 

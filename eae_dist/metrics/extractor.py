@@ -4,7 +4,6 @@ b: images of a batch, c: 1 or 3 channels, f: features.
 """
 
 import os
-import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -122,7 +121,9 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
     """Reads a file of weights without unpickling objects. Raises ValueError if it is damaged or holds something else."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:  # torch's message advises unsafe unpickling
+    except OSError:
+        raise
+    except Exception as error:  # other bytes give many types of errors, and torch's message advises unsafe unpickling
         raise UserError(f"{path} cannot be read as a file of weights: it is damaged, or holds more than tensors") from error
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, expected a dict of weights")

@@ -151,6 +151,10 @@ def test_missing_damaged_and_wrong_weights_and_a_missing_package_are_told(weight
         build_features("dinov2_vits14")
     with pytest.raises(ValueError, match="vits14.pth does not hold the weights of vit_large_patch14_dinov2"):
         build_features("dinov2_vitl14", weights=weights)
+    for state in ({}, {"pos_embed": torch.zeros(3)}, {"pos_embed": "none"}):
+        torch.save(state, tmp_path / "other.pth")
+        with pytest.raises(ValueError, match="other.pth does not hold the weights of vit_small_patch14_dinov2"):
+            build_features("dinov2_vits14", weights=tmp_path / "other.pth")
     with pytest.raises(ValueError, match="evaluate.preprocessing=clean is unknown; for DINOv2 it is one of dgm-eval, tf1"):
         build_features("dinov2_vits14", weights=weights, preprocessing="clean")
     monkeypatch.setitem(sys.modules, "timm", None)

@@ -181,9 +181,10 @@ def test_missing_packages_and_weights_are_named(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="https://github.com/mseitzer/pytorch-fid/releases") as error:
         build_features("inception")
     assert str(tmp_path / "hub" / "checkpoints" / INCEPTION_FILE) in str(error.value)
-    (tmp_path / "damaged.pth").write_bytes(b"no weights")
-    with pytest.raises(ValueError, match="damaged.pth cannot be read as a file of weights"):
-        build_features("inception", weights=tmp_path / "damaged.pth")
+    for content in (b"no weights", b"hi\n", b"\x80\x02]q\x01.", b"<html>"):  # each is another error of torch
+        (tmp_path / "damaged.pth").write_bytes(content)
+        with pytest.raises(ValueError, match=r"damaged.pth (cannot be read as a file of weights|holds a list)"):
+            build_features("inception", weights=tmp_path / "damaged.pth")
     torch.save({"conv.weight": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="other.pth does not hold the weights of pytorch-fid's Inception"):
         build_features("inception", weights=tmp_path / "other.pth")
