@@ -33,7 +33,8 @@ class Flow:
 
     transforms, width: spline transforms, and units of their two hidden layers. epochs: the largest number. patience: the training
     ends after so many epochs in which the likelihood of the held-out latents did not rise, and the best weights are kept.
-    batch: latents per step, rounded up to a multiple of UNIT.
+    batch: latents per step, rounded up to a multiple of UNIT. A dimension in which all latents are equal is not part of the flow:
+    samples have the same value there, and the likelihood is that of the other dimensions.
     """
 
     def __init__(
@@ -65,12 +66,14 @@ class Flow:
         dtype = torch.float64 if latents.dtype == torch.float64 else torch.float32
         center = rows.mean()
         scale = rows.covariance(center).diagonal().sqrt()
-        scale = torch.where(scale > 0, scale, 1)  # a constant dimension is restored by the center
         self.center, self.scale = center.cpu(), scale.cpu()
-        x = ((rows.local.double() - center) / scale).to(dtype)
-        network = spline_flow(rows.d, self.transforms, self.width, derive_key(self.seed, WEIGHTS)).to(x)
+        varies = scale > 0
+        if not varies.any():
+            raise UserError(f"flow needs latents that differ, but all {rows.n} are equal")
+        x = ((rows.local.double() - center)[:, varies] / scale[varies]).to(dtype)
+        network = spline_flow(x.shape[1], self.transforms, self.width, derive_key(self.seed, WEIGHTS)).to(x)
         self._train(network, rows, x, held_out)
-        volume = float(self.scale.log().sum())
+        volume = float(scale[varies].log().sum())
         self.log_likelihood = _mean_log_likelihood(network, rows, x, np.arange(rows.n)) - volume
         self.held_out_log_likelihood = _mean_log_likelihood(network, rows, x, np.flatnonzero(held_out)) - volume
         self.network = network.cpu()
@@ -105,10 +108,13 @@ class Flow:
     @torch.no_grad()
     def sample(self, seeds: Seeds) -> torch.Tensor:
         """Returns samples of the flow, float64 [m, d]: draws of N(0, I) that pass the inverse transforms."""
-        z = normal(sample_keys(seeds, NOISE), len(self.center)).to(next(self.network.parameters()))
+        varies = self.scale > 0
+        z = normal(sample_keys(seeds, NOISE), int(varies.sum())).to(next(self.network.parameters()))
         inverse = self.network().transform.inv
         drawn = torch.cat([inverse(tile)[:rows] for tile, rows in filled_tiles(z)] or [z])
-        return drawn.double() * self.scale + self.center
+        samples = self.center.repeat(len(drawn), 1)
+        samples[:, varies] = drawn.double() * self.scale[varies] + self.center[varies]
+        return samples
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Returns the state; see `Density.state_dict`."""
@@ -122,7 +128,7 @@ class Flow:
         check_state(own, ("center", "scale", "sizes", *OUTCOME))
         self.transforms, self.width = state["sizes"].tolist()
         self.center, self.scale = state["center"].double(), state["scale"].double()
-        network = spline_flow(len(self.center), self.transforms, self.width, seed=0)
+        network = spline_flow(int((self.scale > 0).sum()), self.transforms, self.width, seed=0)
         check_state(state, (*own, *(f"network.{name}" for name in network.state_dict())))
         weights = {name: state[f"network.{name}"] for name in network.state_dict()}
         self.network = network.to(weights[next(name for name, _ in network.named_parameters())].dtype)

@@ -50,6 +50,21 @@ def test_log_likelihood_is_that_of_the_latents_themselves(fitted):
     assert fitted.report()["log_likelihood"] == pytest.approx(float(expected), abs=1e-4)
 
 
+def test_dimension_in_which_all_latents_are_equal_keeps_its_value():
+    x = torch.cat([banana(600, seed=0), torch.full((600, 1), 3.0)], 1)[:, [0, 2, 1]]
+    density, without = (Flow(transforms=1, width=4, epochs=2) for _ in range(2))
+    density.fit(x)
+    without.fit(x[:, [0, 2]])
+    restored = Flow()
+    restored.load_state_dict(density.state_dict())
+    for fitted_to_all in (density, restored):
+        drawn = fitted_to_all.sample(range(20))
+        assert bool((drawn[:, 1] == 3).all()) and torch.equal(drawn[:, [0, 2]], without.sample(range(20)))
+        assert fitted_to_all.report() == without.report()
+    with pytest.raises(ValueError, match="flow needs latents that differ, but all 600 are equal"):
+        Flow().fit(torch.ones(600, 2))
+
+
 def test_weights_of_the_best_epoch_are_kept_and_the_training_ends_after_the_patience(monkeypatch):
     likelihoods = iter([1.0, 3.0, 2.0, 2.5, 2.9])
     weights = []
