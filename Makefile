@@ -40,7 +40,7 @@ test: $(INSTALLED)
 # Interrupted rather than ended after forty minutes, so that the daemons end too.
 test-cluster: $(INSTALLED)
 	tests/slurm/install.sh
-	timeout --signal=INT 40m sh -c '$(BIN)/python -m pytest $(CLUSTER_TESTS) && $(BIN)/python -m pytest -n 2 --dist loadgroup -m slow'
+	timeout --signal=INT 40m sh -c '$(BIN)/python -m pytest -n 2 --dist loadgroup $(CLUSTER_TESTS) && $(BIN)/python -m pytest -n 2 --dist loadgroup -m slow'
 
 test-page: $(INSTALLED) $(SHARDS)
 	$(BIN)/python -m pip install --quiet -e '.[page]'

@@ -1,7 +1,7 @@
 """Runs benchmarks, all or the named ones, and prints a markdown table:
 
-    python -m benchmarks [entropy] [stream] [training] [limit] [running] [activations] [mixture] [peer] [judging] [search]
-                         [service]
+    python -m benchmarks [entropy] [stream] [training] [blocks] [limit] [running] [activations] [mixture] [peer] [judging]
+                         [search] [service]
 
 Competitors take turns in one process, with one thread each, and their medians are compared. Runs on several ranks and peak memory
 are measured in separate processes. "CPU" is the processor time of all threads of a process, user and system; other work on the
@@ -14,7 +14,7 @@ import sys
 
 import torch
 
-from benchmarks import activations, entropy, judging, limit, mixture, peer, running, search, service, stream, training
+from benchmarks import activations, blocks, entropy, judging, limit, mixture, peer, running, search, service, stream, training
 from benchmarks.table import HEADER
 from eae_dist.distributed.start import keep_freed_memory
 
@@ -22,6 +22,7 @@ BENCHMARKS = {
     "entropy": entropy.rows,
     "stream": stream.rows,
     "training": training.rows,
+    "blocks": blocks.rows,
     "limit": limit.rows,
     "running": running.rows,
     "activations": activations.rows,

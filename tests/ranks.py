@@ -37,11 +37,11 @@ class Ended:
 
 
 def free_port() -> int:
-    """A port that nobody listens at, below those that the system gives to connections."""
+    """A port that nobody listens at on any address, below those that the system gives to connections."""
     while True:
         port = random.SystemRandom().randrange(10_000, 30_000)
         with socket.socket() as free, suppress(OSError):
-            free.bind(("127.0.0.1", port))
+            free.bind(("", port))
             return port
 
 

@@ -65,6 +65,11 @@ def on_both(folder: Path, work: Callable, *arguments, ranks: int = 1) -> list:
     return [pretended(folder, work, *arguments, folder / device, device=device, ranks=ranks) for device in ("cpu", "gpu")]
 
 
+def of_every_row(work: Callable, shards: Path, _: Path) -> dict:
+    """Returns what `work` returns for each row, all in one launch."""
+    return {name: work(shards, name) for name in OBJECTIVES}
+
+
 # The pretended GPU itself.
 
 
@@ -148,14 +153,19 @@ def steps_of(shards: Path, name: str, *settings: str) -> tuple[torch.Tensor, dic
     return gpu.values_of((torch.stack(terms), objective.state_dict(), validation))
 
 
-def every_kind_of_step(shards: Path, name: str, _) -> dict:
+def every_kind_of_step(shards: Path, name: str) -> dict:
     kinds = ("train.clip_norm=1", "train.accumulate=2", "train.precision=bf16", "train.blocks=2")
     return {kind: steps_of(shards, name, kind) for kind in kinds}
 
 
+@pytest.fixture(scope="module")
+def steps_on_both(shards, tmp_path_factory) -> list[dict]:
+    return on_both(tmp_path_factory.mktemp("steps"), of_every_row, every_kind_of_step, shards)
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_steps_and_validation_of_every_row_have_the_bits_of_the_cpu(shards, tmp_path, name):
-    on_cpu, found = on_both(tmp_path, every_kind_of_step, shards, name)
+def test_steps_and_validation_of_every_row_have_the_bits_of_the_cpu(steps_on_both, name):
+    on_cpu, found = (of_device[name] for of_device in steps_on_both)
     for kind, (terms, state, validation) in on_cpu.items():
         assert torch.equal(found[kind][0], terms) and terms.isfinite().all(), kind
         assert [key for key in state if not torch.equal(found[kind][1][key], state[key])] == [], kind
@@ -308,7 +318,7 @@ WHERE_PASSES_MEET = {
 }
 
 
-def waits_of_steps(shards: Path, name: str, _=None) -> dict[str, list[list[str]]]:
+def waits_of_steps(shards: Path, name: str) -> dict[str, list[list[str]]]:
     """The waits of each of four steps, in the last of which two passes meet, and those of a validation of three blocks."""
     found = {}
     for kind in ("train.accumulate=1", "train.accumulate=2", "train.blocks=4"):
@@ -329,10 +339,15 @@ def waits_of_steps(shards: Path, name: str, _=None) -> dict[str, list[list[str]]
     return found | {"validation": [waits]}
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.fixture(scope="module", params=[1, 2])
+def waits_on_ranks(shards, tmp_path_factory, request) -> dict:
+    folder = tmp_path_factory.mktemp("waits")
+    return pretended(folder, of_every_row, waits_of_steps, shards, folder, ranks=request.param)
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_host_waits_in_no_step_but_where_two_passes_meet(shards, tmp_path, name, ranks):
-    found = pretended(tmp_path, waits_of_steps, shards, name, ranks=ranks)
+def test_host_waits_in_no_step_but_where_two_passes_meet(waits_on_ranks, name):
+    found = dict(waits_on_ranks[name])
     (validation,) = found.pop("validation")
     for kind, (*_, between, meeting) in found.items():  # the first step makes the optimizer's state, the second DDP's buckets
         assert between == [], kind
