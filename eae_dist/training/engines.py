@@ -95,6 +95,9 @@ class PyTorch:
         model, prepared_optimizer = self.accelerator.prepare(objective, optimizer)
         if world_size() > 1 and not isinstance(model, DistributedDataParallel):
             raise UserError(f"accelerate did not wrap the model for {world_size()} ranks; check the file given to --config_file")
+        if config.train.blocks:
+            # Of weights with a single channel, gradients of blocks have another stride in the side of 1, which means nothing.
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
         if config.train.blocks and world_size() > 1:
             model.register_comm_hook([], gradient_tree)
         return model, prepared_optimizer

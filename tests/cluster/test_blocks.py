@@ -79,6 +79,6 @@ def test_run_of_make_train_has_the_same_bits_on_one_rank_and_on_four(tmp_path):
 
     with ThreadPoolExecutor() as pool:  # at the same time, because one rank leaves cores idle
         for done in pool.map(trained, (1, 4)):
-            assert done.returncode == 0, done.stderr[-3000:]
+            assert done.returncode == 0 and "Grad strides" not in done.stderr, done.stderr[-3000:]
     one, four = (bits_of(tmp_path / str(ranks)) for ranks in (1, 4))
     assert one["metrics"][-1]["step"] == 1094 and four == one
