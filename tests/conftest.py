@@ -138,7 +138,7 @@ def world(tmp_path_factory, shards, fid_case):
                 results_of(2)  # its run folder is what the others continue
             out = folder / f"world-{ranks}.pt"
             arguments = (str(ROOT / "tests" / "world.py"), str(out), str(shards), str(folder), str(fid_case))
-            ended = run_ranks(ranks, folder / f"logs-{ranks}", run_script, *arguments, timeout=300)
+            ended = run_ranks(ranks, folder / f"logs-{ranks}", run_script, *arguments, timeout=900)
             assert ended.codes == [0] * ranks, "\n".join(text[-3000:] for text in ended.said)
             results[ranks] = torch.load(out, weights_only=True)
         return results[ranks]

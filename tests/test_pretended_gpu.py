@@ -45,7 +45,7 @@ pytestmark = pytest.mark.skipif(gpu.MISSING is not None, reason=f"{gpu.MISSING} 
 def pretended(folder: Path, work: Callable, *arguments, device: str = "gpu", ranks: int = 1):
     """Returns what `work` returned on rank 0 of ranks of their own, which pretend to have the device or use the CPU."""
     environment, out = {"CUDA_VISIBLE_DEVICES": ""}, folder / f"{device}.pt"
-    ended = run_ranks(ranks, folder / "logs", _saved, device, out, work, *arguments, environment=environment, timeout=300)
+    ended = run_ranks(ranks, folder / "logs", _saved, device, out, work, *arguments, environment=environment, timeout=900)
     assert ended.codes == [0] * ranks, "\n".join(text[-4000:] for text in ended.said)
     return torch.load(out, weights_only=False)
 
