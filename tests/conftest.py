@@ -14,7 +14,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from PIL import Image
 from ranks import run_ranks, run_script
-from runs import save_run
+from run_folders import save_run
 from torch import nn
 from world_cases import configured
 

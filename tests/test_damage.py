@@ -16,7 +16,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from conftest import write_shards
 from damage import Damage, damage
-from runs import save_run
+from run_folders import save_run
 from test_table import Here
 from world_cases import configured
 

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from conftest import image_of, write_shards
 from PIL import Image
 from ranks import run_ranks
-from runs import save_run
+from run_folders import save_run
 from world_cases import configured
 
 import eae_dist

@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import ROOT, image_of, rank_environment, write_shards
 from PIL import Image
-from runs import SHAPE, save_run
+from run_folders import SHAPE, save_run
 from world_cases import configured
 
 import eae_dist

@@ -14,7 +14,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from conftest import image_of
 from ranks import run_ranks
-from runs import save_run
+from run_folders import save_run
 from safetensors.torch import load_file
 from world_cases import BATCH, OBJECTIVES, configured, run_of
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from runs import bits_of
+from run_folders import bits_of
 from world_cases import (
     ACCUMULATED,
     BATCH,

@@ -9,7 +9,7 @@ from subprocess import CompletedProcess
 import pytest
 from conftest import torchrun
 from ranks import run_ranks, train_in_turn
-from runs import bits_of
+from run_folders import bits_of
 from world_cases import BATCH, OBJECTIVES, run_of
 
 from eae_dist.training import loop

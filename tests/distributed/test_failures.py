@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
-from runs import save_run
+from run_folders import save_run
 from world_cases import configured, run_of
 
 from eae_dist.distributed import hanging

@@ -15,7 +15,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from conftest import ROOT, rank_environment, write_shards
 from pages import PAGES, Block, blocks, name_of
-from runs import save_run
+from run_folders import save_run
 from world_cases import configured
 
 from eae_dist.encode import encode

@@ -6,7 +6,7 @@ from importlib import util
 
 import pytest
 import torch
-from runs import save_run
+from run_folders import save_run
 from world_cases import configured
 
 import eae_dist

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import torchrun
 from PIL import Image
-from runs import save_run
+from run_folders import save_run
 from world_cases import configured
 
 import eae_dist

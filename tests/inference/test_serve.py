@@ -28,7 +28,7 @@ from conftest import ROOT, rank_environment
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.strategies import randoms
 from PIL import Image
-from runs import save_run
+from run_folders import save_run
 from world_cases import configured
 
 import eae_dist

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from runs import bits_of
+from run_folders import bits_of
 from world_cases import BATCH, run_of
 
 from eae_dist.config import TrainConfig, load_config
