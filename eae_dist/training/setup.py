@@ -20,7 +20,7 @@ from eae_dist.distributed import ranks_of_group, row_counts, world_size
 from eae_dist.distributed.start import Start, require_taken, start
 from eae_dist.errors import UserError
 from eae_dist.losses.entropy import gaussian_reference
-from eae_dist.model.networks import TRIED, run_by_block, try_by_block
+from eae_dist.model.cut_networks import TRIED, run_by_block, try_by_block
 from eae_dist.objectives import Objective, objective_class
 from eae_dist.training.console import say
 from eae_dist.training.engines import accelerator_options, engine_of, uses_deepspeed
