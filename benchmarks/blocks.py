@@ -4,9 +4,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.images import write_shards
 from benchmarks.table import Row, at_most
-from benchmarks.training import cpu, launch, median, milliseconds
+from benchmarks.training import cpu, launch, median, milliseconds, settings_of
 
 # Network -> image shape, global batch, launches of each kind, rounds per launch, steps per round, and the most that blocks may
 # cost where at least half as many ranks share them.
@@ -18,14 +17,7 @@ def rows() -> Iterator[Row]:
     """Yields the rows of the table."""
     for network, (shape, batch, launches, rounds, steps, bound) in CASES.items():
         with tempfile.TemporaryDirectory() as folder:
-            root = write_shards(Path(folder) / "shards", shape, "png", shards=8, samples=256)
-            settings = (
-                f"data.root={root}",
-                "data.validation=null",
-                f"train.output={folder}/run",
-                f"model.network={network}",
-                f"train.global_batch={batch}",
-            )
+            settings = *settings_of(network, shape, Path(folder)), f"train.global_batch={batch}"
             for ranks in RANKS:
                 costs: dict[int, list] = {blocks: [] for blocks in sorted({0, ranks, 2 * ranks, BLOCKS})}
                 for _ in range(launches):

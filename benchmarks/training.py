@@ -28,13 +28,7 @@ def rows() -> Iterator[Row]:
         kinds = {"one": (1, batch), "half": (1, batch // 2), "two": (2, batch)}
         rounds_of: dict[str, list] = {kind: [] for kind in kinds}
         with tempfile.TemporaryDirectory() as folder:
-            root = write_shards(Path(folder) / "shards", shape, "png", shards=4, samples=256)
-            settings = (
-                f"data.root={root}",
-                "data.validation=null",
-                f"train.output={folder}/run",
-                f"model.network={network}",
-            )
+            settings = settings_of(network, shape, Path(folder))
             for _ in range(launches):
                 for kind, (ranks, images) in kinds.items():
                     measured = launch(ranks, rounds, steps, *settings, f"train.global_batch={images}")
@@ -59,6 +53,12 @@ def rows() -> Iterator[Row]:
         f"at most {SHARE:.0%}",
         term / step <= SHARE,
     )
+
+
+def settings_of(network: str, shape: tuple[int, int, int], folder: Path) -> tuple[str, ...]:
+    """Writes shards of 1,024 images into the folder, and returns the settings of a run of this network on them."""
+    root = write_shards(folder / "shards", shape, "png", shards=4, samples=256)
+    return f"data.root={root}", "data.validation=null", f"train.output={folder}/run", f"model.network={network}"
 
 
 def launch(ranks: int, rounds: int, steps: int, *settings: str) -> dict:
