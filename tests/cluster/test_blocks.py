@@ -69,16 +69,17 @@ def test_run_killed_on_changing_numbers_of_ranks_ends_with_the_bits_of_one_that_
     assert bits_of(tmp_path / "run") == bits_of(undisturbed(1) / name)
 
 
-def test_run_of_make_train_has_the_same_bits_on_one_rank_and_on_four(tmp_path):
+def test_first_epochs_of_make_train_have_the_same_bits_on_one_rank_and_on_four(tmp_path):
     pack = torchrun(1, "-m", "eae_dist.pack", "mnist5k", str(tmp_path / "shards"))
     assert pack.returncode == 0, pack.stderr[-3000:]
 
     def trained(ranks: int) -> CompletedProcess:
         arguments = f"data.root={tmp_path / 'shards'}", f"train.output={tmp_path / str(ranks)}", f"train.blocks={BLOCKS}"
-        return torchrun(ranks, "-m", "eae_dist.train", *arguments, "train.device=cpu", "train.trackers=[]", timeout=1200)
+        shorter = "train.epochs=8", "train.device=cpu", "train.trackers=[]"
+        return torchrun(ranks, "-m", "eae_dist.train", *arguments, *shorter, timeout=1200)
 
     with ThreadPoolExecutor() as pool:  # at the same time, because one rank leaves cores idle
         for done in pool.map(trained, (1, 4)):
             assert done.returncode == 0 and "Grad strides" not in done.stderr, done.stderr[-3000:]
     one, four = (bits_of(tmp_path / str(ranks)) for ranks in (1, 4))
-    assert one["metrics"][-1]["step"] == 1094 and four == one
+    assert one["metrics"][-1]["step"] == 219 and four == one

@@ -1,0 +1,92 @@
+"""The means and the plot of runs.csv, which benchmarks.global_entropy writes: FOLDER/means.md and FOLDER/plot.png.
+
+python -m benchmarks.global_entropy_report FOLDER
+"""
+
+import csv
+import sys
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean, stdev
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+
+from benchmarks.global_entropy import BATCH
+
+EXPERIMENTS = ("groups", "compared", "batch")
+MEASURES = {
+    "kernel distance of N(0, I)": lambda line: float(line["isotropic"]),
+    "kernel distance of a mixture": lambda line: float(line["gmm"]),
+    "sliced Wasserstein distance of held-out latents from N(0, I)": lambda line: float(line["held out, sliced_wasserstein"]),
+    "entropy that held-out latents lack [nats]": lambda line: (
+        float(line["held out, entropy_of_draws"]) - float(line["held out, entropy"])
+    ),
+    "squared error per image": lambda line: float(line["squared_error"]),
+}
+
+
+def latents_compared(line: dict[str, str]) -> int:
+    """Returns how many latents the entropy of a run compares; 0 for no entropy."""
+    value = int(line["value"])
+    return value if line["experiment"] != "groups" else BATCH // value if value else 0
+
+
+def write_means(series: dict[tuple[str, int], dict[int, list[dict]]], path: Path) -> None:
+    """Writes a Markdown table for each experiment, with means and deviations over seeds."""
+    rows = defaultdict(list)
+    for (experiment, d), by_count in series.items():
+        for count, lines in sorted(by_count.items()):
+            found = ([value_of(line) for line in lines] for value_of in MEASURES.values())
+            cells = (f"{mean(values):.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}" for values in found)
+            rows[experiment].append(f"| {d} | {count or 'no entropy'} | {' | '.join(cells)} | {len(lines)} |")
+    head = f"| d | latents compared | {' | '.join(MEASURES)} | seeds |\n{'| --- ' * (len(MEASURES) + 3)}|"
+    path.write_text("\n".join(f"{experiment}:\n\n{head}\n" + "\n".join(lines) + "\n" for experiment, lines in rows.items()))
+
+
+def draw(series: dict[tuple[str, int], dict[int, list[dict]]], path: Path) -> None:
+    """Draws every measure over the number of latents compared: a column for each experiment, a color for each latent size."""
+    experiments = [name for name in EXPERIMENTS if name in {experiment for experiment, _ in series}]
+    sizes = sorted({d for _, d in series})
+    shape = len(MEASURES), len(experiments)
+    figure, axes = plt.subplots(*shape, squeeze=False, figsize=(4.2 * shape[1], 2.6 * shape[0]), sharex="col", sharey="row")
+    for (experiment, d), by_count in series.items():
+        column, color = axes[:, experiments.index(experiment)], f"C{sizes.index(d)}"
+        for axis, value_of in zip(column, MEASURES.values(), strict=True):
+            values = {count: [value_of(line) for line in lines] for count, lines in sorted(by_count.items())}
+            if 0 in values:
+                axis.axhline(mean(values.pop(0)), color=color, linestyle=":", label=f"d = {d}, no entropy")
+            spreads = [stdev(found) if len(found) > 1 else 0 for found in values.values()]
+            axis.errorbar(
+                list(values), [*map(mean, values.values())], spreads, color=color, marker="o", capsize=3, label=f"d = {d}"
+            )
+            axis.set_xscale("log", base=2)
+    for axis, experiment in zip(axes[0], experiments, strict=True):
+        axis.set_title(experiment)
+        axis.legend(fontsize=7)
+    for axis, name in zip(axes[:, 0], MEASURES, strict=True):
+        axis.set_ylabel(name.replace(" of ", "\nof ", 1).replace(" that ", "\nthat "), fontsize=8)
+    for axis in axes[-1]:
+        axis.set_xlabel("latents compared")
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+
+
+def main() -> None:
+    """Runs the command line."""
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    folder = Path(sys.argv[1])
+    with open(folder / "runs.csv", newline="") as file:
+        lines = sorted(csv.DictReader(file), key=lambda line: (EXPERIMENTS.index(line["experiment"]), int(line["latent_dim"])))
+    series = defaultdict(lambda: defaultdict(list))  # runs by experiment and latent size, then by the number of latents compared
+    for line in lines:
+        series[line["experiment"], int(line["latent_dim"])][latents_compared(line)].append(line)
+    write_means(series, folder / "means.md")
+    draw(series, folder / "plot.png")
+
+
+if __name__ == "__main__":
+    main()
