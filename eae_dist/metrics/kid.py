@@ -14,7 +14,7 @@ from eae_dist.data.order import permutation
 from eae_dist.distributed import rank, sum_over_ranks, world_size
 from eae_dist.numerics.keyed_random import derive_key
 
-MOST_PRODUCTS = 2**24  # pairs of rows, 128 MiB; up to this, the kernels of all pairs are computed once for all subsets
+TILE = 512  # rows whose kernels are computed at a time
 
 
 class KernelDistance(NamedTuple):
@@ -32,7 +32,7 @@ def kernel_distance(
 ) -> KernelDistance:
     """Returns the mean of MMD^2 over random subsets of the rows of x [n, f] and y [n', f], in float64.
 
-    x and y are all ranks' rows, in the same order on every rank (gather_rows). Call it on every rank: each computes some subsets,
+    x and y are all ranks' rows, in the same order on every rank (gather_rows). Call it on every rank: each computes some kernels,
     and the result is the same on any number of ranks. Subset i depends only on (seed, i) and the numbers of rows. subset_size is
     lowered to the rows of the smaller set; if both sets have exactly that many rows, there is one subset. Raises ValueError for
     fewer than two rows.
@@ -45,30 +45,49 @@ def kernel_distance(
         )
     if len(x) == len(y) == size:
         subsets = 1
-    values = torch.zeros(subsets, dtype=torch.float64, device=x.device)
     x, y = x.double(), y.double()
-    once = max(len(x), len(y)) ** 2 <= min(subsets * size**2, MOST_PRODUCTS)
-    kernels = [_kernel(a, b) for a, b in ((x, x), (y, y), (x, y))] if once else None
-    for i in range(rank(), subsets, world_size()):
-        of_x, of_y = (_subset(derive_key(seed, i, side), len(z), size).to(z.device) for side, z in enumerate((x, y)))
-        if kernels is None:
-            values[i] = squared_mmd(x[of_x], y[of_y])
-        else:
-            pairs = ((of_x, of_x), (of_y, of_y), (of_x, of_y))
-            values[i] = _squared_mmd(*(kernel[a][:, b] for kernel, (a, b) in zip(kernels, pairs, strict=True)))
-    values = sum_over_ranks(values)
+    numbers = [[_subset(derive_key(seed, i, side), len(z), size) for i in range(subsets)] for side, z in enumerate((x, y))]
+    of_x, of_y = (torch.stack(rows).to(x.device) for rows in numbers)
+    if max(len(x), len(y)) <= subsets**0.5 * size:
+        values = _squared_mmds(x, y, of_x, of_y)
+    else:  # the subsets have fewer pairs than the whole sets
+        values = torch.zeros(subsets, dtype=torch.float64, device=x.device)
+        for i in range(rank(), subsets, world_size()):
+            values[i] = squared_mmd(x[of_x[i]], y[of_y[i]])
+        values = sum_over_ranks(values)
     return KernelDistance(values.mean().item(), values.std(correction=0).item(), subsets, size)
 
 
 def squared_mmd(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Returns the unbiased estimate of MMD^2 from rows [s, f] and [s', f]."""
-    return _squared_mmd(_kernel(x, x), _kernel(y, y), _kernel(x, y))
+    kernels = ((_kernel(z, z), len(z)) for z in (x, y))
+    # A row does not form a pair with itself.
+    within = sum((kernel.sum() - kernel.diagonal().sum()) / (n * (n - 1)) for kernel, n in kernels)
+    return within - 2 * _kernel(x, y).mean()
 
 
-def _squared_mmd(xx: torch.Tensor, yy: torch.Tensor, xy: torch.Tensor) -> torch.Tensor:
-    """Returns the same from the kernels of all pairs; a row does not form a pair with itself."""
-    within = sum((k.sum() - k.diagonal().sum()) / (len(k) * (len(k) - 1)) for k in (xx, yy))
-    return within - 2 * xy.mean()
+def _squared_mmds(x: torch.Tensor, y: torch.Tensor, of_x: torch.Tensor, of_y: torch.Tensor) -> torch.Tensor:
+    """Returns squared_mmd of each subset, float64 [subsets], from row numbers [subsets, s]; every kernel is computed once."""
+    size = of_x.shape[1]
+    in_x, in_y = (x.new_zeros(len(rows), len(z)).scatter_(1, rows, 1) for z, rows in ((x, of_x), (y, of_y)))
+    within = x.new_zeros(len(of_x))
+    for z, subset in ((x, in_x), (y, in_y)):
+        itself = (z.square().sum(1) / z.shape[1] + 1) ** 3
+        within += (_sums_of_kernels(z, z, subset, subset) - subset @ itself) / (size * (size - 1))
+    return within - 2 * _sums_of_kernels(x, y, in_x, in_y) / size**2
+
+
+def _sums_of_kernels(x: torch.Tensor, y: torch.Tensor, in_x: torch.Tensor, in_y: torch.Tensor) -> torch.Tensor:
+    """Returns the sum over the pairs of each subset, float64 [subsets]; in_x [subsets, n] is 1 where the subset has the row.
+
+    The ranks share the tiles of rows. Their sums are added in the tiles' order, so they do not depend on the number of ranks.
+    """
+    starts = range(0, len(x), TILE)
+    sums = x.new_zeros(len(starts), len(in_x))
+    for i in range(rank(), len(starts), world_size()):
+        rows = slice(starts[i], starts[i] + TILE)
+        sums[i] = ((in_x[:, rows] @ _kernel(x[rows], y)) * in_y).sum(1)
+    return sum_over_ranks(sums).sum(0)
 
 
 def _kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
