@@ -1,6 +1,8 @@
-"""The means and the plot of runs.csv, which benchmarks.global_entropy writes: FOLDER/means.md and FOLDER/plot.png.
+"""The means and the plot of runs.csv, which benchmarks.global_entropy writes.
 
-python -m benchmarks.global_entropy_report FOLDER
+    python -m benchmarks.global_entropy_report FOLDER
+
+It writes FOLDER/means.md and FOLDER/plot.png.
 """
 
 import csv
@@ -29,7 +31,7 @@ MEASURES = {
 
 
 def latents_compared(line: dict[str, str]) -> int:
-    """Returns how many latents the entropy of a run compares; 0 for no entropy."""
+    """Returns how many latents the entropy of a run, a line of runs.csv, compares; 0 for no entropy."""
     value = int(line["value"])
     return value if line["experiment"] != "groups" else BATCH // value if value else 0
 
