@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -553,3 +555,18 @@ def test_warnings_are_said_once_with_the_models_they_are_about():
         metrics["warnings"] = ["of all of them"] + ["of the adversary"] * (row != "eae")
     said = as_markdown(Results(found)).partition("Warnings:")[2]
     assert said.strip().splitlines() == ["- all: of all of them", "- RAE, AE: of the adversary"]
+
+
+@pytest.mark.parametrize("data", ["mnist5k", "celeba"])
+def test_job_array_has_every_row_of_the_paper_before_those_beyond_it(data, tmp_path):
+    (tmp_path / "srun").write_text('#!/bin/sh\necho "$@"\n')  # what the script calls last, on a cluster
+    (tmp_path / "srun").chmod(0o755)
+    rows = [path.stem for path in (ROOT / "configs" / data).glob("*.yaml")]
+    found = []
+    for index in range(len(rows)):
+        variables = {"SLURM_ARRAY_TASK_ID": str(index), "SLURM_JOB_NUM_NODES": "1", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        command = ["bash", "launch/table_array.sbatch", f"configs/{data}.yaml", "--seeds", "3"]
+        said = subprocess.run(command, env=os.environ | variables, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        found.append(re.search(rf"table configs/{data}.yaml --only (\w+) --seeds 3$", said, re.MULTILINE)[1])
+    assert sorted(found[:12]) == sorted(MODELS.keys() - set(BEYOND))
+    assert sorted(found) == sorted(rows)
