@@ -399,7 +399,8 @@ def evaluations(rows=PAPER, seeds: int = 1, data: str = "mnist5k") -> list[tuple
                 "images": 1000,
             }
             metrics["settings"] = {"frechet": "svd", "components": 10, "neighbor_images": 100, "seed": 0}
-            found.append((row, metrics | {"reconstruction": 11.5}))
+            pairs = {"reconstruction": 11.5, "psnr": 20.5, "ssim": 0.75}
+            found.append((row, metrics | pairs | {"latents": {"sliced_wasserstein": 0.25, "entropy": 20.0}}))
     return found
 
 
@@ -491,7 +492,19 @@ def test_row_with_fewer_seeds_than_others_says_so():
 
 def test_csv_has_every_measure_of_every_set():
     lines = list(csv.DictReader(as_csv(Results(evaluations(seeds=2, data="celeba"))).splitlines()))
-    assert len(lines) == (11 * 6 + 4) * 2
+    assert len(lines) == (11 * 6 + 4) * 2 + 12 * 5
+    others = {
+        (one["images"], one["measure"]): one["mean"]
+        for one in lines
+        if one["model"] == "eae" and not one["measure"].endswith("_x")
+    }
+    assert others == {
+        ("reconstruction", "squared_error"): "11.5",
+        ("reconstruction", "psnr"): "20.5",
+        ("reconstruction", "ssim"): "0.75",
+        ("latents", "sliced_wasserstein"): "0.25",
+        ("latents", "entropy"): "20.0",
+    }
     line = next(one for one in lines if (one["model"], one["images"], one["measure"]) == ("eae", "gmm", "fd_x"))
     assert (float(line["mean"]), line["seeds"], line["paper_fid"]) == (311.0, "2", "39.76")
     assert {(one["features"], one["preprocessing"]) for one in lines} == {("fd_x", "v/255")}

@@ -206,25 +206,38 @@ def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> lis
 
 
 def as_csv(results: Results) -> str:
-    """Returns every measure of every set of images, with the paper's FID if there is one, and the network of the features."""
+    """Returns every measure of every set of images and of the latents, with the paper's FID if there is one, and the features.
+
+    The squared error, PSNR and SSIM of the reconstructions compare each with its own original.
+    """
     paper, file = published(results.data), io.StringIO()
     frechet = results.first["features"]["metric"]
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["model", "images", "measure", "mean", "std", "seeds", "paper_fid", "features", "preprocessing"])
     network = (frechet, results.first["features"]["preprocessing"])
     for row in results.rows:
-        sets = [metrics["sets"] for name, metrics in results.evaluations if name == row]
         in_paper = {set_of_cell(row, density): paper.get((density, MODELS[row], "fid")) for density in BLOCKS}
         in_paper["reconstruction"] = next(
             (n for (_, model, what), n in paper.items() if (model, what) == (MODELS[row], "reconstruction")), None
         )
-        for images in dict.fromkeys(name for found in sets for name in found):
-            for measure in dict.fromkeys(name for found in sets for name in found.get(images, {})):
-                values = results.values(row, images, measure)
-                number = in_paper.get(images) if measure == frechet else None
-                spread = stdev(values) if len(values) > 1 else None
-                writer.writerow([row, images, measure, mean(values), spread, len(values), number, *network])
+        measured: dict[tuple[str, str], list[float]] = {}
+        for metrics in (metrics for name, metrics in results.evaluations if name == row):
+            for images, measures in measured_sets(metrics).items():
+                for measure, value in measures.items():
+                    measured.setdefault((images, measure), []).append(value)
+        for (images, measure), values in measured.items():
+            number = in_paper.get(images) if measure == frechet else None
+            spread = stdev(values) if len(values) > 1 else None
+            writer.writerow([row, images, measure, mean(values), spread, len(values), number, *network])
     return file.getvalue()
+
+
+def measured_sets(metrics: dict) -> dict[str, dict[str, float]]:
+    """Returns the measures of every set of an evaluation; reconstructions are compared with their originals too."""
+    beside = {"squared_error": "reconstruction", "psnr": "psnr", "ssim": "ssim"}
+    of_pairs = {measure: metrics[key] for measure, key in beside.items() if key in metrics}
+    sets = metrics["sets"]
+    return sets | {"reconstruction": sets["reconstruction"] | of_pairs, "latents": metrics["latents"]}
 
 
 def as_latex(results: Results) -> str:
