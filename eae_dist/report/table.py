@@ -69,13 +69,10 @@ class Results:
         self.rows = [row for row in MODELS if any(row == name for name, _ in evaluations)]
         self.seeds = max(sum(name == row for name, _ in evaluations) for row in self.rows)
 
-    def values(self, row: str, images: str, measure: str | None = None) -> list[float]:
-        """Returns a measure of a row's set of images, one number per seed; a seed without this measure is left out.
-
-        measure: default: the one to read first.
-        """
+    def values(self, row: str, images: str) -> list[float]:
+        """Returns the distances of a row's set of images, one per seed; a seed without this set is left out."""
         sets = [metrics["sets"].get(images, {}) for name, metrics in self.evaluations if name == row]
-        return [numbers[measure or self.metric] for numbers in sets if (measure or self.metric) in numbers]
+        return [numbers[self.metric] for numbers in sets if self.metric in numbers]
 
     def cells(self, images: dict[str, str | None]) -> dict[str, str]:
         """Returns the distances of a set of images for each row, as text, with the lowest mean in **; N/A for None.
@@ -233,9 +230,9 @@ def as_csv(results: Results) -> str:
 
 
 def measured_sets(metrics: dict) -> dict[str, dict[str, float]]:
-    """Returns the measures of every set of an evaluation; reconstructions are compared with their originals too."""
+    """Returns measure -> number for every set of images of an evaluation and for the latents."""
     beside = {"squared_error": "reconstruction", "psnr": "psnr", "ssim": "ssim"}
-    of_pairs = {measure: metrics[key] for measure, key in beside.items() if key in metrics}
+    of_pairs = {measure: metrics[key] for measure, key in beside.items()}
     sets = metrics["sets"]
     return sets | {"reconstruction": sets["reconstruction"] | of_pairs, "latents": metrics["latents"]}
 
