@@ -1,4 +1,4 @@
-"""The losses: one small class per row of the table in the paper, and two later rivals. `OBJECTIVES` maps names to classes.
+"""The losses: one small class per row of the table in the paper, and two rivals beyond it. `OBJECTIVES` maps names to classes.
 
 An objective wraps the autoencoder, so that DDP sees one module whose forward returns the named terms. A term is this rank's
 *share*: the mean of the shares over ranks is the term of the global batch (`losses/terms.py`).

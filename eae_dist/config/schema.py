@@ -127,7 +127,7 @@ class ModelConfig:
 
 @dataclass
 class ObjectiveConfig:
-    """The loss: one row of the table in the paper, or a later rival."""
+    """The loss: one row of the table in the paper, or a rival beyond it."""
 
     name: str = "eae"
     """vae, cv_vae, wae, two_stage_vae, rae, rae_l2, rae_gp, rae_sn, ae, ae_l2, eae, eae_linear, or beyond the paper sigreg and
