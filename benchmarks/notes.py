@@ -31,14 +31,17 @@ SETS = ("isotropic", "gmm", "reconstruction")
 COLOR_EPOCHS = 80  # of about 1,500 images: as many steps as the digits' 40 epochs
 
 
-def numbers(folder: Path, row: str, images: str) -> tuple[float, float]:
-    """Returns the mean and the standard deviation over seeds of a row's kernel distance, from a folder of a table."""
+def numbers(folder: Path, row: str, images: str) -> tuple[float, float] | None:
+    """Returns the mean and the standard deviation over seeds of a row's kernel distance, from a folder of a table.
+
+    None if the table has no such images: evaluation leaves out a density that needs more latents than there are.
+    """
     with (folder / "table.csv").open() as file:
         for line in csv.DictReader(file):
             kernel_distance = "k" + line["features"][1:]
             if (line["model"], line["images"], line["measure"]) == (row, images, kernel_distance):
                 return float(line["mean"]), float(line["std"] or "nan")
-    raise ValueError(f"{folder}/table.csv has no kernel distance of {row}, {images}")
+    return None
 
 
 def try_notes(config: Path, color: Path | None, out: Path, jobs: int, only: Sequence[str]) -> None:
@@ -53,18 +56,20 @@ def try_notes(config: Path, color: Path | None, out: Path, jobs: int, only: Sequ
             if not (folder / "table.csv").is_file():
                 arguments = ["--only", "eae", "--seeds", "3", "--jobs", str(jobs), "--out", str(folder)]
                 make_table([str(config), *arguments, *data, *settings])
-            cells = (numbers(folder, "eae", images) for images in SETS)
-            print(f"| {value} | " + " | ".join(f"{average:.3f} ± {spread:.3f}" for average, spread in cells) + " |", flush=True)
+            found = (numbers(folder, "eae", images) for images in SETS)
+            cells = ("{:.3f} ± {:.3f}".format(*distance) if distance else "-" for distance in found)
+            print(f"| {value} | {' | '.join(cells)} |", flush=True)
 
 
 def agreement(early: Path, late: Path) -> None:
     """Prints the rank correlation of each set's distances over the rows that have it in both tables."""
     for images in ("isotropic", "mvg", "gmm", "reconstruction"):
         with (late / "table.csv").open() as file:
-            rows = list(dict.fromkeys(line["model"] for line in csv.DictReader(file) if line["images"] == images))
-        before, after = ([numbers(folder, row, images)[0] for row in rows] for folder in (early, late))
+            rows = dict.fromkeys(line["model"] for line in csv.DictReader(file))
+        pairs = [(numbers(early, row, images), numbers(late, row, images)) for row in rows]
+        before, after = zip(*((first[0], last[0]) for first, last in pairs if first and last), strict=True)
         print(
-            f"{images}: rank correlation {spearmanr(before, after).statistic:.2f} over {len(rows)} rows; mean distance "
+            f"{images}: rank correlation {spearmanr(before, after).statistic:.2f} over {len(before)} rows; mean distance "
             f"{mean(before):.3f}, then {mean(after):.3f}"
         )
 
