@@ -44,14 +44,12 @@ def grouped(groups: int) -> type[EAE]:
     """Returns the EAE whose entropy is the mean over this many groups of neighboring rows of the batch, for one process."""
 
     class GroupedEAE(EAE):
-        def entropy(self, latents, first, rows, numbers, key):
+        def entropy(self, latents, is_first_copy, global_batch, row_ids, key):
             config = self.config
             options = {"k": config.k, "average_k": config.average_k, "eps2": config.eps2}
             parts = groups if self.training else 1  # validation compares all of its images
-            found = [
-                entropy_terms(z, valid=valid, **options)
-                for z, valid in zip(latents.chunk(parts), first.chunk(parts), strict=True)
-            ]
+            valid = [None] * parts if is_first_copy is None else is_first_copy.chunk(parts)
+            found = [entropy_terms(z, valid=v, **options) for z, v in zip(latents.chunk(parts), valid, strict=True)]
             entropy = torch.stack([terms.entropy for terms in found]).mean()
             return {"entropy": entropy, "floored_pairs": sum(terms.floored for terms in found)}
 
