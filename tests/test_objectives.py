@@ -8,6 +8,7 @@ import torch
 from world_cases import OBJECTIVES as CASES
 from world_cases import configured
 
+from benchmarks.global_entropy import grouped
 from eae_dist.config import Config, ModelConfig, ObjectiveConfig
 from eae_dist.losses.entropy import knn_entropy
 from eae_dist.model.autoencoder import LATENT_EPS
@@ -124,6 +125,20 @@ def test_second_copy_of_a_sample_counts_in_the_reconstruction_but_is_no_neighbor
     assert masked["entropy"].item() == pytest.approx(knn_entropy(features[:20]).item(), rel=1e-12)
     assert int(masked["floored_pairs"]) == 0 and int(unmasked["floored_pairs"]) == 8
     assert masked["entropy"] > unmasked["entropy"] + 1  # eight of 24 distances at the floor cost several nats
+
+
+@pytest.mark.parametrize("first", [None, torch.arange(ROWS) % 6 < 5], ids=["no copies", "copies"])
+def test_entropy_of_the_benchmarks_groups_is_the_mean_over_neighboring_rows_and_of_all_rows_in_validation(monkeypatch, first):
+    monkeypatch.setitem(OBJECTIVES, "eae", grouped(4))
+    objective, x = built("eae"), images()
+    latents = batch_normed(objective.autoencoder.encoder(x))
+    keep = everyone() if first is None else first
+    parts = [knn_entropy(z[valid]) for z, valid in zip(latents.chunk(4), keep.chunk(4), strict=True)]
+    found = objective(x, first, ROWS, np.arange(ROWS), 0)
+    assert found["entropy"].item() == pytest.approx(torch.stack(parts).mean().item(), rel=1e-12)
+    objective.eval()
+    validated = objective.entropy(latents, first, ROWS, np.arange(ROWS), 0)
+    assert validated["entropy"].item() == pytest.approx(knn_entropy(latents[keep]).item(), rel=1e-12)
 
 
 @pytest.mark.parametrize(("d", "m"), [(5, 5), (5, 3), (64, 64), (7, 1)])
