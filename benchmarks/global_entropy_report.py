@@ -21,7 +21,7 @@ from benchmarks.global_entropy import BATCH
 EXPERIMENTS = ("groups", "compared", "batch")
 MEASURES = {
     "kernel distance of N(0, I)": lambda line: float(line["isotropic"]),
-    "kernel distance of a mixture": lambda line: float(line["gmm"]),
+    "kernel distance of a mixture": lambda line: float(line["gmm"]) if line["gmm"] else None,
     "sliced Wasserstein distance of held-out latents from N(0, I)": lambda line: float(line["held out, sliced_wasserstein"]),
     "entropy that held-out latents lack [nats]": lambda line: (
         float(line["held out, entropy_of_draws"]) - float(line["held out, entropy"])
@@ -36,16 +36,27 @@ def latents_compared(line: dict[str, str]) -> int:
     return value if line["experiment"] != "groups" else BATCH // value if value else 0
 
 
+def values_of(lines: list[dict[str, str]], measure: str) -> list[float]:
+    """Returns a measure of runs, without those that do not have it."""
+    return [value for line in lines if (value := MEASURES[measure](line)) is not None]
+
+
 def write_means(series: dict[tuple[str, int], dict[int, list[dict]]], path: Path) -> None:
     """Writes a Markdown table for each experiment, with means and deviations over seeds."""
     rows = defaultdict(list)
     for (experiment, d), by_count in series.items():
         for count, lines in sorted(by_count.items()):
-            found = ([value_of(line) for line in lines] for value_of in MEASURES.values())
-            cells = (f"{mean(values):.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}" for values in found)
+            cells = (cell(values_of(lines, measure)) for measure in MEASURES)
             rows[experiment].append(f"| {d} | {count or 'no entropy'} | {' | '.join(cells)} | {len(lines)} |")
     head = f"| d | latents compared | {' | '.join(MEASURES)} | seeds |\n{'| --- ' * (len(MEASURES) + 3)}|"
     path.write_text("\n".join(f"{experiment}:\n\n{head}\n" + "\n".join(lines) + "\n" for experiment, lines in rows.items()))
+
+
+def cell(values: list[float]) -> str:
+    """Returns the mean and the deviation of one cell of a table, or "-" without values."""
+    if not values:
+        return "-"
+    return f"{mean(values):.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
 
 
 def draw(series: dict[tuple[str, int], dict[int, list[dict]]], path: Path) -> None:
@@ -56,11 +67,12 @@ def draw(series: dict[tuple[str, int], dict[int, list[dict]]], path: Path) -> No
     figure, axes = plt.subplots(*shape, squeeze=False, figsize=(4.2 * shape[1], 2.6 * shape[0]), sharex="col", sharey="row")
     for (experiment, d), by_count in series.items():
         column, color = axes[:, experiments.index(experiment)], f"C{sizes.index(d)}"
-        for axis, value_of in zip(column, MEASURES.values(), strict=True):
-            values = {count: [value_of(line) for line in lines] for count, lines in sorted(by_count.items())}
+        for axis, measure in zip(column, MEASURES, strict=True):
+            found = ((count, values_of(lines, measure)) for count, lines in sorted(by_count.items()))
+            values = {count: of_runs for count, of_runs in found if of_runs}
             if 0 in values:
                 axis.axhline(mean(values.pop(0)), color=color, linestyle=":", label=f"d = {d}, no entropy")
-            spreads = [stdev(found) if len(found) > 1 else 0 for found in values.values()]
+            spreads = [stdev(of_runs) if len(of_runs) > 1 else 0 for of_runs in values.values()]
             axis.errorbar(
                 list(values), [*map(mean, values.values())], spreads, color=color, marker="o", capsize=3, label=f"d = {d}"
             )
