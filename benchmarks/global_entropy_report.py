@@ -64,7 +64,7 @@ def draw(series: dict[tuple[str, int], dict[int, list[dict]]], path: Path) -> No
     experiments = [name for name in EXPERIMENTS if name in {experiment for experiment, _ in series}]
     sizes = sorted({d for _, d in series})
     shape = len(MEASURES), len(experiments)
-    figure, axes = plt.subplots(*shape, squeeze=False, figsize=(4.2 * shape[1], 2.6 * shape[0]), sharex="col", sharey="row")
+    figure, axes = plt.subplots(*shape, squeeze=False, figsize=(4.2 * shape[1], 2.6 * shape[0]), sharex="col")
     for (experiment, d), by_count in series.items():
         column, color = axes[:, experiments.index(experiment)], f"C{sizes.index(d)}"
         for axis, measure in zip(column, MEASURES, strict=True):
